@@ -1,0 +1,59 @@
+package config
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/relais-mta/relais/shared/fault"
+)
+
+func TestParse(t *testing.T) {
+	c, err := Parse([]byte("[listen]\nsubmission = [\"127.0.0.1:1587\"]\n[lab]\nsmtp_port = 2525\nallow_private = true\n"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c.Listen.Submission[0].Port() != 1587 || c.Lab.SMTPPort != 2525 || !c.Lab.AllowPrivate {
+		t.Errorf("got %+v", c)
+	}
+	if len(c.Listen.Inbound) != 1 || c.Listen.Inbound[0].Port() != 25 {
+		t.Error("a listener that the file does not name lost its default")
+	}
+}
+
+func TestParseNamesTheKeyAndTheLine(t *testing.T) {
+	for _, tc := range []struct{ text, want string }{
+		{"[listen]\nsubmision = []\n", "listen.submision"},
+		{"[listen]\nsubmision = []\n", "line 2"},
+		{"x = 1", "x"},
+		{"[listen]\nmetrics = \"0.0.0.0:9090\"", "listen.metrics"},
+		{"[listen]\nsubmission = [\"nonsense\"]", "line 2"},
+		{"[tls]\ncert = \"a.pem\"", "both"},
+		{"[log]\nlevel = \"loud\"", "log.level"},
+		{"[listen]\nsubmission = [\"127.0.0.1:25\"]\ninbound = [\"127.0.0.1:25\"]", "listen.inbound"},
+		{"[[[", "line 1"},
+	} {
+		_, err := Parse([]byte(tc.text))
+		if !fault.Is(err, fault.Invalid) || !strings.Contains(err.Error(), tc.want) {
+			t.Errorf("Parse(%q) = %v, want a fault naming %q", tc.text, err, tc.want)
+		}
+	}
+}
+
+func TestLoad(t *testing.T) {
+	dir := t.TempDir()
+	if _, err := Load("", dir); err != nil {
+		t.Errorf("no file: %v", err)
+	}
+	if _, err := Load(filepath.Join(dir, "gone.toml"), dir); err == nil {
+		t.Error("a named file that is missing must be an error")
+	}
+	path := filepath.Join(dir, "relay.toml")
+	if err := os.WriteFile(path, []byte("y = 2"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Load("", dir); err == nil || !strings.Contains(err.Error(), path) {
+		t.Errorf("the error does not name the file: %v", err)
+	}
+}
