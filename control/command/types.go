@@ -1,0 +1,139 @@
+package command
+
+import "google.golang.org/protobuf/proto"
+
+// Type is the number of a command. Numbers are append-only and never reused.
+type Type uint8
+
+// IgnorableBit marks types that a server too old to know them may skip. A
+// server that meets any other unknown type halts, because skipping it would
+// make its state differ.
+const IgnorableBit Type = 0x80
+
+// The commands.
+const (
+	TypeClusterInit      Type = 1
+	TypeTokenCreate      Type = 2
+	TypeTokenRedeem      Type = 3
+	TypeTokenRevoke      Type = 4
+	TypeNodeUpsert       Type = 5
+	TypeNodeSetState     Type = 6
+	TypeServerUpsert     Type = 7
+	TypeTenantPut        Type = 8
+	TypeProjectPut       Type = 9
+	TypeDomainPut        Type = 10
+	TypeCredentialPut    Type = 11
+	TypeCredentialRevoke Type = 12
+	TypePoolPut          Type = 13
+	TypeIPPut            Type = 14
+	TypeIPAssign         Type = 15
+	TypePolicyPut        Type = 16
+	TypeOperatorPut      Type = 17
+	TypeAPIKeyPut        Type = 18
+	TypeReturnPathKeyPut Type = 19
+	TypeFSMVersionSet    Type = 20
+	TypeStateHash        Type = 1 | IgnorableBit // says nothing that changes the state
+)
+
+// Command is the body of a log entry.
+type Command interface {
+	proto.Message
+	GetMeta() *Meta
+	// Validate checks the form of the command before it is proposed: ids,
+	// lengths, enumerations. The state checks again what it relies on.
+	Validate() error
+}
+
+type registration struct {
+	typ  Type
+	name string
+	make func() Command
+}
+
+var registry = []registration{
+	{TypeClusterInit, "cluster.init", func() Command { return new(ClusterInit) }},
+	{TypeTokenCreate, "token.create", func() Command { return new(TokenCreate) }},
+	{TypeTokenRedeem, "token.redeem", func() Command { return new(TokenRedeem) }},
+	{TypeTokenRevoke, "token.revoke", func() Command { return new(TokenRevoke) }},
+	{TypeNodeUpsert, "node.upsert", func() Command { return new(NodeUpsert) }},
+	{TypeNodeSetState, "node.set-state", func() Command { return new(NodeSetState) }},
+	{TypeServerUpsert, "server.upsert", func() Command { return new(ServerUpsert) }},
+	{TypeTenantPut, "tenant.put", func() Command { return new(TenantPut) }},
+	{TypeProjectPut, "project.put", func() Command { return new(ProjectPut) }},
+	{TypeDomainPut, "domain.put", func() Command { return new(DomainPut) }},
+	{TypeCredentialPut, "credential.put", func() Command { return new(CredentialPut) }},
+	{TypeCredentialRevoke, "credential.revoke", func() Command { return new(CredentialRevoke) }},
+	{TypePoolPut, "pool.put", func() Command { return new(PoolPut) }},
+	{TypeIPPut, "ip.put", func() Command { return new(IPPut) }},
+	{TypeIPAssign, "ip.assign", func() Command { return new(IPAssign) }},
+	{TypePolicyPut, "policy.put", func() Command { return new(PolicyPut) }},
+	{TypeOperatorPut, "operator.put", func() Command { return new(OperatorPut) }},
+	{TypeAPIKeyPut, "api-key.put", func() Command { return new(APIKeyPut) }},
+	{TypeReturnPathKeyPut, "return-path-key.put", func() Command { return new(ReturnPathKeyPut) }},
+	{TypeFSMVersionSet, "fsm-version.set", func() Command { return new(FSMVersionSet) }},
+	{TypeStateHash, "state-hash", func() Command { return new(StateHash) }},
+}
+
+var byType = func() (table [256]*registration) {
+	for i := range registry {
+		table[registry[i].typ] = &registry[i]
+	}
+	return table
+}()
+
+// String returns the stable name of the type, as audit entries and metrics show it.
+func (t Type) String() string {
+	if r := byType[t]; r != nil {
+		return r.name
+	}
+	return "unknown"
+}
+
+// TypeOf returns the number of a command's type.
+func TypeOf(c Command) Type {
+	switch c.(type) {
+	case *ClusterInit:
+		return TypeClusterInit
+	case *TokenCreate:
+		return TypeTokenCreate
+	case *TokenRedeem:
+		return TypeTokenRedeem
+	case *TokenRevoke:
+		return TypeTokenRevoke
+	case *NodeUpsert:
+		return TypeNodeUpsert
+	case *NodeSetState:
+		return TypeNodeSetState
+	case *ServerUpsert:
+		return TypeServerUpsert
+	case *TenantPut:
+		return TypeTenantPut
+	case *ProjectPut:
+		return TypeProjectPut
+	case *DomainPut:
+		return TypeDomainPut
+	case *CredentialPut:
+		return TypeCredentialPut
+	case *CredentialRevoke:
+		return TypeCredentialRevoke
+	case *PoolPut:
+		return TypePoolPut
+	case *IPPut:
+		return TypeIPPut
+	case *IPAssign:
+		return TypeIPAssign
+	case *PolicyPut:
+		return TypePolicyPut
+	case *OperatorPut:
+		return TypeOperatorPut
+	case *APIKeyPut:
+		return TypeAPIKeyPut
+	case *ReturnPathKeyPut:
+		return TypeReturnPathKeyPut
+	case *FSMVersionSet:
+		return TypeFSMVersionSet
+	case *StateHash:
+		return TypeStateHash
+	}
+	return 0
+}
