@@ -1,0 +1,60 @@
+# Targets are described in README.md. Everything runs on a fresh machine with
+# Go, Node and make; packages of the distribution that tests need are installed
+# by scripts/debian-peers.sh.
+
+GO      ?= go
+BIN     := bin
+PKGS    := ./...
+VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+LDFLAGS := -s -w -X github.com/relais-mta/relais/shared/buildinfo.version=$(VERSION)
+
+# What users run is static; only the race detector needs cgo.
+export CGO_ENABLED := 0
+# A test run must not depend on what an earlier one left in the cache.
+TESTFLAGS := -count=1
+
+.PHONY: all build run check generate test unit e2e test-race fuzz peers clean
+
+all: build
+
+build:
+	$(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ ./relay/cmd/relais-relay ./control/cmd/relais-control
+
+# make run [N=200] [EXIT=1] [SIZE=10k] [DKIM=off] [LAB=open] [SEED=1]
+run: build
+	@$(GO) run ./scripts/run -bin $(BIN) -n '$(N)' -exit '$(EXIT)' -size '$(SIZE)' -dkim '$(DKIM)' -lab '$(LAB)' -seed '$(SEED)'
+
+check:
+	@test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { echo "gofmt: $$(gofmt -l $$(git ls-files '*.go'))"; exit 1; }
+	$(GO) vet $(PKGS)
+	$(GO) tool staticcheck $(PKGS)
+	$(GO) test ./shared/archtest
+	$(GO) mod tidy -diff
+	$(GO) run ./scripts/protogen -check
+
+generate:
+	$(GO) run ./scripts/protogen
+	gofmt -w $$(git ls-files '*.go')
+
+peers:
+	@scripts/debian-peers.sh
+
+test: peers check unit e2e
+
+# Everything but the end-to-end tests, which start real processes and are run alone.
+unit:
+	$(GO) test $(TESTFLAGS) $$($(GO) list ./... | grep -v /control/e2e)
+
+e2e: build
+	$(GO) test $(TESTFLAGS) -timeout 12m ./control/e2e
+
+# The packages in which goroutines share memory on the hot path.
+test-race:
+	CGO_ENABLED=1 $(GO) test -race $(TESTFLAGS) ./relay/engine ./relay/store ./relay/queue ./shared/link ./relay/agent ./relay/delivery
+
+FUZZTIME ?= 20s
+fuzz:
+	scripts/fuzz.sh $(FUZZTIME)
+
+clean:
+	rm -rf $(BIN)
