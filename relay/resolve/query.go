@@ -1,0 +1,195 @@
+package resolve
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"strings"
+	"time"
+
+	"github.com/miekg/dns"
+)
+
+// ednsBytes is the UDP size we offer: answers of that size are not fragmented
+// on any common path.
+const ednsBytes = 1232
+
+// maxCNAMEs bounds a chain of aliases.
+const maxCNAMEs = 8
+
+// kind is what an answer said about the name and type that were asked.
+type kind uint8
+
+const (
+	found    kind = iota
+	noData        // the name exists, records of the type do not
+	nxDomain      // the name does not exist
+)
+
+// answer is a definite answer of DNS.
+type answer struct {
+	kind    kind
+	records []dns.RR // of the asked type, at the end of the alias chain
+	ttl     time.Duration
+}
+
+// errTemporary is an answer that says nothing about the name.
+type errTemporary struct{ text string }
+
+func (e *errTemporary) Error() string { return e.text }
+
+// lookup asks for one name and type and follows aliases.
+func (r *Resolver) lookup(ctx context.Context, name string, qtype uint16) (answer, error) {
+	name = dns.Fqdn(name)
+	ttl := maxAnswerTTL
+	for range maxCNAMEs {
+		msg, err := r.exchange(ctx, name, qtype)
+		if err != nil {
+			return answer{}, err
+		}
+		target, chainTTL := follow(msg, name)
+		ttl = min(ttl, chainTTL)
+		switch msg.Rcode {
+		case dns.RcodeNameError:
+			// RFC 2308 section 2.1: with aliases it is the last name that does
+			// not exist.
+			return answer{kind: nxDomain, ttl: min(ttl, negativeTTL(msg))}, nil
+		case dns.RcodeSuccess:
+		default:
+			return answer{}, &errTemporary{fmt.Sprintf("name server answered %s for %s", dns.RcodeToString[msg.Rcode], strings.TrimSuffix(name, "."))}
+		}
+		if a := collect(msg, target, qtype, ttl); a.kind == found {
+			return a, nil
+		}
+		if strings.EqualFold(target, name) {
+			return answer{kind: noData, ttl: min(ttl, negativeTTL(msg))}, nil
+		}
+		// The server gave the alias but not what is behind it.
+		name = target
+	}
+	return answer{}, &errTemporary{fmt.Sprintf("more than %d aliases (CNAME) in a row behind %s", maxCNAMEs, strings.TrimSuffix(name, "."))}
+}
+
+// follow walks the aliases of an answer from name and returns the last name
+// and the smallest TTL on the way. A loop inside the answer ends at the bound.
+func follow(msg *dns.Msg, name string) (string, time.Duration) {
+	ttl := maxAnswerTTL
+	for range maxCNAMEs {
+		moved := false
+		for _, rr := range msg.Answer {
+			if c, ok := rr.(*dns.CNAME); ok && strings.EqualFold(c.Hdr.Name, name) && !strings.EqualFold(c.Target, name) {
+				name, moved = c.Target, true
+				ttl = min(ttl, time.Duration(c.Hdr.Ttl)*time.Second)
+				break
+			}
+		}
+		if !moved {
+			break
+		}
+	}
+	return name, ttl
+}
+
+func collect(msg *dns.Msg, owner string, qtype uint16, ttl time.Duration) answer {
+	a := answer{kind: noData, ttl: ttl}
+	for _, rr := range msg.Answer {
+		h := rr.Header()
+		if h.Rrtype == qtype && h.Class == dns.ClassINET && strings.EqualFold(h.Name, owner) {
+			a.kind = found
+			a.records = append(a.records, rr)
+			a.ttl = min(a.ttl, time.Duration(h.Ttl)*time.Second)
+		}
+	}
+	return a
+}
+
+// negativeTTL is how long "no" holds: RFC 2308 section 5, the smaller of the
+// SOA record's TTL and its MINIMUM field.
+func negativeTTL(msg *dns.Msg) time.Duration {
+	for _, rr := range msg.Ns {
+		if soa, ok := rr.(*dns.SOA); ok {
+			return time.Duration(min(soa.Hdr.Ttl, soa.Minttl)) * time.Second
+		}
+	}
+	return defaultNegativeTTL
+}
+
+// exchange asks the configured servers in turn until one gives a usable
+// answer. The server that answered last is asked first.
+func (r *Resolver) exchange(ctx context.Context, name string, qtype uint16) (*dns.Msg, error) {
+	select {
+	case r.slots <- struct{}{}:
+		defer func() { <-r.slots }()
+	case <-ctx.Done():
+		return nil, &errTemporary{"no name server was asked: too many questions are open"}
+	}
+	first := r.preferred.Load()
+	var last error
+	for i := range uint32(r.attempts) {
+		n := (first + i) % uint32(len(r.servers))
+		msg, err := r.ask(ctx, r.servers[n], name, qtype)
+		if err == nil && usable(msg.Rcode) {
+			r.preferred.Store(n)
+			return msg, nil
+		}
+		if err != nil {
+			r.queries.WithLabelValues("error").Inc()
+			last = err
+		} else {
+			r.queries.WithLabelValues("servfail").Inc()
+			last = &errTemporary{fmt.Sprintf("name server answered %s for %s", dns.RcodeToString[msg.Rcode], strings.TrimSuffix(name, "."))}
+		}
+		if ctx.Err() != nil {
+			break
+		}
+	}
+	var temporary *errTemporary
+	if errors.As(last, &temporary) {
+		return nil, temporary
+	}
+	r.log.Debug("dns question failed", "name", name, "type", dns.TypeToString[qtype], "error", last)
+	return nil, &errTemporary{"no answer from the name servers for " + strings.TrimSuffix(name, ".")}
+}
+
+func usable(rcode int) bool { return rcode == dns.RcodeSuccess || rcode == dns.RcodeNameError }
+
+// ask sends one question to one server: over UDP with EDNS, without EDNS to a
+// server that does not know it (RFC 6891 section 7), over TCP if the answer
+// was cut (RFC 7766 section 5).
+func (r *Resolver) ask(ctx context.Context, server netip.AddrPort, name string, qtype uint16) (*dns.Msg, error) {
+	question := new(dns.Msg)
+	question.SetQuestion(name, qtype) // with a random id; the kernel picks a random source port per socket
+	question.SetEdns0(ednsBytes, false)
+	answer, err := r.send(ctx, &r.udp, server, question)
+	if err == nil && (answer.Rcode == dns.RcodeFormatError || answer.Rcode == dns.RcodeNotImplemented || answer.Rcode == dns.RcodeBadVers) {
+		question.Extra = nil
+		question.Id = dns.Id()
+		answer, err = r.send(ctx, &r.udp, server, question)
+	}
+	if err == nil && answer.Truncated {
+		question.Id = dns.Id()
+		answer, err = r.send(ctx, &r.tcp, server, question)
+	}
+	return answer, err
+}
+
+var errOtherQuestion = errors.New("the answer is to another question")
+
+// send makes one exchange and checks that the answer belongs to the question.
+func (r *Resolver) send(ctx context.Context, client *dns.Client, server netip.AddrPort, question *dns.Msg) (*dns.Msg, error) {
+	ctx, cancel := context.WithTimeout(ctx, r.queryTimeout)
+	defer cancel()
+	answer, _, err := client.ExchangeContext(ctx, question, server.String())
+	if err != nil {
+		return nil, err
+	}
+	// RFC 5452 section 9.1: the question must come back as it was asked.
+	q := question.Question[0]
+	if !answer.Response || answer.Id != question.Id || len(answer.Question) != 1 ||
+		answer.Question[0].Qtype != q.Qtype || answer.Question[0].Qclass != q.Qclass || !strings.EqualFold(answer.Question[0].Name, q.Name) {
+		return nil, errOtherQuestion
+	}
+	r.queries.WithLabelValues("answered").Inc()
+	return answer, nil
+}
