@@ -1,0 +1,192 @@
+package sign
+
+import (
+	"crypto"
+	"crypto/rsa"
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/base64"
+	"hash"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/relais-mta/relais/shared/fault"
+	"github.com/relais-mta/relais/shared/mailaddr"
+	"github.com/relais-mta/relais/shared/policy"
+)
+
+// AlgorithmRSA is the signature algorithm of RFC 6376 section 3.3.2.
+const AlgorithmRSA = "rsa-sha256"
+
+// minRSABits is what receivers still take (RFC 8301 section 3.2). Keys that
+// control makes have 2048.
+const minRSABits = 1024
+
+// signatureLifetime is how long a signature says it is good for (x=, RFC 6376
+// section 3.5): longer than any receiver keeps a message queued.
+const signatureLifetime = 14 * 24 * time.Hour
+
+// maxSignatureLineBytes is where the lines of our own field are folded.
+const maxSignatureLineBytes = 76
+
+// Signer signs the messages of one sending domain with all its keys. It is
+// immutable and may be used by many goroutines.
+type Signer struct {
+	keys []signingKey
+}
+
+type signingKey struct {
+	private *rsa.PrivateKey
+	head    string // the field up to the value of s=, which never changes
+}
+
+// NewSigner reads the keys of a domain. It returns fault.Invalid, with the
+// selector as the field, for a key that cannot be used, and for a domain
+// without keys.
+func NewSigner(domain mailaddr.Domain, keys []policy.DKIMKey) (*Signer, error) {
+	const op = "sign.NewSigner"
+	if len(keys) == 0 {
+		return nil, fault.Field(op, "dkim", "domain %s has no signing key", domain)
+	}
+	s := &Signer{keys: make([]signingKey, 0, len(keys))}
+	for _, k := range keys {
+		if k.Algorithm != AlgorithmRSA {
+			return nil, fault.Field(op, k.Selector, "signing algorithm %q of domain %s is not known, use %q", k.Algorithm, domain, AlgorithmRSA)
+		}
+		private, err := parseRSA(k.Private)
+		if err != nil {
+			// The cause may hold key material: it is left out on purpose.
+			return nil, fault.Field(op, k.Selector, "the key of selector %s at domain %s is not an RSA key in PKCS #8 with at least %d bits", k.Selector, domain, minRSABits)
+		}
+		s.keys = append(s.keys, signingKey{
+			private: private,
+			head:    "DKIM-Signature: v=1; a=rsa-sha256; c=relaxed/relaxed; d=" + string(domain) + ";\r\n\ts=" + k.Selector,
+		})
+	}
+	return s, nil
+}
+
+func parseRSA(der []byte) (*rsa.PrivateKey, error) {
+	const op = "sign.parseRSA"
+	parsed, err := x509.ParsePKCS8PrivateKey(der)
+	if err != nil {
+		return nil, err
+	}
+	private, ok := parsed.(*rsa.PrivateKey)
+	if !ok || private.N.BitLen() < minRSABits {
+		return nil, fault.New(fault.Invalid, op, "not an RSA key of at least %d bits", minRSABits)
+	}
+	return private, nil
+}
+
+// scratch is what one signature needs and the next can use again.
+type scratch struct {
+	sum    hash.Hash
+	found  []foundField
+	canon  []byte
+	digest [sha256.Size]byte
+}
+
+var scratches = sync.Pool{New: func() any { return &scratch{sum: sha256.New()} }}
+
+// maxKeptScratchBytes bounds the canonical text buffer that is kept for reuse.
+const maxKeptScratchBytes = 64 << 10
+
+// Sign appends one DKIM-Signature field per key to dst, each with its CRLF, to
+// stand in front of the message. header is the header section as it will be
+// sent; bodyHash is the BodyHasher's sum of the body as it will be sent. now is
+// the time of signing (t=). An error is fault.Internal; dst is then unchanged.
+func (s *Signer) Sign(dst, header []byte, bodyHash [sha256.Size]byte, now time.Time) ([]byte, error) {
+	w := scratches.Get().(*scratch)
+	defer func() {
+		if cap(w.canon) <= maxKeptScratchBytes {
+			scratches.Put(w)
+		}
+	}()
+	w.found = findFields(w.found[:0], header)
+	out := dst
+	for i := range s.keys {
+		var err error
+		if out, err = s.keys[i].sign(w, out, header, bodyHash, now); err != nil {
+			return dst, err
+		}
+	}
+	return out, nil
+}
+
+// sign appends the field of one key.
+func (k *signingKey) sign(w *scratch, dst, header []byte, bodyHash [sha256.Size]byte, now time.Time) ([]byte, error) {
+	w.sum.Reset()
+	w.canon = w.canon[:0]
+	start := len(dst)
+	dst = append(dst, k.head...)
+	dst = append(dst, "; t="...)
+	dst = strconv.AppendInt(dst, now.Unix(), 10)
+	dst = append(dst, "; x="...)
+	dst = strconv.AppendInt(dst, now.Add(signatureLifetime).Unix(), 10)
+	dst = append(dst, ";\r\n\th="...)
+	dst = w.appendNames(dst, header)
+	dst = append(dst, ";\r\n\tbh="...)
+	dst = base64.StdEncoding.AppendEncode(dst, bodyHash[:])
+	dst = append(dst, ";\r\n\tb="...)
+	// RFC 6376 section 3.7: the field itself comes last, with an empty b= and
+	// without its CRLF.
+	w.canon = appendRelaxed(w.canon, dst[start:])
+	_, _ = w.sum.Write(w.canon[:len(w.canon)-2]) // hash.Hash never returns an error
+	digest := w.sum.Sum(w.digest[:0])
+	signature, err := rsa.SignPKCS1v15(nil, k.private, crypto.SHA256, digest)
+	if err != nil {
+		return dst[:start], fault.Wrap(err, fault.Internal, "sign.Sign", "the message could not be signed")
+	}
+	dst = appendBase64Folded(dst, signature, len("\tb="))
+	return append(dst, '\r', '\n'), nil
+}
+
+// appendNames appends the value of h= and gathers the fields it names, in
+// canonical form, in w.canon. Of several fields with one name the last comes
+// first (RFC 6376 section 5.4.2).
+func (w *scratch) appendNames(dst, header []byte) []byte {
+	column := len("\th=")
+	for which := range signedFields {
+		f := &signedFields[which]
+		times := 0
+		for i := len(w.found) - 1; i >= 0; i-- {
+			if w.found[i].which == which {
+				w.canon = appendRelaxed(w.canon, header[w.found[i].start:w.found[i].end])
+				times++
+			}
+		}
+		if f.oversign {
+			times++
+		}
+		for ; times > 0; times-- {
+			if column > len("\th=") {
+				dst = append(dst, ':')
+				column++
+			}
+			if column+len(f.name)+1 > maxSignatureLineBytes {
+				dst = append(dst, "\r\n\t"...)
+				column = 1
+			}
+			dst = append(dst, f.name...)
+			column += len(f.name)
+		}
+	}
+	return dst
+}
+
+// appendBase64Folded appends data in base64 with folding white space, which
+// verifiers ignore in b= (RFC 6376 section 3.5).
+func appendBase64Folded(dst, data []byte, column int) []byte {
+	const group = 3 // bytes that make four digits
+	for len(data) > 0 {
+		n := min((maxSignatureLineBytes-column)/4*group, len(data))
+		dst = base64.StdEncoding.AppendEncode(dst, data[:n])
+		if data = data[n:]; len(data) > 0 {
+			dst = append(dst, "\r\n\t"...)
+			column = 1
+		}
+	}
+	return dst
+}
