@@ -40,7 +40,7 @@ const (
 // in its own way and the report names the breach.
 type Limits struct {
 	Connections              int           // at once
-	MessagesPerConnection    int           // transactions begun on one connection
+	MessagesPerConnection    int           // messages carried to their final dot on one connection
 	Messages                 int           // transactions begun in any RateWindow
 	RateWindow               time.Duration // length of the sliding window
 	RecipientsPerTransaction int

@@ -39,7 +39,7 @@ type Mail struct {
 	Received   time.Time  `json:"received"`
 	MessageID  string     `json:"message_id,omitempty"`
 	EightBit   bool       `json:"eight_bit,omitempty"`   // content has bytes above 127
-	LostReply  bool       `json:"lost_reply,omitempty"`  // the 250 was withheld or could not be sent
+	LostReply  bool       `json:"lost_reply,omitempty"`  // the 250 was withheld
 	DKIM       Verdict    `json:"dkim,omitempty"`        // filled in by Lab.Mails and Lab.Mail
 	DKIMDomain string     `json:"dkim_domain,omitempty"` // of the signature that decided
 }

@@ -151,7 +151,6 @@ func (l *lane) begin(now time.Time, lim Limits, onConnection int) (seen int, ove
 	if lim.MessagesPerConnection > 0 && onConnection > lim.MessagesPerConnection {
 		return onConnection, LimitPerConn
 	}
-	l.maxPerConn = max(l.maxPerConn, onConnection)
 	if lim.Messages <= 0 {
 		return 0, ""
 	}
@@ -175,6 +174,13 @@ func (l *lane) refuse(code byte, n int) {
 	case '5':
 		l.rejected += int64(n)
 	}
+}
+
+// carried notes how many messages a connection has brought so far.
+func (l *lane) carried(messages int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.maxPerConn = max(l.maxPerConn, messages)
 }
 
 func (l *lane) drop() {
