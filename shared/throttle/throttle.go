@@ -1,0 +1,189 @@
+// Package throttle decides whether one more thing may start now under a limit:
+// rates by the generic cell rate algorithm, and plain counts of what is under
+// way. It is pure and works in whole nanoseconds, so that a relay, a preview in
+// the console and a simulation give the same answer for the same times.
+//
+// # What a rate promises
+//
+// A Rate of Limit events per Per with a Burst lets, in any span of time w,
+// at most Limit × w / Per + Burst events start, whatever the order of calls.
+// With Burst 1 events keep their distance of Per / Limit; the one that the "+ 1"
+// allows is the event at the span's very start. Time spent idle is saved up to
+// Burst events and no more. The spacing is rounded up to whole nanoseconds, so
+// rounding can only make a limit tighter, by less than one part in a thousand
+// as long as Per / Limit is a microsecond or more.
+//
+// Neither type locks: the one goroutine that schedules owns them.
+package throttle
+
+import (
+	"math"
+	"time"
+
+	"github.com/relais-mta/relais/shared/fault"
+)
+
+// Bounds of a Rate.
+const (
+	MaxLimit = 1_000_000
+	MaxBurst = 1_000_000
+	MaxPer   = 366 * 24 * time.Hour
+)
+
+// Rate is a bound on how often something may start. The zero Rate bounds
+// nothing.
+type Rate struct {
+	interval int64 // nanoseconds from one event to the next at full speed; 0: no bound
+	slack    int64 // nanoseconds by which events may come early: (burst-1) × interval
+	burst    int64
+}
+
+// NewRate returns the rate of limit events per span with a burst. Limit is 1
+// to MaxLimit, per 1 ns × limit to MaxPer, burst 1 to MaxBurst. The error is
+// fault.Invalid.
+func NewRate(limit int, per time.Duration, burst int) (Rate, error) {
+	const op = "throttle.NewRate"
+	switch {
+	case limit < 1 || limit > MaxLimit:
+		return Rate{}, fault.Field(op, "limit", "is %d, write 1 to %d", limit, MaxLimit)
+	case per < time.Duration(limit) || per > MaxPer:
+		return Rate{}, fault.Field(op, "per", "is %v, write %v to %v", per, time.Duration(limit), MaxPer)
+	case burst < 1 || burst > MaxBurst:
+		return Rate{}, fault.Field(op, "burst", "is %d, write 1 to %d", burst, MaxBurst)
+	}
+	interval := (int64(per) + int64(limit) - 1) / int64(limit)
+	if int64(burst) > math.MaxInt64/4/interval {
+		return Rate{}, fault.Field(op, "burst", "is %d, which takes over 73 years to save at this rate; write less", burst)
+	}
+	return Rate{interval: interval, slack: (int64(burst) - 1) * interval, burst: int64(burst)}, nil
+}
+
+// Limited reports whether the rate bounds anything.
+func (r Rate) Limited() bool { return r.interval > 0 }
+
+// Burst returns the most events that can start at once, 0 without a bound.
+func (r Rate) Burst() int { return int(r.burst) }
+
+// Bucket holds what has started under a rate. The zero Bucket has no bound;
+// use Set to give it one.
+type Bucket struct {
+	rate Rate
+	next int64 // Unix nanoseconds at which an event at full speed would be due
+	set  bool  // next holds something
+}
+
+// NewBucket returns a full bucket: burst events may start at once.
+func NewBucket(r Rate) Bucket { return Bucket{rate: r} }
+
+// Set changes the rate and keeps what has started: the events taken so far
+// count against the new rate as if they had been taken under it, so a change
+// of policy gives no second burst.
+func (b *Bucket) Set(r Rate, now time.Time) {
+	if r == b.rate {
+		return
+	}
+	if b.set && b.rate.Limited() && r.Limited() {
+		// Debt is measured in events: how far next lies ahead of now.
+		if ahead := b.next - now.UnixNano(); ahead > 0 {
+			events := min((ahead+b.rate.interval-1)/b.rate.interval, r.burst)
+			b.next = now.UnixNano() + events*r.interval
+		}
+	}
+	b.rate = r
+}
+
+// Take starts n events at now, all or none. It returns true when they may
+// start; otherwise how long to wait until they may, if nothing else is taken
+// meanwhile. An n above the burst never fits: it returns false and a negative
+// wait. An n below 1 fits and takes nothing. A clock that steps back makes the
+// bucket wait until it has caught up, which Rewind prevents.
+func (b *Bucket) Take(now time.Time, n int) (ok bool, wait time.Duration) {
+	ok, wait = b.Peek(now, n)
+	if ok && n > 0 && b.rate.Limited() {
+		at := now.UnixNano()
+		if !b.set || b.next < at {
+			b.next = at
+		}
+		b.next += int64(n) * b.rate.interval
+		b.set = true
+	}
+	return ok, wait
+}
+
+// Peek answers as Take does and takes nothing.
+func (b *Bucket) Peek(now time.Time, n int) (ok bool, wait time.Duration) {
+	if n < 1 || !b.rate.Limited() {
+		return true, 0
+	}
+	if int64(n) > b.rate.burst {
+		return false, -1
+	}
+	at := now.UnixNano()
+	next := at
+	if b.set && b.next > at {
+		next = b.next
+	}
+	// The last of the n events would be due at next + (n-1) intervals; it may
+	// come early by slack.
+	if early := next + int64(n-1)*b.rate.interval - b.rate.slack - at; early > 0 {
+		return false, time.Duration(early)
+	}
+	return true, 0
+}
+
+// Rewind tells the bucket that the clock was set back to now: what it owes is
+// kept, but no longer than the whole burst.
+func (b *Bucket) Rewind(now time.Time) {
+	if limit := now.UnixNano() + b.rate.slack + b.rate.interval; b.set && b.next > limit {
+		b.next = limit
+	}
+}
+
+// Count bounds how many things are under way at once. The zero Count has no
+// bound.
+type Count struct {
+	max  int // 0: no bound
+	used int
+}
+
+// NewCount returns a count with a bound; 0 or less is none.
+func NewCount(max int) Count { return Count{max: maxOf(max)} }
+
+func maxOf(n int) int {
+	if n < 0 {
+		return 0
+	}
+	return n
+}
+
+// SetMax changes the bound. What is under way goes on, even above it.
+func (c *Count) SetMax(max int) { c.max = maxOf(max) }
+
+// Free returns how many more may start; math.MaxInt without a bound, never
+// less than 0.
+func (c *Count) Free() int {
+	if c.max == 0 {
+		return math.MaxInt
+	}
+	return max(c.max-c.used, 0)
+}
+
+// Take starts one more and reports whether the bound allowed it.
+func (c *Count) Take() bool {
+	if c.max > 0 && c.used >= c.max {
+		return false
+	}
+	c.used++
+	return true
+}
+
+// Done ends one. It panics when nothing is under way: the bound would be lost.
+func (c *Count) Done() {
+	if c.used == 0 {
+		panic("throttle: Count.Done without a Take")
+	}
+	c.used--
+}
+
+// Used returns how many are under way.
+func (c *Count) Used() int { return c.used }
