@@ -1,0 +1,284 @@
+// Package cluster runs one server's part of the raft cluster: its log and
+// snapshots on disk, its transport, what to do when leadership comes and goes,
+// and Propose, the only way to change the replicated state.
+//
+// It is written for three servers and works with one: nothing here knows how
+// many there are.
+package cluster
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/hashicorp/raft"
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/relais-mta/relais/control/command"
+	"github.com/relais-mta/relais/control/fsm"
+	"github.com/relais-mta/relais/control/state"
+	"github.com/relais-mta/relais/shared/fault"
+)
+
+// The raft settings; control-plane.md section 14 says why.
+const (
+	heartbeatTimeout    = time.Second
+	electionTimeout     = time.Second
+	leaderLeaseTimeout  = 500 * time.Millisecond
+	maxAppendEntries    = 512
+	maxRPCsInFlight     = 1 // a follower was never fed again after its disk stalled, with more (hashicorp/raft 612)
+	trailingLogs        = 100_000
+	snapshotThreshold   = 65_536
+	snapshotInterval    = 2 * time.Minute
+	retainedSnapshots   = 3
+	logCacheEntries     = 512
+	maxPooledConns      = 4
+	transportTimeout    = 10 * time.Second
+	notifyBuffer        = 16
+	barrierTimeout      = 10 * time.Second
+	enqueueTimeout      = 5 * time.Second
+	maxProposalsWaiting = 1024
+)
+
+// Options configure a server.
+type Options struct {
+	Dir        string // data directory; raft keeps to its own folder in it
+	ServerID   string // text form of the server's node id
+	Address    string // host:port that peers reach this server's raft at
+	Stream     raft.StreamLayer
+	State      *state.Store
+	Logger     *slog.Logger
+	Registerer prometheus.Registerer
+	Halt       func(error) // called when the log cannot be applied; must end the process
+}
+
+// Cluster is this server's part of the cluster. Use Open.
+type Cluster struct {
+	raft      *raft.Raft
+	state     *state.Store
+	stores    *stores
+	transport closer
+	logger    *slog.Logger
+	metrics   *metrics
+	slots     chan struct{}
+
+	ready   atomic.Bool
+	unsound atomic.Pointer[error]
+	readyMu sync.Mutex
+	readyCh chan struct{} // closed while this server leads and has applied its predecessors' entries
+
+	stop    chan struct{}
+	workers sync.WaitGroup
+}
+
+type closer interface{ Close() error }
+
+// Open starts the server on a directory that Bootstrap, or a former run, made.
+func Open(o Options) (*Cluster, error) {
+	const op = "cluster.Open"
+	c := &Cluster{state: o.State, logger: o.Logger, metrics: newMetrics(o.Registerer), slots: make(chan struct{}, maxProposalsWaiting), readyCh: make(chan struct{}), stop: make(chan struct{})}
+	var err error
+	if c.stores, err = openStores(o.Dir, o.Logger, c.verified); err != nil {
+		return nil, err
+	}
+	logger := newRaftLogger(o.Logger)
+	var transport raft.Transport
+	if o.Stream != nil {
+		t := raft.NewNetworkTransportWithConfig(&raft.NetworkTransportConfig{Stream: o.Stream, MaxPool: maxPooledConns, MaxRPCsInFlight: maxRPCsInFlight, Timeout: transportTimeout, Logger: logger})
+		transport, c.transport = t, t
+	} else {
+		_, t := raft.NewInmemTransport(raft.ServerAddress(o.Address))
+		transport, c.transport = t, t
+	}
+	notify := make(chan bool, notifyBuffer)
+	conf := raftConfig(o.ServerID)
+	conf.Logger, conf.NotifyCh = logger, notify
+	c.raft, err = raft.NewRaft(conf, fsm.New(o.State, o.Halt), c.stores.logs, c.stores.wal, c.stores.snapshots, transport)
+	if err != nil {
+		_ = c.transport.Close()
+		c.stores.close()
+		return nil, fault.Wrap(err, fault.Internal, op, "raft does not start from %s", o.Dir)
+	}
+	c.metrics.watch(o.Registerer, c)
+	c.workers.Go(func() { c.lead(notify) })
+	c.workers.Go(c.checkHashes)
+	return c, nil
+}
+
+func raftConfig(serverID string) *raft.Config {
+	conf := raft.DefaultConfig()
+	conf.LocalID = raft.ServerID(serverID)
+	conf.HeartbeatTimeout = heartbeatTimeout
+	conf.ElectionTimeout = electionTimeout
+	conf.LeaderLeaseTimeout = leaderLeaseTimeout
+	conf.MaxAppendEntries = maxAppendEntries
+	conf.TrailingLogs = trailingLogs
+	conf.SnapshotThreshold = snapshotThreshold
+	conf.SnapshotInterval = snapshotInterval
+	conf.ShutdownOnRemove = false
+	conf.BatchApplyCh = true
+	conf.PreVoteDisabled = false
+	conf.NoLegacyTelemetry = true
+	return conf
+}
+
+// Exists reports whether the directory holds raft state already.
+func Exists(dir string) bool {
+	entries, err := os.ReadDir(filepath.Join(dir, raftDir))
+	return err == nil && len(entries) > 0
+}
+
+// Bootstrap makes the directory the first and only voter of a new cluster. It
+// refuses a directory that holds raft state.
+func Bootstrap(dir, serverID, address string, logger *slog.Logger) error {
+	const op = "cluster.Bootstrap"
+	if Exists(dir) {
+		return fault.Field(op, "data", "%s holds a cluster already: start it with serve, or name an empty directory", dir)
+	}
+	s, err := openStores(dir, logger, nil)
+	if err != nil {
+		return err
+	}
+	defer s.close()
+	conf := raftConfig(serverID)
+	conf.Logger = newRaftLogger(logger)
+	_, transport := raft.NewInmemTransport(raft.ServerAddress(address))
+	voters := raft.Configuration{Servers: []raft.Server{{Suffrage: raft.Voter, ID: raft.ServerID(serverID), Address: raft.ServerAddress(address)}}}
+	err = raft.BootstrapCluster(conf, s.logs, s.wal, s.snapshots, transport, voters)
+	return fault.Wrap(err, fault.Internal, op, "the first voter cannot be written to %s", dir)
+}
+
+// lead follows leadership: this server is ready once it leads and everything
+// committed before is applied. Losing and regaining it starts over.
+func (c *Cluster) lead(notify <-chan bool) {
+	for {
+		select {
+		case <-c.stop:
+			return
+		case leads := <-notify:
+			c.setReady(false)
+			if !leads {
+				c.logger.Info("this server follows")
+				continue
+			}
+			if err := c.raft.Barrier(barrierTimeout).Error(); err != nil {
+				c.logger.Warn("leadership was not confirmed", "error", err)
+				if c.raft.State() == raft.Leader {
+					// Without the barrier this server may lack entries; let another lead.
+					c.logger.Error("this server steps down", "error", c.raft.LeadershipTransfer().Error())
+				}
+				continue
+			}
+			c.setReady(true)
+			c.logger.Info("this server leads", "term", c.raft.CurrentTerm())
+		}
+	}
+}
+
+func (c *Cluster) setReady(ready bool) {
+	c.readyMu.Lock()
+	defer c.readyMu.Unlock()
+	if c.ready.Swap(ready) == ready {
+		return
+	}
+	if ready {
+		close(c.readyCh)
+	} else {
+		c.readyCh = make(chan struct{})
+	}
+}
+
+// WaitReady waits until this server leads and is up to date.
+func (c *Cluster) WaitReady(ctx context.Context) error {
+	c.readyMu.Lock()
+	ch := c.readyCh
+	c.readyMu.Unlock()
+	select {
+	case <-ch:
+		return nil
+	case <-ctx.Done():
+		return fault.Wrap(ctx.Err(), fault.Timeout, "cluster.WaitReady", "no leader was elected in time")
+	case <-c.stop:
+		return fault.New(fault.Unavailable, "cluster.WaitReady", "this server is shutting down")
+	}
+}
+
+// Ready reports whether this server leads and is up to date.
+func (c *Cluster) Ready() bool { return c.ready.Load() }
+
+// Leader returns the raft address and id of the leader; both are empty while
+// there is none.
+func (c *Cluster) Leader() (address, serverID string) {
+	a, id := c.raft.LeaderWithID()
+	return string(a), string(id)
+}
+
+// Health returns nil, or why this server must not serve: its state differs
+// from the leader's, or its log is damaged.
+func (c *Cluster) Health() error {
+	if d := c.state.Diverged(); d != nil {
+		return d
+	}
+	if err := c.unsound.Load(); err != nil {
+		return *err
+	}
+	return nil
+}
+
+// Snapshot writes a snapshot now. It returns nil if nothing changed since the
+// last one.
+func (c *Cluster) Snapshot() error {
+	err := c.raft.Snapshot().Error()
+	if err == raft.ErrNothingNewToSnapshot {
+		return nil
+	}
+	return fault.Wrap(err, fault.Internal, "cluster.Snapshot", "no snapshot could be written")
+}
+
+// Close stops the server. Entries that were acknowledged are on disk.
+func (c *Cluster) Close() error {
+	close(c.stop)
+	err := c.raft.Shutdown().Error()
+	c.workers.Wait()
+	if closeErr := c.transport.Close(); err == nil {
+		err = closeErr
+	}
+	c.stores.close()
+	if err != nil {
+		return fmt.Errorf("cluster: stop: %w", err)
+	}
+	return nil
+}
+
+// checkHashes lets the leader commit each checkpoint of the state hash, and
+// raises the alarm when this server's own differs.
+func (c *Cluster) checkHashes() {
+	var committed uint64
+	for {
+		changed := c.state.Watch()
+		if d := c.state.Diverged(); d != nil {
+			c.metrics.divergences.Inc()
+			c.logger.Error("this server stops serving", "error", d)
+			return
+		}
+		if cp, ok := c.state.Read().LastCheckpoint(); ok && cp.Index > committed && c.Ready() {
+			ctx, cancel := context.WithTimeout(context.Background(), enqueueTimeout)
+			_, err := c.Propose(ctx, &command.StateHash{Index: cp.Index, Hash: cp.Hash[:]})
+			cancel()
+			if err != nil {
+				c.logger.Warn("the state hash was not committed", "index", cp.Index, "error", err)
+			}
+			committed = cp.Index
+		}
+		select {
+		case <-changed:
+		case <-c.stop:
+			return
+		}
+	}
+}

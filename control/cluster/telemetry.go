@@ -1,0 +1,90 @@
+package cluster
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"log/slog"
+
+	"github.com/hashicorp/go-hclog"
+	"github.com/hashicorp/raft"
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+type metrics struct {
+	commitSeconds   prometheus.Histogram
+	proposals       *prometheus.CounterVec
+	divergences     prometheus.Counter
+	damagedRanges   prometheus.Counter
+	verifiedEntries prometheus.Counter
+}
+
+func newMetrics(reg prometheus.Registerer) *metrics {
+	m := &metrics{
+		commitSeconds: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name: "relais_control_raft_commit_seconds", Help: "Time from proposing a change to having applied it.",
+			Buckets: prometheus.ExponentialBuckets(0.0005, 2, 14),
+		}),
+		proposals: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "relais_control_raft_proposals_total", Help: "Changes proposed, by command and outcome: applied, refused by a rule, or lost.",
+		}, []string{"command", "outcome"}),
+		divergences: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "relais_control_state_divergences_total", Help: "Checkpoints at which this server's state differed from the leader's. Anything but 0 is an alarm.",
+		}),
+		damagedRanges: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "relais_control_raft_damaged_ranges_total", Help: "Ranges of the log that read back otherwise than written. Anything but 0 is an alarm.",
+		}),
+		verifiedEntries: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "relais_control_raft_verified_entries_total", Help: "Log entries that were read back and compared.",
+		}),
+	}
+	reg.MustRegister(m.commitSeconds, m.proposals, m.divergences, m.damagedRanges, m.verifiedEntries)
+	return m
+}
+
+// watch registers the numbers that raft itself keeps.
+func (m *metrics) watch(reg prometheus.Registerer, c *Cluster) {
+	gauge := func(name, help string, value func() float64) {
+		reg.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, value))
+	}
+	gauge("relais_control_raft_leader", "1 while this server leads the cluster.", func() float64 {
+		if c.raft.State() == raft.Leader {
+			return 1
+		}
+		return 0
+	})
+	gauge("relais_control_raft_term", "Current raft term.", func() float64 { return float64(c.raft.CurrentTerm()) })
+	gauge("relais_control_raft_last_index", "Index of the last entry in this server's log.", func() float64 { return float64(c.raft.LastIndex()) })
+	gauge("relais_control_raft_applied_index", "Index of the last entry applied here.", func() float64 { return float64(c.raft.AppliedIndex()) })
+}
+
+// slogSink passes what raft logs on to slog.
+type slogSink struct{ logger *slog.Logger }
+
+// newRaftLogger returns the logger that raft and its log store want.
+func newRaftLogger(logger *slog.Logger) hclog.Logger {
+	l := hclog.NewInterceptLogger(&hclog.LoggerOptions{Name: "raft", Level: hclog.Debug, Output: io.Discard})
+	l.RegisterSink(slogSink{logger})
+	return l
+}
+
+// Accept implements hclog.SinkAdapter. What raft calls information is routine
+// to an operator, so it is logged as debug.
+func (s slogSink) Accept(name string, level hclog.Level, msg string, args ...any) {
+	to := slog.LevelDebug
+	switch level {
+	case hclog.Warn:
+		to = slog.LevelWarn
+	case hclog.Error:
+		to = slog.LevelError
+	}
+	if !s.logger.Enabled(context.Background(), to) {
+		return
+	}
+	for i := 1; i < len(args); i += 2 {
+		if f, ok := args[i].(hclog.Format); ok && len(f) > 0 {
+			args[i] = fmt.Sprintf(fmt.Sprint(f[0]), f[1:]...)
+		}
+	}
+	s.logger.Log(context.Background(), to, msg, append([]any{"part", name}, args...)...)
+}
