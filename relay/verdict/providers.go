@@ -1,0 +1,183 @@
+package verdict
+
+import (
+	"time"
+
+	"github.com/relais-mta/relais/relay"
+)
+
+// recipientPause is how long a recipient is left alone whose provider says
+// that it gets mail too quickly.
+const recipientPause = time.Hour
+
+// providerRules are the signatures of providers: their own codes and fixed
+// phrases. The first one that fits decides, so narrow rules stand before wide
+// ones. Providers are named as in the shipped profiles.
+var providerRules = [...]rule{
+	// Google: every reply carries an enhanced code that can be trusted.
+	{name: "google-ip-reputation", providers: "google", codes: "4 5", all: []string{"very low reputation", "ip"}, none: []string{"reputation of the sending domain"}, class: IPBlock,
+		sample: "550 5.7.1 [192.0.2.1] blocked: very low reputation of the sending IP address. - gsmtp"},
+	{name: "google-domain-reputation", providers: "google", codes: "4 5", all: []string{"very low reputation", "domain"}, class: Policy,
+		sample: "550 5.7.1 blocked: very low reputation of the sending domain. - gsmtp"},
+	{name: "google-same-message-id", providers: "google", codes: "4 5", all: []string{"same message-id"}, class: Protocol,
+		sample: "421 4.7.28 many mails with the same Message-ID came in. - gsmtp"},
+	{name: "google-unusual-rate", providers: "google", esc: "x.7.28", class: Throttled, action: Retry,
+		sample: "421 4.7.28 an unusual rate of mail from 192.0.2.1. - gsmtp"},
+	{name: "google-authentication", providers: "google", esc: "x.7.23 x.7.24 x.7.25 x.7.26 x.7.27 x.7.29 x.7.30 x.7.32 x.7.40", class: AuthFailure,
+		sample: "550 5.7.26 this mail is unauthenticated. - gsmtp"},
+	{name: "google-recipient-rate", providers: "google", codes: "450", esc: "4.2.1", class: RecipientRate, after: recipientPause,
+		sample: "450 4.2.1 this user is receiving mail too quickly. - gsmtp"},
+	{name: "google-over-quota", providers: "google", esc: "x.2.2", class: Quota,
+		sample: "552 5.2.2 inbox out of space. p=OverQuotaPerm - gsmtp"},
+	{name: "google-over-quota-token", providers: "google", any: []string{"overquotaperm", "overquotatemp"}, class: Quota,
+		sample: "452 4.2.2 out of space, see p=OverQuotaTemp - gsmtp"},
+	{name: "google-disabled", providers: "google", esc: "5.2.1", class: InactiveMailbox,
+		sample: "550 5.2.1 this account is disabled. - gsmtp"},
+	{name: "google-no-such-user", providers: "google", any: []string{"nosuchuser"}, class: BadMailbox,
+		sample: "550 5.1.1 no account has this address. p=NoSuchUser - gsmtp"},
+	{name: "google-spam", providers: "google", codes: "5", any: []string{"likely unsolicited", "unsolicitedmessageerror", "unsolicited mail"}, class: SpamContent,
+		sample: "550 5.7.1 likely unsolicited mail, blocked. p=UnsolicitedMessageError - gsmtp"},
+	{name: "google-content", providers: "google", esc: "x.7.0", any: []string{"security reasons", "blocked for its content", "blockedmessage"}, class: Content,
+		sample: "552 5.7.0 blocked because its content is a potential security issue. p=BlockedMessage - gsmtp"},
+
+	// Yahoo and those who use its hosts: codes in brackets.
+	{name: "yahoo-per-connection", providers: "yahoo", codes: "421", all: []string{"max message per connection"}, class: Throttled,
+		sample: "421 Max message per connection reached, closing"},
+	{name: "yahoo-complaints", anywhere: true, providers: "yahoo", codes: "4", any: []string{"[tss04]", "[ipts04]", "[tss05]", "[ipts05]"}, class: IPBlock,
+		sample: "421 4.7.0 [TSS04] mail from 192.0.2.1 deferred, user complaints"},
+	{name: "yahoo-deferred", anywhere: true, providers: "yahoo", codes: "4", any: []string{"[ts01]", "[ts02]", "[ts03]"}, class: Throttled,
+		sample: "421 4.7.0 [TS02] mail from 192.0.2.1 deferred"},
+	{name: "yahoo-permanently-deferred", anywhere: true, providers: "yahoo", any: []string{"[tss09]", "[tss11]", "[ts03] all messages"}, class: IPBlock,
+		sample: "553 5.7.2 [TSS09] all mail from 192.0.2.1 permanently deferred"},
+	{name: "yahoo-blocklist", anywhere: true, providers: "yahoo", any: []string{"[bl21]", "[bl23]", "[tss07]"}, class: Blocklist,
+		sample: "553 5.7.1 [BL21] connections not accepted, on a Spamhaus list"},
+	{name: "yahoo-unauthenticated", providers: "yahoo", codes: "5", esc: "5.7.9", any: []string{"unauthenticated", "authentication", "dkim", "spf", "dmarc"}, class: AuthFailure,
+		sample: "550 5.7.9 this mail is unauthenticated, sender is held to DMARC"},
+	{name: "yahoo-policy", anywhere: true, providers: "yahoo", codes: "5", any: []string{"[ph01]"}, class: Policy,
+		sample: "554 [PH01] mail not accepted for policy reasons"},
+	{name: "yahoo-policy-579", providers: "yahoo", esc: "5.7.9", class: Policy,
+		sample: "554 5.7.9 mail not accepted for policy reasons"},
+	{name: "yahoo-disabled", anywhere: true, providers: "yahoo", codes: "5", any: []string{"554.30", "mailbox is disabled"}, class: InactiveMailbox,
+		sample: "554 30 sorry, this mailbox is disabled (554.30)"},
+	{name: "yahoo-no-mailbox", providers: "yahoo", codes: "5", any: []string{"mailbox not found", " dd ", "doesn't have a yahoo", "no mailbox here"}, class: BadMailbox,
+		sample: "552 1 requested action aborted, mailbox not found"},
+
+	// Microsoft, consumer and hosted: codes in parentheses.
+	{name: "microsoft-block-list", anywhere: true, providers: "microsoft-consumer exchange-online", codes: "4 5", any: []string{"(s3140)", "(s3150)"}, class: IPBlock,
+		sample: "550 5.7.1 mail from [192.0.2.1] not sent, part of its network is on our block list (S3150)"},
+	{name: "microsoft-connections", providers: "microsoft-consumer exchange-online", codes: "4", esc: "4.7.652", class: Throttled,
+		sample: "421 4.7.652 192.0.2.1 has exceeded its connections"},
+	{name: "microsoft-rate", providers: "microsoft-consumer exchange-online", codes: "4", any: []string{"(s775)", "(s3114)", "(s3115)", "rp-001", "rp-002", "rp-003", "ib007"}, class: Throttled,
+		sample: "451 4.7.650 192.0.2.1 rate limited for its reputation (S775)"},
+	{name: "microsoft-rate-code", providers: "microsoft-consumer exchange-online", esc: "4.7.650 4.7.651", class: Throttled,
+		sample: "451 4.7.651 192.0.2.1 rate limited for its reputation"},
+	{name: "microsoft-authentication", providers: "microsoft-consumer exchange-online", esc: "5.7.515 5.7.509 x.7.23 x.7.25 x.7.26", class: AuthFailure,
+		sample: "550 5.7.515 access denied, the sending domain does not meet the level of authentication"},
+	{name: "microsoft-unknown", anywhere: true, providers: "microsoft-consumer", codes: "5", all: []string{"(s2017062302)"}, class: BadMailbox,
+		sample: "550 5.5.0 mailbox unavailable (S2017062302)"},
+	{name: "exchange-unknown", providers: "exchange-online microsoft-consumer", esc: "5.1.10", class: BadMailbox,
+		sample: "550 5.1.10 RESOLVER.ADR.RecipientNotFound"},
+	{name: "exchange-access-denied", providers: "exchange-online", esc: "5.4.1", class: BadMailbox,
+		sample: "550 5.4.1 recipient address rejected: access denied"},
+	{name: "exchange-banned-ip", providers: "exchange-online microsoft-consumer", codes: "5", all: []string{"banned sending ip"}, class: IPBlock,
+		sample: "550 5.7.606 access denied, banned sending IP [192.0.2.1]"},
+	{name: "exchange-banned-ip-code", providers: "exchange-online", esc: "5.7.606 5.7.607 5.7.608 5.7.609 5.7.610 5.7.611 5.7.612 5.7.613 5.7.614 5.7.615 5.7.616 5.7.617 5.7.618 5.7.619 5.7.62 5.7.63 5.7.64 5.7.649", none: []string{"relay"}, class: IPBlock,
+		sample: "550 5.7.649 access denied for [192.0.2.1]"},
+	{name: "exchange-busy", providers: "exchange-online microsoft-consumer", codes: "451", any: []string{"server busy", "access denied for now", "unusual traffic", "as(", "try again later"}, esc: "4.7.", class: Throttled,
+		sample: "451 4.7.500 server busy, come back later from 192.0.2.1. AS(77714)"},
+	{name: "exchange-concurrent", providers: "exchange-online", codes: "421 451", all: []string{"concurrent"}, class: Throttled,
+		sample: "421 4.3.2 the maximum of concurrent connections is reached"},
+	{name: "exchange-relay", providers: "exchange-online", esc: "5.7.64", class: RelayDenied,
+		sample: "550 5.7.64 tenant attribution: relay access denied"},
+
+	// Apple: codes in brackets.
+	{name: "apple-policy", anywhere: true, providers: "apple", codes: "5", all: []string{"[cs01]"}, class: Policy,
+		sample: "554 5.7.1 [CS01] rejected by local policy"},
+	{name: "apple-unauthenticated", anywhere: true, providers: "apple", codes: "4 5", all: []string{"[hme1]"}, class: AuthFailure,
+		sample: "550 5.7.1 [HME1] the sender is not authenticated"},
+	{name: "apple-proofpoint", anywhere: true, providers: "apple", codes: "4 5", all: []string{"ipcheck.proofpoint.com"}, class: IPBlock,
+		sample: "550 5.7.1 Blocked - see ipcheck.proofpoint.com/?ip=192.0.2.1"},
+	{name: "apple-remote", anywhere: true, providers: "apple", codes: "4", all: []string{"[bs02]"}, class: RemoteSystem,
+		sample: "451 4.7.1 [BS02] not available now"},
+	{name: "apple-volume", providers: "apple", codes: "4", any: []string{"[hcm1]", "excessive volume"}, class: Throttled,
+		sample: "421 4.7.1 mail from 192.0.2.1 deferred for its excessive volume"},
+
+	// Orange and Wanadoo, then La Poste, with the same numbers after another
+	// prefix.
+	{name: "orange-ip-spam", anywhere: true, providers: "orange", any: []string{"ofr*_102", "ofr*_103", "ofr*_999", "lpn*_102", "lpn*_103", "lpn*_510", "lpn*_999"}, class: IPBlock,
+		sample: "550 5.7.1 service refused, known for spam. OFR_102 [102]"},
+	{name: "orange-volume-block", anywhere: true, providers: "orange", codes: "4", all: []string{"ofr005_411"}, class: IPBlock,
+		sample: "421 4.1.1 service refused. OFR005_411"},
+	{name: "orange-ptr", anywhere: true, providers: "orange laposte", any: []string{"ofr*_107", "lpn*_107"}, class: AuthFailure,
+		sample: "421 4.7.0 name and address do not match. OFR_107 [107]"},
+	{name: "orange-later", anywhere: true, providers: "orange laposte", codes: "4", any: []string{"ofr*_104", "ofr*_105", "ofr*_109", "lpn*_104", "lpn*_105", "lpn*_109", "lpn*_503", "ofr*_503"}, class: Throttled,
+		sample: "421 4.7.0 too many connections. OFR_104 [104]"},
+	{name: "orange-greylist", anywhere: true, providers: "orange laposte", codes: "4", any: []string{"ofr*_201", "lpn*_201"}, class: Greylist,
+		sample: "451 4.7.1 try again later. OFR_201 [201]"},
+	{name: "orange-sender", anywhere: true, providers: "orange laposte", any: []string{"ofr*_403", "ofr*_405", "ofr*_415", "lpn*_403", "lpn*_405", "lpn*_415"}, class: InvalidSender,
+		sample: "550 5.1.7 sender address not valid. OFR_403 [403]"},
+	{name: "orange-authentication", anywhere: true, providers: "orange laposte", any: []string{"ofr*_517", "ofr*_535", "ofr*_202", "ofr*_203", "ofr*_204", "lpn*_517", "lpn*_535"}, class: AuthFailure,
+		sample: "550 5.7.1 not in line with the DMARC policy. OFR_517 [517]"},
+	{name: "orange-unknown", anywhere: true, providers: "orange laposte", codes: "5", any: []string{"ofr*_416", "lpn*_416"}, class: BadMailbox,
+		sample: "550 5.1.1 unknown recipient. OFR_416 [416]"},
+	{name: "orange-quota", anywhere: true, providers: "orange laposte", any: []string{"ofr*_417", "lpn*_417"}, class: Quota,
+		sample: "552 5.2.2 quota exceeded. OFR_417 [417]"},
+	{name: "orange-inactive", anywhere: true, providers: "orange laposte", any: []string{"ofr*_420", "ofr*_426", "lpn*_420", "lpn*_426"}, class: InactiveMailbox,
+		sample: "550 5.2.1 blocked account. LPN007_426"},
+	{name: "orange-system", anywhere: true, providers: "orange laposte", any: []string{"ofr*_505", "lpn*_505"}, class: RemoteSystem,
+		sample: "451 4.3.0 system fault. OFR_505 [505]"},
+	{name: "orange-rejected", anywhere: true, providers: "orange laposte", any: []string{"ofr*_506", "lpn*_506", "ouk*_513"}, class: SpamContent,
+		sample: "550 5.2.0 mail rejected. OFR_506 [506]"},
+	{name: "orange-size", anywhere: true, providers: "orange laposte", any: []string{"ofr*_514", "lpn*_514"}, class: TooLarge,
+		sample: "552 5.3.4 too large. OFR_514 [514]"},
+	{name: "laposte-client", anywhere: true, providers: "laposte", any: []string{"lpn*_630"}, class: Policy,
+		sample: "554 5.7.1 client rejected. LPN007_630"},
+
+	// SFR and the names it took over.
+	{name: "sfr-spam", anywhere: true, providers: "sfr", any: []string{"sfr_in_*01"}, class: IPBlock,
+		sample: "550 5.7.1 blocked for spam. SFR_IN_101"},
+	{name: "sfr-virus", anywhere: true, providers: "sfr", any: []string{"sfr_in_*02"}, class: Virus,
+		sample: "550 5.7.1 blocked for a virus. SFR_IN_102"},
+	{name: "sfr-protocol", anywhere: true, providers: "sfr", any: []string{"sfr_in_*03"}, class: Protocol,
+		sample: "550 5.7.1 blocked for protocol errors. SFR_IN_103"},
+	{name: "sfr-unknown-users", anywhere: true, providers: "sfr", any: []string{"sfr_in_*04"}, class: IPBlock,
+		sample: "550 5.7.1 blocked for too many unknown users. SFR_IN_104"},
+	{name: "sfr-volume", anywhere: true, providers: "sfr", any: []string{"sfr_in_*05"}, class: Throttled,
+		sample: "450 4.7.1 blocked for its volume. SFR_IN_105"},
+	{name: "sfr-spam-policy", providers: "sfr", codes: "5", all: []string{"spam policy"}, class: SpamContent,
+		sample: "550 5.7.1 rejected per SPAM policy"},
+	{name: "bouygues-policy", providers: "bouygues", codes: "554", all: []string{"policy reason"}, class: Policy,
+		sample: "554 5.7.1 not accepted, policy reason"},
+
+	// Free and Alice.
+	{name: "free-ip", providers: "free", any: []string{"too many errors from your ip", "too many spams from your ip"}, class: IPBlock,
+		sample: "421 4.7.1 too many errors from your IP (192.0.2.1), see postmaster.free.fr"},
+	{name: "free-spam", providers: "free", codes: "5", all: []string{"spam detected"}, class: SpamContent,
+		sample: "550 5.7.1 spam detected by postmaster.free.fr"},
+	{name: "free-inactive", providers: "free", codes: "5", all: []string{"due to inactivity"}, class: InactiveMailbox,
+		sample: "550 5.2.1 this mailbox was blocked due to inactivity"},
+
+	// GMX, web.de and IONOS: no enhanced codes, a reason in a link.
+	{name: "gmx-block-listed", providers: "gmx", any: []string{"ip address is block listed", "c=bip"}, class: IPBlock,
+		sample: "554 Transaction failed IP address is block listed https://postmaster.gmx.net/en/error-messages?ip=192.0.2.1&c=bip"},
+	{name: "gmx-policy-violations", providers: "gmx", codes: "4", all: []string{"reject due to policy violations"}, class: IPBlock,
+		sample: "450 Requested mail action not taken: mailbox unavailable Reject due to policy violations"},
+	{name: "gmx-rate", providers: "gmx", codes: "4", any: []string{"rate limit reached", "too many connections", "limit of this connection"}, class: Throttled,
+		sample: "421 Rate limit reached"},
+	{name: "gmx-ptr", providers: "gmx", codes: "5", any: []string{"c=rdns", "no ptr", "ptr record"}, class: AuthFailure,
+		sample: "554 No SMTP service, bad DNS PTR record. &c=rdns"},
+
+	// The rest.
+	{name: "t-online-reputation", anywhere: true, providers: "t-online", codes: "5", all: []string{"(nowl)"}, class: IPBlock,
+		sample: "554 IP=192.0.2.1 - None/bad reputation. (NOWL)"},
+	{name: "mail-ru-spam", providers: "mail-ru", codes: "5", all: []string{"spam message rejected"}, class: SpamContent,
+		sample: "550 spam message rejected"},
+	{name: "mail-ru-disabled", providers: "mail-ru", codes: "5", all: []string{"account is disabled"}, class: InactiveMailbox,
+		sample: "550 invalid mailbox, account is disabled"},
+	{name: "comcast-rate", anywhere: true, providers: "comcast", any: []string{"rl000001", "rl000002", "rl000003", "rl000010"}, class: Throttled,
+		sample: "421 4.1.0 try again later. RL000001"},
+	{name: "comcast-block", anywhere: true, providers: "comcast", any: []string{"bl000000", "bl000001", "bl000010", "bl000100", "bl001000"}, class: IPBlock,
+		sample: "554 5.7.1 192.0.2.1 blocked. BL000001"},
+	{name: "mimecast-greylist", providers: "mimecast mimecast-us mimecast-eu mimecast-de", codes: "451", all: []string{"temporarily rejected"}, class: Greylist, phases: []relay.Phase{relay.PhaseMAIL, relay.PhaseRCPT},
+		sample: "451 internal resource temporarily unavailable, temporarily rejected"},
+}
