@@ -1,0 +1,84 @@
+package service
+
+import (
+	"context"
+	"time"
+
+	"github.com/relais-mta/relais/control"
+	"github.com/relais-mta/relais/control/auth"
+	"github.com/relais-mta/relais/control/command"
+	"github.com/relais-mta/relais/shared/fault"
+	"github.com/relais-mta/relais/shared/ids"
+)
+
+// CredentialRequest asks for an SMTP credential.
+type CredentialRequest struct {
+	Tenant   string // id or name
+	Project  string // id or name; empty: the default project
+	Name     string // what it is for; may be empty
+	Stream   string // used when a message names none; may be empty
+	NotAfter time.Time
+}
+
+// CreateCredential makes a credential. The second result is its secret, which
+// is shown once and not kept; the user name is the credential's id.
+func (s *Service) CreateCredential(ctx context.Context, a Actor, req CredentialRequest, c Change) (*control.Credential, string, error) {
+	const op = "service.CreateCredential"
+	if err := s.enter(a, control.RoleOperator, op); err != nil {
+		return nil, "", err
+	}
+	r := s.state.Read()
+	tenant, err := tenantByRef(r, req.Tenant)
+	if err != nil {
+		return nil, "", err
+	}
+	project, err := projectByRef(r, tenant, req.Project)
+	if err != nil {
+		return nil, "", err
+	}
+	at := now()
+	if !req.NotAfter.IsZero() && !req.NotAfter.After(at) {
+		return nil, "", fault.Field(op, "not_after", "%s is past: choose a later time or none", req.NotAfter.UTC().Format(time.RFC3339))
+	}
+	view, err := s.baseView()
+	if err != nil {
+		return nil, "", err
+	}
+	row := control.Credential{Tenant: tenant.ID, Project: project.ID, Name: req.Name, Stream: req.Stream, CreatedAt: at}
+	if !req.NotAfter.IsZero() {
+		row.NotAfter = req.NotAfter.UTC().Truncate(time.Millisecond)
+	}
+	stamp(&row.ID, at)
+	secret, hash := auth.NewCredentialSecret(view.CredentialKey)
+	row.SecretHash = hash
+	out, err := propose[control.Credential](ctx, s, &command.CredentialPut{Meta: c.meta(a), Credential: command.CredentialRecord(&row)})
+	if err != nil {
+		return nil, "", err
+	}
+	return out, secret, nil
+}
+
+// Credentials returns the credentials of a tenant, or all if it is empty.
+func (s *Service) Credentials(a Actor, tenant string) ([]*control.Credential, error) {
+	if err := s.enter(a, control.RoleViewer, "service.Credentials"); err != nil {
+		return nil, err
+	}
+	r := s.state.Read()
+	id, err := optionalTenant(r, tenant)
+	if err != nil {
+		return nil, err
+	}
+	return r.Credentials(id), nil
+}
+
+// RevokeCredential ends a credential for good.
+func (s *Service) RevokeCredential(ctx context.Context, a Actor, ref string, c Change) (*control.Credential, error) {
+	if err := s.enter(a, control.RoleOperator, "service.RevokeCredential"); err != nil {
+		return nil, err
+	}
+	var id ids.Credential
+	if !parseID(&id, ref) || s.state.Read().Credential(id) == nil {
+		return nil, notFound("credential", "credential", ref)
+	}
+	return propose[control.Credential](ctx, s, &command.CredentialRevoke{Meta: c.meta(a), Credential: id[:]})
+}

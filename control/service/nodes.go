@@ -1,0 +1,193 @@
+package service
+
+import (
+	"context"
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/relais-mta/relais/control"
+	"github.com/relais-mta/relais/control/command"
+	"github.com/relais-mta/relais/shared/fault"
+	"github.com/relais-mta/relais/shared/ids"
+)
+
+// HelloInfo is what a relay says when it connects.
+type HelloInfo struct {
+	Version   string
+	Addresses []netip.Addr // present on its host
+}
+
+// Seen is what this server heard from a relay since it started. It is local
+// memory: another server may know better.
+type Seen struct {
+	Connected   bool
+	Since       time.Time // of the present connection, or of its end
+	LastContact time.Time
+	Version     string
+	Addresses   []netip.Addr
+	Acked       uint64 // revision the relay works with
+	AckedAt     time.Time
+	Refused     uint64 // revision it refused last
+	RefusedWhy  string
+}
+
+// maxRefusalBytes bounds what is kept of a relay's refusal.
+const maxRefusalBytes = 1024
+
+// NodeByID returns the node, or NotFound.
+func (s *Service) NodeByID(_ context.Context, id ids.Node) (*control.Node, error) {
+	if err := s.log.Health(); err != nil {
+		return nil, err
+	}
+	if n := s.state.Read().Node(id); n != nil {
+		return n, nil
+	}
+	return nil, notFound("node", "node", id.String())
+}
+
+// SetNodeCert records the certificate a node was given.
+func (s *Service) SetNodeCert(ctx context.Context, id ids.Node, serial string, spki []byte, notAfter time.Time) error {
+	if err := s.enter(System, control.RoleAdmin, "service.SetNodeCert"); err != nil {
+		return err
+	}
+	old := s.state.Read().Node(id)
+	if old == nil {
+		return notFound("node", "node", id.String())
+	}
+	row := *old
+	row.CertSerial, row.CertSPKI, row.CertNotAfter = serial, spki, notAfter.UTC().Truncate(time.Millisecond)
+	_, err := propose[control.Node](ctx, s, &command.NodeUpsert{Meta: &command.Meta{Actor: "ca", Reason: "certificate"}, Expect: old.Revision, Node: command.NodeRecord(&row)})
+	return err
+}
+
+// heard returns the memory of a node, making it if the node exists.
+func (s *Service) heard(id ids.Node) *Seen {
+	if n := s.seen[id]; n != nil {
+		return n
+	}
+	n := &Seen{}
+	if s.state.Read().Node(id) != nil { // so the map is bounded by the table of nodes
+		s.seen[id] = n
+	}
+	return n
+}
+
+// NodeSeen records that a relay connected to this server, and what it said.
+func (s *Service) NodeSeen(_ context.Context, id ids.Node, info HelloInfo) {
+	s.seenMu.Lock()
+	defer s.seenMu.Unlock()
+	n, at := s.heard(id), time.Now()
+	n.Connected, n.Since, n.LastContact = true, at, at
+	n.Version, n.Addresses = info.Version, slices.Clone(info.Addresses)
+}
+
+// NodeGone records that a relay's connection to this server ended.
+func (s *Service) NodeGone(id ids.Node) {
+	s.seenMu.Lock()
+	defer s.seenMu.Unlock()
+	n := s.heard(id)
+	n.Connected, n.Since = false, time.Now()
+}
+
+// AckView records that a relay works with a revision.
+func (s *Service) AckView(id ids.Node, revision uint64) {
+	s.seenMu.Lock()
+	defer s.seenMu.Unlock()
+	n := s.heard(id)
+	n.Acked, n.AckedAt = revision, time.Now()
+	n.LastContact = n.AckedAt
+}
+
+// NackView records that a relay refused a revision, and why.
+func (s *Service) NackView(id ids.Node, revision uint64, why string) {
+	s.seenMu.Lock()
+	defer s.seenMu.Unlock()
+	n := s.heard(id)
+	n.Refused, n.RefusedWhy, n.LastContact = revision, why[:min(len(why), maxRefusalBytes)], time.Now()
+}
+
+// NodeView is a node with what this server heard from it.
+type NodeView struct {
+	control.Node
+	Seen    Seen
+	Sources []*control.Source // assigned to it
+}
+
+// Nodes returns the nodes, oldest first.
+func (s *Service) Nodes(a Actor) ([]NodeView, error) {
+	if err := s.enter(a, control.RoleViewer, "service.Nodes"); err != nil {
+		return nil, err
+	}
+	r := s.state.Read()
+	byOwner := map[ids.Node][]*control.Source{}
+	for _, src := range r.Sources() {
+		byOwner[src.Owner] = append(byOwner[src.Owner], src)
+	}
+	rows := r.Nodes()
+	out := make([]NodeView, 0, len(rows))
+	s.seenMu.Lock()
+	defer s.seenMu.Unlock()
+	for _, n := range rows {
+		v := NodeView{Node: *n, Sources: byOwner[n.ID]}
+		if seen := s.seen[n.ID]; seen != nil {
+			v.Seen = *seen
+		}
+		out = append(out, v)
+	}
+	return out, nil
+}
+
+// Node returns one node, by id or by name.
+func (s *Service) Node(a Actor, ref string) (NodeView, error) {
+	all, err := s.Nodes(a)
+	if err != nil {
+		return NodeView{}, err
+	}
+	n, err := s.nodeByRef(ref)
+	if err != nil {
+		return NodeView{}, err
+	}
+	for _, v := range all {
+		if v.ID == n.ID {
+			return v, nil
+		}
+	}
+	return NodeView{}, notFound("node", "node", ref)
+}
+
+// nodeByRef finds a node by id or name. Evicted nodes lose their name to a
+// machine that joined again.
+func (s *Service) nodeByRef(ref string) (*control.Node, error) {
+	r := s.state.Read()
+	var id ids.Node
+	if parseID(&id, ref) {
+		if n := r.Node(id); n != nil {
+			return n, nil
+		}
+		return nil, notFound("node", "node", ref)
+	}
+	named := r.NodesByName(ref)
+	if live := slices.DeleteFunc(slices.Clone(named), func(n *control.Node) bool { return n.State == control.NodeEvicted }); len(live) > 0 {
+		named = live
+	}
+	switch len(named) {
+	case 0:
+		return nil, notFound("node", "node", ref)
+	case 1:
+		return named[0], nil
+	}
+	return nil, fault.Field("service.Node", "node", "%d nodes are named %q: name one by its id, such as %s", len(named), ref, named[len(named)-1].ID)
+}
+
+// SetNodeState moves a node between its states; eviction is for good.
+func (s *Service) SetNodeState(ctx context.Context, a Actor, ref string, to control.NodeState, c Change) (*control.Node, error) {
+	if err := s.enter(a, control.RoleOperator, "service.SetNodeState"); err != nil {
+		return nil, err
+	}
+	n, err := s.nodeByRef(ref)
+	if err != nil {
+		return nil, err
+	}
+	return propose[control.Node](ctx, s, &command.NodeSetState{Meta: c.meta(a), Expect: c.revision(n.Revision), Node: n.ID[:], State: string(to)})
+}

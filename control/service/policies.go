@@ -1,0 +1,121 @@
+package service
+
+import (
+	"context"
+	"slices"
+	"strings"
+
+	"github.com/relais-mta/relais/control"
+	"github.com/relais-mta/relais/control/command"
+	"github.com/relais-mta/relais/shared/fault"
+	"github.com/relais-mta/relais/shared/policy"
+)
+
+// PolicyView is the whole policy as TOML texts.
+type PolicyView struct {
+	Revision uint64
+	Sections []SectionView // in the order of policy.SectionNames
+}
+
+// SectionView is one section.
+type SectionView struct {
+	Name    string
+	Text    string // what the operators put, or the shipped default
+	Default bool   // nothing was put
+}
+
+// Policy returns every section.
+func (s *Service) Policy(a Actor) (PolicyView, error) {
+	if err := s.enter(a, control.RoleViewer, "service.Policy"); err != nil {
+		return PolicyView{}, err
+	}
+	return policyView(s.state.Read().Policy()), nil
+}
+
+func policyView(row *control.Policy) PolicyView {
+	put := map[string]string{}
+	for _, sec := range row.Sections {
+		put[sec.Name] = sec.Text
+	}
+	v := PolicyView{Revision: row.Revision}
+	for _, name := range policy.SectionNames() {
+		if text, ok := put[name]; ok {
+			v.Sections = append(v.Sections, SectionView{Name: name, Text: text})
+		} else {
+			v.Sections = append(v.Sections, SectionView{Name: name, Text: policy.DefaultSection(name), Default: true})
+		}
+	}
+	return v
+}
+
+// PutPolicy changes the named sections; an empty text returns a section to its
+// shipped default. The whole resulting policy is checked first, names of
+// tenants, projects, pools and addresses included: one bad key and nothing
+// changes. Expect in c is the policy's revision, which is 0 before the first
+// change; nil stands for whatever it is.
+func (s *Service) PutPolicy(ctx context.Context, a Actor, sections map[string]string, expect *uint64, c Change) (PolicyView, error) {
+	const op = "service.PutPolicy"
+	if err := s.enter(a, control.RoleOperator, op); err != nil {
+		return PolicyView{}, err
+	}
+	row := s.state.Read().Policy()
+	if expect != nil && *expect != row.Revision {
+		return PolicyView{}, fault.New(fault.Conflict, op, "the policy was changed meanwhile: it is at revision %d, the change was made from %d; get it again and repeat", row.Revision, *expect)
+	}
+	if err := s.checkPolicy(row, sections); err != nil {
+		return PolicyView{}, err
+	}
+	cmd := &command.PolicyPut{Meta: c.meta(a), Expect: row.Revision}
+	for name, text := range sections {
+		cmd.Sections = append(cmd.Sections, &command.PolicySection{Name: name, Text: text})
+	}
+	slices.SortFunc(cmd.Sections, func(x, y *command.PolicySection) int { return strings.Compare(x.Name, y.Name) })
+	out, err := propose[control.Policy](ctx, s, cmd)
+	if err != nil {
+		return PolicyView{}, err
+	}
+	return policyView(out), nil
+}
+
+// checkPolicy checks the policy as it would be, with the code relays run.
+func (s *Service) checkPolicy(row *control.Policy, sections map[string]string) error {
+	const op = "service.PutPolicy"
+	if len(sections) == 0 {
+		return fault.Field(op, "sections", "are missing: name at least one of %s", strings.Join(policy.SectionNames(), ", "))
+	}
+	merged := map[string]string{}
+	for _, sec := range row.Sections {
+		merged[sec.Name] = sec.Text
+	}
+	for name, text := range sections {
+		if !slices.Contains(policy.SectionNames(), name) {
+			return fault.Field(op, name, "is not a section of the policy: use %s", strings.Join(policy.SectionNames(), ", "))
+		}
+		if merged[name] = text; text == "" {
+			delete(merged, name)
+		}
+	}
+	document, err := policy.Parse(merged)
+	if err != nil {
+		return err
+	}
+	base, err := s.baseView()
+	if err != nil {
+		return err
+	}
+	if err := policy.CheckReferences(&document, policy.ReferencesOf(base)); err != nil {
+		return err
+	}
+	next := *base
+	next.Sections, next.Document = merged, document
+	_, err = policy.Compile(&next)
+	return err
+}
+
+// Audit returns the newest changes, at most limit, newest first.
+func (s *Service) Audit(a Actor, limit int) ([]*control.AuditEntry, error) {
+	if err := s.enter(a, control.RoleOperator, "service.Audit"); err != nil {
+		return nil, err
+	}
+	return s.state.Read().Audit(limit), nil
+}

@@ -1,0 +1,129 @@
+package service
+
+import (
+	"context"
+
+	"github.com/relais-mta/relais/control"
+	"github.com/relais-mta/relais/control/auth"
+	"github.com/relais-mta/relais/control/command"
+	"github.com/relais-mta/relais/control/state"
+	"github.com/relais-mta/relais/shared/fault"
+	"github.com/relais-mta/relais/shared/ids"
+)
+
+// AddTenant makes a tenant and its default project.
+func (s *Service) AddTenant(ctx context.Context, a Actor, name string, c Change) (*control.Tenant, error) {
+	if err := s.enter(a, control.RoleOperator, "service.AddTenant"); err != nil {
+		return nil, err
+	}
+	at := now()
+	row := control.Tenant{Name: name, OwnershipToken: auth.NewOwnershipToken(), CreatedAt: at}
+	stamp(&row.ID, at)
+	tenant, err := propose[control.Tenant](ctx, s, &command.TenantPut{Meta: c.meta(a), Tenant: command.TenantRecord(&row)})
+	if err != nil {
+		return nil, err
+	}
+	_, err = s.AddProject(ctx, a, tenant.ID.String(), control.DefaultProject, c)
+	return tenant, err
+}
+
+// SuspendTenant stops or resumes a tenant: while it is suspended its
+// credentials are refused and its queue goes on.
+func (s *Service) SuspendTenant(ctx context.Context, a Actor, ref string, suspended bool, c Change) (*control.Tenant, error) {
+	if err := s.enter(a, control.RoleOperator, "service.SuspendTenant"); err != nil {
+		return nil, err
+	}
+	old, err := tenantByRef(s.state.Read(), ref)
+	if err != nil {
+		return nil, err
+	}
+	row := *old
+	row.Suspended = suspended
+	return propose[control.Tenant](ctx, s, &command.TenantPut{Meta: c.meta(a), Expect: c.revision(old.Revision), Tenant: command.TenantRecord(&row)})
+}
+
+// Tenants returns the tenants, oldest first.
+func (s *Service) Tenants(a Actor) ([]*control.Tenant, error) {
+	if err := s.enter(a, control.RoleViewer, "service.Tenants"); err != nil {
+		return nil, err
+	}
+	return s.state.Read().Tenants(), nil
+}
+
+// Tenant returns one tenant, by id or name.
+func (s *Service) Tenant(a Actor, ref string) (*control.Tenant, error) {
+	if err := s.enter(a, control.RoleViewer, "service.Tenant"); err != nil {
+		return nil, err
+	}
+	return tenantByRef(s.state.Read(), ref)
+}
+
+func tenantByRef(r *state.Reader, ref string) (*control.Tenant, error) {
+	var id ids.Tenant
+	t := r.TenantByName(ref)
+	if t == nil && parseID(&id, ref) {
+		t = r.Tenant(id)
+	}
+	if t == nil {
+		return nil, notFound("tenant", "tenant", ref)
+	}
+	return t, nil
+}
+
+// optionalTenant returns the zero id for an empty reference.
+func optionalTenant(r *state.Reader, ref string) (id ids.Tenant, err error) {
+	if ref == "" {
+		return id, nil
+	}
+	t, err := tenantByRef(r, ref)
+	if err != nil {
+		return id, err
+	}
+	return t.ID, nil
+}
+
+// AddProject makes a project of a tenant.
+func (s *Service) AddProject(ctx context.Context, a Actor, tenant, name string, c Change) (*control.Project, error) {
+	if err := s.enter(a, control.RoleOperator, "service.AddProject"); err != nil {
+		return nil, err
+	}
+	t, err := tenantByRef(s.state.Read(), tenant)
+	if err != nil {
+		return nil, err
+	}
+	at := now()
+	row := control.Project{Tenant: t.ID, Name: name, CreatedAt: at}
+	stamp(&row.ID, at)
+	return propose[control.Project](ctx, s, &command.ProjectPut{Meta: c.meta(a), Project: command.ProjectRecord(&row)})
+}
+
+// Projects returns the projects of a tenant, or all if it is empty.
+func (s *Service) Projects(a Actor, tenant string) ([]*control.Project, error) {
+	if err := s.enter(a, control.RoleViewer, "service.Projects"); err != nil {
+		return nil, err
+	}
+	r := s.state.Read()
+	id, err := optionalTenant(r, tenant)
+	if err != nil {
+		return nil, err
+	}
+	return r.Projects(id), nil
+}
+
+// projectByRef finds a tenant's project by id or name; empty is the default one.
+func projectByRef(r *state.Reader, t *control.Tenant, ref string) (*control.Project, error) {
+	if ref == "" {
+		ref = control.DefaultProject
+	}
+	var id ids.Project
+	p := r.ProjectByName(t.ID, ref)
+	if p == nil && parseID(&id, ref) {
+		p = r.Project(id)
+	}
+	if p == nil || p.Tenant != t.ID {
+		e := fault.New(fault.NotFound, "service", "tenant %q has no project %q: see `relais-control project list --tenant %s`", t.Name, ref, t.Name)
+		e.Field = "project"
+		return nil, e
+	}
+	return p, nil
+}
