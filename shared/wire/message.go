@@ -22,13 +22,16 @@ func NewError(err error) *Error {
 	return out
 }
 
+// PeerOp is the operation of faults that came from a peer.
+const PeerOp = "peer"
+
 // Fault returns the error that a peer told us of.
 func (e *Error) Fault() error {
 	kind := fault.Internal
 	if e.GetKind() <= uint32(fault.TooLarge) {
 		kind = fault.Kind(e.GetKind())
 	}
-	return &fault.Error{Kind: kind, Op: "peer", Field: clip(e.GetField()), Public: clip(e.GetText())}
+	return &fault.Error{Kind: kind, Op: PeerOp, Field: clip(e.GetField()), Public: clip(e.GetText())}
 }
 
 // Negotiate returns the protocol version to speak with a peer: the highest

@@ -442,17 +442,16 @@ func (x *RenewRequest) GetCsr() []byte {
 	return nil
 }
 
-// JoinReply answers JoinRequest and RenewRequest.
+// JoinReply grants a JoinRequest or a RenewRequest; Error refuses it.
 type JoinReply struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Error         *Error                 `protobuf:"bytes,1,opt,name=error,proto3" json:"error,omitempty"` // set: refused, and nothing else is set
-	NodeId        []byte                 `protobuf:"bytes,2,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"`
-	State         string                 `protobuf:"bytes,3,opt,name=state,proto3" json:"state,omitempty"`     // "active", or "pending" until an operator accepts the node
-	Chain         [][]byte               `protobuf:"bytes,4,rep,name=chain,proto3" json:"chain,omitempty"`     // leaf first, DER
-	Bundle        [][]byte               `protobuf:"bytes,5,rep,name=bundle,proto3" json:"bundle,omitempty"`   // the CAs to believe, DER
-	Servers       []string               `protobuf:"bytes,6,rep,name=servers,proto3" json:"servers,omitempty"` // link addresses, host:port
-	ClusterId     []byte                 `protobuf:"bytes,7,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
-	Generation    uint64                 `protobuf:"varint,8,opt,name=generation,proto3" json:"generation,omitempty"`
+	NodeId        []byte                 `protobuf:"bytes,1,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"`
+	State         string                 `protobuf:"bytes,2,opt,name=state,proto3" json:"state,omitempty"`     // "active", or "pending" until an operator accepts the node
+	Chain         [][]byte               `protobuf:"bytes,3,rep,name=chain,proto3" json:"chain,omitempty"`     // leaf first, DER
+	Bundle        [][]byte               `protobuf:"bytes,4,rep,name=bundle,proto3" json:"bundle,omitempty"`   // the CAs to believe, DER
+	Servers       []string               `protobuf:"bytes,5,rep,name=servers,proto3" json:"servers,omitempty"` // link addresses, host:port
+	ClusterId     []byte                 `protobuf:"bytes,6,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
+	Generation    uint64                 `protobuf:"varint,7,opt,name=generation,proto3" json:"generation,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -485,13 +484,6 @@ func (x *JoinReply) ProtoReflect() protoreflect.Message {
 // Deprecated: Use JoinReply.ProtoReflect.Descriptor instead.
 func (*JoinReply) Descriptor() ([]byte, []int) {
 	return file_shared_wire_wire_proto_rawDescGZIP(), []int{5}
-}
-
-func (x *JoinReply) GetError() *Error {
-	if x != nil {
-		return x.Error
-	}
-	return nil
 }
 
 func (x *JoinReply) GetNodeId() []byte {
@@ -2090,18 +2082,17 @@ const file_shared_wire_wire_proto_rawDesc = "" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\" \n" +
 	"\fRenewRequest\x12\x10\n" +
-	"\x03csr\x18\x01 \x01(\fR\x03csr\"\xee\x01\n" +
-	"\tJoinReply\x12+\n" +
-	"\x05error\x18\x01 \x01(\v2\x15.relais.wire.v1.ErrorR\x05error\x12\x17\n" +
-	"\anode_id\x18\x02 \x01(\fR\x06nodeId\x12\x14\n" +
-	"\x05state\x18\x03 \x01(\tR\x05state\x12\x14\n" +
-	"\x05chain\x18\x04 \x03(\fR\x05chain\x12\x16\n" +
-	"\x06bundle\x18\x05 \x03(\fR\x06bundle\x12\x18\n" +
-	"\aservers\x18\x06 \x03(\tR\aservers\x12\x1d\n" +
+	"\x03csr\x18\x01 \x01(\fR\x03csr\"\xc1\x01\n" +
+	"\tJoinReply\x12\x17\n" +
+	"\anode_id\x18\x01 \x01(\fR\x06nodeId\x12\x14\n" +
+	"\x05state\x18\x02 \x01(\tR\x05state\x12\x14\n" +
+	"\x05chain\x18\x03 \x03(\fR\x05chain\x12\x16\n" +
+	"\x06bundle\x18\x04 \x03(\fR\x06bundle\x12\x18\n" +
+	"\aservers\x18\x05 \x03(\tR\aservers\x12\x1d\n" +
 	"\n" +
-	"cluster_id\x18\a \x01(\fR\tclusterId\x12\x1e\n" +
+	"cluster_id\x18\x06 \x01(\fR\tclusterId\x12\x1e\n" +
 	"\n" +
-	"generation\x18\b \x01(\x04R\n" +
+	"generation\x18\a \x01(\x04R\n" +
 	"generation\"@\n" +
 	"\vStreamStart\x121\n" +
 	"\apurpose\x18\x01 \x01(\x0e2\x17.relais.wire.v1.PurposeR\apurpose\"@\n" +
@@ -2278,30 +2269,29 @@ var file_shared_wire_wire_proto_goTypes = []any{
 }
 var file_shared_wire_wire_proto_depIdxs = []int32{
 	30, // 0: relais.wire.v1.JoinRequest.labels:type_name -> relais.wire.v1.JoinRequest.LabelsEntry
-	2,  // 1: relais.wire.v1.JoinReply.error:type_name -> relais.wire.v1.Error
-	0,  // 2: relais.wire.v1.StreamStart.purpose:type_name -> relais.wire.v1.Purpose
-	8,  // 3: relais.wire.v1.Hello.held:type_name -> relais.wire.v1.Revision
-	8,  // 4: relais.wire.v1.Report.applied:type_name -> relais.wire.v1.Revision
-	13, // 5: relais.wire.v1.Report.sources:type_name -> relais.wire.v1.HeldSource
-	8,  // 6: relais.wire.v1.ViewBegin.revision:type_name -> relais.wire.v1.Revision
-	8,  // 7: relais.wire.v1.Ack.revision:type_name -> relais.wire.v1.Revision
-	8,  // 8: relais.wire.v1.Nack.revision:type_name -> relais.wire.v1.Revision
-	2,  // 9: relais.wire.v1.Nack.error:type_name -> relais.wire.v1.Error
-	8,  // 10: relais.wire.v1.View.revision:type_name -> relais.wire.v1.Revision
-	21, // 11: relais.wire.v1.View.sections:type_name -> relais.wire.v1.Section
-	22, // 12: relais.wire.v1.View.tenants:type_name -> relais.wire.v1.Tenant
-	23, // 13: relais.wire.v1.View.projects:type_name -> relais.wire.v1.Project
-	24, // 14: relais.wire.v1.View.domains:type_name -> relais.wire.v1.Domain
-	26, // 15: relais.wire.v1.View.credentials:type_name -> relais.wire.v1.Credential
-	27, // 16: relais.wire.v1.View.pools:type_name -> relais.wire.v1.Pool
-	28, // 17: relais.wire.v1.View.sources:type_name -> relais.wire.v1.Source
-	29, // 18: relais.wire.v1.View.return_path_keys:type_name -> relais.wire.v1.ReturnPathKey
-	25, // 19: relais.wire.v1.Domain.dkim:type_name -> relais.wire.v1.DKIMKey
-	20, // [20:20] is the sub-list for method output_type
-	20, // [20:20] is the sub-list for method input_type
-	20, // [20:20] is the sub-list for extension type_name
-	20, // [20:20] is the sub-list for extension extendee
-	0,  // [0:20] is the sub-list for field type_name
+	0,  // 1: relais.wire.v1.StreamStart.purpose:type_name -> relais.wire.v1.Purpose
+	8,  // 2: relais.wire.v1.Hello.held:type_name -> relais.wire.v1.Revision
+	8,  // 3: relais.wire.v1.Report.applied:type_name -> relais.wire.v1.Revision
+	13, // 4: relais.wire.v1.Report.sources:type_name -> relais.wire.v1.HeldSource
+	8,  // 5: relais.wire.v1.ViewBegin.revision:type_name -> relais.wire.v1.Revision
+	8,  // 6: relais.wire.v1.Ack.revision:type_name -> relais.wire.v1.Revision
+	8,  // 7: relais.wire.v1.Nack.revision:type_name -> relais.wire.v1.Revision
+	2,  // 8: relais.wire.v1.Nack.error:type_name -> relais.wire.v1.Error
+	8,  // 9: relais.wire.v1.View.revision:type_name -> relais.wire.v1.Revision
+	21, // 10: relais.wire.v1.View.sections:type_name -> relais.wire.v1.Section
+	22, // 11: relais.wire.v1.View.tenants:type_name -> relais.wire.v1.Tenant
+	23, // 12: relais.wire.v1.View.projects:type_name -> relais.wire.v1.Project
+	24, // 13: relais.wire.v1.View.domains:type_name -> relais.wire.v1.Domain
+	26, // 14: relais.wire.v1.View.credentials:type_name -> relais.wire.v1.Credential
+	27, // 15: relais.wire.v1.View.pools:type_name -> relais.wire.v1.Pool
+	28, // 16: relais.wire.v1.View.sources:type_name -> relais.wire.v1.Source
+	29, // 17: relais.wire.v1.View.return_path_keys:type_name -> relais.wire.v1.ReturnPathKey
+	25, // 18: relais.wire.v1.Domain.dkim:type_name -> relais.wire.v1.DKIMKey
+	19, // [19:19] is the sub-list for method output_type
+	19, // [19:19] is the sub-list for method input_type
+	19, // [19:19] is the sub-list for extension type_name
+	19, // [19:19] is the sub-list for extension extendee
+	0,  // [0:19] is the sub-list for field type_name
 }
 
 func init() { file_shared_wire_wire_proto_init() }
