@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log"
 	"net"
 	"net/netip"
 	"strings"
@@ -150,7 +151,7 @@ func TestClientSubmits(t *testing.T) {
 		t.Run(fmt.Sprintf("implicit=%v", implicit), func(t *testing.T) {
 			s := &submitter{got: make(chan string, 10)}
 			srv := smtp.NewServer(s)
-			srv.Domain, srv.TLSConfig = "relay.lab.test", cfg
+			srv.Domain, srv.TLSConfig, srv.ErrorLog = "relay.lab.test", cfg, log.New(io.Discard, "", 0)
 			ln, err := net.Listen("tcp", "127.0.0.1:0")
 			if err != nil {
 				t.Fatal(err)

@@ -77,7 +77,7 @@ const (
 	defaultGreylistDelay  = 2 * time.Second
 	defaultRateWindow     = time.Minute
 	defaultMaxMessageSize = 25 << 20
-	sourceRatePerSecond   = 100 // what receivers without a stated rate bear
+	sourceRatePerSecond   = 110 // what receivers without a stated rate bear, a tenth above what is commonly assumed
 )
 
 // perMinute builds the limits of a provider from its usual four numbers.

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"os"
 	"strconv"
 	"strings"
 	"time"
@@ -84,6 +85,7 @@ func (s *session) run() {
 	}
 	limit := s.p.limits.Load().Connections
 	seen, over := s.lane.connect(limit, s.farm.ctx.Done())
+	s.farm.moved()
 	var err error
 	if over {
 		s.p.breach(s.lane, LimitConnections, limit, seen, 0, time.Now())
@@ -114,12 +116,17 @@ func (s *session) serve() error {
 			s.say("500 5.5.6 line too long")
 			return errClosing
 		}
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			s.say("421 4.4.2 waited too long for a command")
+			return errClosing
+		}
 		if err != nil {
 			return err
 		}
 		if err := s.command(line); err != nil {
 			return err
 		}
+		s.farm.moved()
 	}
 }
 
