@@ -14,7 +14,7 @@ type rule struct {
 	providers string        // names separated by spaces; "" and "*": any provider
 	anywhere  bool          // the token is unmistakable: the rule also fits when the provider is not known or another
 	codes     string        // three-digit codes or first digits, separated by spaces: "421", "5"; "": any
-	esc       string        // enhanced codes or prefixes ending in ".", separated by spaces; a leading "x" stands for 4 or 5
+	esc       string        // enhanced codes, or prefixes of them ending in "*", separated by spaces; a leading "x" stands for 4 or 5
 	all       []string      // every one is in the text
 	any       []string      // at least one is in the text
 	none      []string      // not one is in the text
@@ -31,7 +31,7 @@ type subject struct {
 	phase    relay.Phase
 	code     uint16
 	esc      string
-	text     string // lower case
+	text     string // lower case, without addresses
 }
 
 func (r *rule) fits(s *subject) bool {
@@ -137,17 +137,14 @@ func fitsEnhanced(patterns, esc string) bool {
 		return false
 	}
 	for item := range strings.SplitSeq(patterns, " ") {
+		code := esc
 		if item[0] == 'x' {
 			if esc[0] != '4' && esc[0] != '5' {
 				continue
 			}
-			item, rest := item[1:], esc[1:]
-			if item == rest || strings.HasSuffix(item, ".") && strings.HasPrefix(rest, item) {
-				return true
-			}
-			continue
+			item, code = item[1:], esc[1:]
 		}
-		if item == esc || strings.HasSuffix(item, ".") && strings.HasPrefix(esc, item) {
+		if prefix, star := strings.CutSuffix(item, "*"); star && strings.HasPrefix(code, prefix) || item == code {
 			return true
 		}
 	}
@@ -172,7 +169,7 @@ func Classify(provider string, phase relay.Phase, reply relay.Reply) Verdict {
 	if reply.Code >= 200 && reply.Code < 300 {
 		return delivered
 	}
-	s := subject{provider: provider, phase: phase, code: reply.Code, esc: reply.Enhanced, text: strings.ToLower(reply.Text)}
+	s := subject{provider: provider, phase: phase, code: reply.Code, esc: reply.Enhanced, text: words(reply.Text)}
 	if reply.Code == 0 {
 		if r := first(localRules[:], &s); r != nil {
 			return s.verdict(r)
@@ -205,6 +202,26 @@ func Classify(provider string, phase relay.Phase, reply relay.Reply) Verdict {
 	return s.verdict(r)
 }
 
+// words returns a reply's text in lower case without mail addresses: the local
+// part of a recipient must not decide what its refusal means.
+func words(text string) string {
+	text = strings.ToLower(text)
+	if !strings.Contains(text, "@") {
+		return text
+	}
+	var out strings.Builder
+	for w := range strings.FieldsSeq(text) {
+		if strings.Contains(w, "@") && !strings.HasPrefix(w, "http") {
+			continue
+		}
+		if out.Len() > 0 {
+			out.WriteByte(' ')
+		}
+		out.WriteString(w)
+	}
+	return out.String()
+}
+
 // consistent reports whether the enhanced code is of the class that the three
 // digits say (RFC 2034 section 4).
 func consistent(code uint16, esc string) bool {
@@ -219,22 +236,18 @@ func (s *subject) verdict(r *rule) Verdict {
 	if v.Action == "" {
 		v.Action = s.action(r.class)
 	}
-	if s.early() && v.Action == Fail {
-		// A 5xx before MAIL is about us or about that one host. The recipient
-		// has not even been named.
-		v.Action = Retry
-		if v.Scope == ScopeAddress || v.Scope == ScopeMaybeAddress {
-			v.Class, v.Scope = Undetermined, ScopePath
-		}
-	}
 	if v.Action == Retry {
 		v.After = r.after
 	}
+	if s.phase >= relay.PhaseConnect && s.phase <= relay.PhaseMAIL && (v.Scope == ScopeAddress || v.Scope == ScopeMaybeAddress) {
+		// No recipient has been named yet: it cannot be the one at fault.
+		v.Class, v.Scope, v.After = Undetermined, ScopePath, 0
+	}
+	if s.phase >= relay.PhaseConnect && s.phase < relay.PhaseMAIL && v.Action == Fail {
+		// A 5xx before MAIL is about us or about that one host.
+		v.Action = Retry
+	}
 	return v
-}
-
-func (s *subject) early() bool {
-	return s.phase == relay.PhaseConnect || s.phase == relay.PhaseEHLO || s.phase == relay.PhaseSTARTTLS
 }
 
 // action is what a class does when its rule does not say otherwise.

@@ -63,9 +63,9 @@ type Action string
 
 // The actions.
 const (
-	Deliver  Action = "deliver"   // final: delivered
-	Fail     Action = "fail"      // final: bounced
-	Retry    Action = "retry"     // again by the retry schedule, not before Verdict.After
+	Deliver Action = "deliver" // final: delivered
+	Fail    Action = "fail"    // final: bounced
+	Retry   Action = "retry"   // again by the retry schedule, not before Verdict.After
 	// RetryNow: again at once in another transaction or session, at the cost
 	// of no attempt; if the attempt got no recipient of the message any
 	// further, as Retry, so that it cannot go round for ever.
@@ -114,4 +114,10 @@ func Of(provider string, o *relay.Outcome) Verdict {
 		v.Action = Retry
 	}
 	return v
+}
+
+// OfLine returns the verdict on a reply as a log or a person writes it. A log
+// line does not tell its phase; RCPT is assumed, where most refusals happen.
+func OfLine(provider, text string) Verdict {
+	return Classify(provider, relay.PhaseRCPT, ParseReply(text))
 }
