@@ -1,0 +1,245 @@
+// Package api is the management API: HTTP and JSON in front of the use cases of
+// control/service. It translates and nothing else: who asks is found from the
+// API key, a revision from If-Match, an error becomes a problem document (RFC
+// 9457) in one place, and the OpenAPI 3.1 description is made from the very
+// types that are served.
+package api
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"net/http"
+	"strconv"
+	"strings"
+
+	"github.com/danielgtaylor/huma/v2"
+	"github.com/danielgtaylor/huma/v2/adapters/humachi"
+	"github.com/go-chi/chi/v5"
+
+	"github.com/relais-mta/relais/control/service"
+	"github.com/relais-mta/relais/shared/fault"
+)
+
+// Prefix is the path below which the API lives.
+const Prefix = "/api/v1"
+
+// maxBodyBytes bounds a request's body: a policy of 256 KiB as JSON.
+const maxBodyBytes = 1 << 20
+
+// Options configure a handler.
+type Options struct {
+	Service *service.Service
+	Logger  *slog.Logger
+	// Local is who a request without an API key comes from. It is set for the
+	// handler behind the admin socket, which only its owner can open.
+	Local *service.Actor
+}
+
+type server struct {
+	svc    *service.Service
+	logger *slog.Logger
+	local  *service.Actor
+}
+
+// New returns the handler of the API.
+func New(o Options) http.Handler {
+	s := &server{svc: o.Service, logger: o.Logger, local: o.Local}
+	router := chi.NewRouter()
+	config := huma.DefaultConfig("Relais control", o.Service.Info().Version)
+	config.OpenAPIPath = Prefix + "/openapi"
+	config.SchemasPath = Prefix + "/schemas"
+	config.DocsPath = ""      // the usual page loads its script from a stranger
+	config.CreateHooks = nil  // no $schema member in answers
+	config.Transformers = nil // answers are what the types say
+	config.Components.SecuritySchemes = map[string]*huma.SecurityScheme{
+		"key": {Type: "http", Scheme: "bearer", Description: "An API key, such as init printed"},
+	}
+	a := humachi.New(router, config)
+	a.UseMiddleware(s.authenticate(a))
+	s.registerOpen(a)
+	s.registerTenants(a)
+	s.registerSending(a)
+	s.registerNodes(a)
+	s.registerPolicy(a)
+	return router
+}
+
+type actorKey struct{}
+
+// authenticate finds who asks and refuses strangers, except where an operation
+// is open to all.
+func (s *server) authenticate(a huma.API) func(huma.Context, func(huma.Context)) {
+	return func(ctx huma.Context, next func(huma.Context)) {
+		if len(ctx.Operation().Security) == 0 {
+			next(ctx)
+			return
+		}
+		actor, err := s.actor(ctx.Header("Authorization"))
+		if err != nil {
+			p := problemOf(err)
+			ctx.SetHeader("WWW-Authenticate", "Bearer") // RFC 9110 section 11.6.1
+			ctx.SetHeader("Content-Type", "application/problem+json")
+			ctx.SetStatus(p.Status)
+			if err := a.Marshal(ctx.BodyWriter(), "application/json", p); err != nil {
+				s.logger.Debug("the answer was not delivered", "error", err)
+			}
+			return
+		}
+		next(huma.WithValue(ctx, actorKey{}, actor))
+	}
+}
+
+func (s *server) actor(header string) (service.Actor, error) {
+	if header == "" && s.local != nil {
+		return *s.local, nil
+	}
+	scheme, key, ok := strings.Cut(header, " ")
+	if !ok || !strings.EqualFold(scheme, "Bearer") {
+		return service.Actor{}, fault.New(fault.Unauthenticated, "api", "an API key is needed: send it as `Authorization: Bearer rk1.…`")
+	}
+	return s.svc.Authenticate(strings.TrimSpace(key))
+}
+
+func actorOf(ctx context.Context) service.Actor {
+	actor, _ := ctx.Value(actorKey{}).(service.Actor) // the zero actor may do nothing
+	return actor
+}
+
+// Precondition is what a change may carry in its headers.
+type Precondition struct {
+	IfMatch string `header:"If-Match" doc:"Revision the change was made from; without it, whatever it is now"`
+	Reason  string `header:"Relais-Reason" doc:"Why, for the audit tail"`
+}
+
+// change reads the headers.
+func (p Precondition) change() (service.Change, error) {
+	c := service.Change{Reason: p.Reason}
+	expect, err := p.revision()
+	if err == nil && expect != nil {
+		c.Expect = *expect
+	}
+	return c, err
+}
+
+// revision reads If-Match (RFC 9110 section 13.1.1); nil means none or "*".
+func (p Precondition) revision() (*uint64, error) {
+	text := strings.Trim(p.IfMatch, `"`)
+	if text == "" || text == "*" {
+		return nil, nil
+	}
+	n, err := strconv.ParseUint(text, 10, 64)
+	if err != nil {
+		return nil, fault.Field("api", "If-Match", "%q is not a revision: send the number that was read, in quotes", p.IfMatch)
+	}
+	return &n, nil
+}
+
+// Out is an answer with its body and, for one object, its revision.
+type Out[T any] struct {
+	ETag string `header:"ETag" doc:"The object's revision"`
+	Body T
+}
+
+func out[T any](body T, revision uint64) *Out[T] {
+	return &Out[T]{Body: body, ETag: `"` + strconv.FormatUint(revision, 10) + `"`}
+}
+
+// List is an answer with several objects.
+type List[T any] struct {
+	Body ListBody[T]
+}
+
+// ListBody is the JSON of a list.
+type ListBody[T any] struct {
+	Items []T `json:"items"`
+}
+
+func list[R, T any](rows []R, convert func(R) T) *List[T] {
+	l := &List[T]{Body: ListBody[T]{Items: make([]T, 0, len(rows))}}
+	for _, r := range rows {
+		l.Body.Items = append(l.Body.Items, convert(r))
+	}
+	return l
+}
+
+// route describes an operation.
+type route struct {
+	method, path, id, summary string
+	status                    int
+	open                      bool // no API key is needed
+}
+
+// handle registers an operation and turns its errors into problem documents.
+func handle[I, O any](s *server, a huma.API, r route, fn func(context.Context, *I) (*O, error)) {
+	op := huma.Operation{Method: r.method, Path: Prefix + r.path, OperationID: r.id, Summary: r.summary, DefaultStatus: r.status, MaxBodyBytes: maxBodyBytes}
+	if !r.open {
+		op.Security = []map[string][]string{{"key": {}}}
+	}
+	huma.Register(a, op, func(ctx context.Context, in *I) (*O, error) {
+		o, err := fn(ctx, in)
+		if err != nil {
+			p := problemOf(err)
+			level := slog.LevelInfo
+			if p.Status >= http.StatusInternalServerError {
+				level = slog.LevelError
+			}
+			s.logger.Log(ctx, level, "request refused", "operation", r.id, "actor", actorOf(ctx).Name, "status", p.Status, "error", err)
+			return nil, p
+		}
+		return o, nil
+	})
+}
+
+// Problem is a problem document (RFC 9457) with the kind of error and the field
+// at fault as extension members.
+type Problem struct {
+	Type   string `json:"type"`
+	Title  string `json:"title"`
+	Status int    `json:"status"`
+	Detail string `json:"detail"`
+	Kind   string `json:"kind"`
+	Field  string `json:"field,omitempty"`
+}
+
+// Error implements error.
+func (p *Problem) Error() string { return p.Detail }
+
+// GetStatus implements huma.StatusError.
+func (p *Problem) GetStatus() int { return p.Status }
+
+// ContentType implements huma.ContentTypeFilter.
+func (p *Problem) ContentType(string) string { return "application/problem+json" }
+
+var statuses = map[fault.Kind]int{
+	fault.Invalid:         http.StatusUnprocessableEntity,
+	fault.NotFound:        http.StatusNotFound,
+	fault.Conflict:        http.StatusConflict,
+	fault.Exists:          http.StatusConflict,
+	fault.Unauthenticated: http.StatusUnauthorized,
+	fault.Denied:          http.StatusForbidden,
+	fault.Exhausted:       http.StatusTooManyRequests,
+	fault.NoSpace:         http.StatusInsufficientStorage,
+	fault.Unavailable:     http.StatusServiceUnavailable,
+	fault.Timeout:         http.StatusGatewayTimeout,
+	fault.TooLarge:        http.StatusRequestEntityTooLarge,
+}
+
+// problemOf is the one place where errors become HTTP.
+func problemOf(err error) *Problem {
+	var p *Problem
+	if errors.As(err, &p) {
+		return p
+	}
+	kind := fault.KindOf(err)
+	status, ok := statuses[kind]
+	if !ok {
+		status = http.StatusInternalServerError
+	}
+	p = &Problem{Type: "about:blank", Title: http.StatusText(status), Status: status, Detail: fault.Public(err), Kind: kind.String()}
+	var f *fault.Error
+	if errors.As(err, &f) {
+		p.Field = f.Field
+	}
+	return p
+}

@@ -1,0 +1,312 @@
+package api
+
+import (
+	"time"
+
+	"github.com/relais-mta/relais/control"
+	"github.com/relais-mta/relais/control/service"
+)
+
+// The types below are the JSON of the management API. Fields are only added.
+// Times are RFC 3339 in UTC; ids are their text form; a revision is what
+// If-Match takes.
+
+// Token is a join token.
+type Token struct {
+	ID        string            `json:"id"`
+	Role      string            `json:"role" enum:"relay,control"`
+	UsesMax   int               `json:"uses_max"`
+	UsesLeft  int               `json:"uses_left"`
+	NotAfter  time.Time         `json:"not_after"`
+	Labels    map[string]string `json:"labels,omitempty"`
+	CIDRs     []string          `json:"cidrs,omitempty" doc:"Networks the machine may come from; empty: any"`
+	NameGlob  string            `json:"name_glob,omitempty" doc:"Pattern its name must match; empty: any"`
+	Nodes     []string          `json:"nodes,omitempty" doc:"Nodes that joined with it"`
+	Revoked   bool              `json:"revoked"`
+	CreatedAt time.Time         `json:"created_at"`
+	Revision  uint64            `json:"revision"`
+	Secret    string            `json:"token,omitempty" doc:"The text to paste, shown only when the token is created"`
+}
+
+// TokenCreate asks for a join token.
+type TokenCreate struct {
+	Role       string            `json:"role" enum:"relay,control"`
+	TTLSeconds int64             `json:"ttl_seconds,omitempty" minimum:"0" doc:"Life in seconds, at most 86400; 0: an hour for relays, 15 minutes for servers"`
+	Uses       int               `json:"uses,omitempty" minimum:"0" doc:"How many machines may join with it; 0: one"`
+	Labels     map[string]string `json:"labels,omitempty" doc:"Given to every node that joins with it"`
+	CIDRs      []string          `json:"cidrs,omitempty" doc:"Networks the machine may come from; empty: any"`
+	NameGlob   string            `json:"name_glob,omitempty" doc:"Pattern its name must match; empty: any"`
+}
+
+// Node is a relay.
+type Node struct {
+	ID             string            `json:"id"`
+	Name           string            `json:"name"`
+	State          string            `json:"state" enum:"pending,active,draining,drained,evicted"`
+	Labels         map[string]string `json:"labels,omitempty"`
+	Version        string            `json:"version,omitempty"`
+	JoinedAt       time.Time         `json:"joined_at"`
+	CertNotAfter   *time.Time        `json:"cert_not_after,omitempty"`
+	Connected      bool              `json:"connected" doc:"To the server that answers"`
+	LastContact    *time.Time        `json:"last_contact,omitempty" doc:"With the server that answers, since it started"`
+	LocalAddresses []string          `json:"local_addresses,omitempty" doc:"Present on its host, as it said when it connected"`
+	AckedRevision  uint64            `json:"acked_revision" doc:"Revision it works with, as far as the server that answers heard"`
+	Refused        uint64            `json:"refused_revision,omitempty"`
+	RefusedWhy     string            `json:"refused_why,omitempty"`
+	Sources        []string          `json:"sources,omitempty" doc:"Addresses assigned to it"`
+	Revision       uint64            `json:"revision"`
+}
+
+// Tenant is a customer of the installation.
+type Tenant struct {
+	ID             string    `json:"id"`
+	Name           string    `json:"name"`
+	Suspended      bool      `json:"suspended" doc:"Its credentials are refused; its queue goes on"`
+	OwnershipToken string    `json:"ownership_token" doc:"Published in DNS to prove that a domain is its own"`
+	CreatedAt      time.Time `json:"created_at"`
+	Revision       uint64    `json:"revision"`
+}
+
+// Project groups streams and credentials of a tenant.
+type Project struct {
+	ID        string    `json:"id"`
+	Tenant    string    `json:"tenant"`
+	Name      string    `json:"name"`
+	CreatedAt time.Time `json:"created_at"`
+	Revision  uint64    `json:"revision"`
+}
+
+// Domain is a sending domain.
+type Domain struct {
+	Name       string      `json:"name"`
+	Tenant     string      `json:"tenant"`
+	TenantName string      `json:"tenant_name"`
+	ReturnPath string      `json:"return_path"`
+	Selectors  []string    `json:"selectors"`
+	Records    []DNSRecord `json:"records,omitempty" doc:"What to publish in DNS"`
+	Notes      []string    `json:"notes,omitempty"`
+	CreatedAt  time.Time   `json:"created_at"`
+	Revision   uint64      `json:"revision"`
+}
+
+// DNSRecord is a record to publish.
+type DNSRecord struct {
+	Name     string   `json:"name"`
+	Type     string   `json:"type"`
+	Values   []string `json:"values" doc:"Of a TXT record its character-strings, which readers put together without a space"`
+	Purpose  string   `json:"purpose"`
+	Required bool     `json:"required"`
+	Zone     string   `json:"zone" doc:"The record as a line of a zone file"`
+}
+
+// Credential lets a client submit mail.
+type Credential struct {
+	ID        string     `json:"id" doc:"Also the user name"`
+	Tenant    string     `json:"tenant"`
+	Project   string     `json:"project"`
+	Name      string     `json:"name,omitempty"`
+	Stream    string     `json:"stream,omitempty"`
+	NotAfter  *time.Time `json:"not_after,omitempty"`
+	Revoked   bool       `json:"revoked"`
+	CreatedAt time.Time  `json:"created_at"`
+	Revision  uint64     `json:"revision"`
+	Secret    string     `json:"secret,omitempty" doc:"The password, shown only when the credential is created"`
+}
+
+// CredentialCreate asks for a credential.
+type CredentialCreate struct {
+	Tenant   string     `json:"tenant" doc:"Id or name"`
+	Project  string     `json:"project,omitempty" doc:"Id or name; empty: the default project"`
+	Name     string     `json:"name,omitempty" doc:"What it is for"`
+	Stream   string     `json:"stream,omitempty" doc:"Used when a message names none"`
+	NotAfter *time.Time `json:"not_after,omitempty"`
+}
+
+// IP is an address that mail leaves from.
+type IP struct {
+	ID        string    `json:"id"`
+	Bind      string    `json:"bind"`
+	Public    string    `json:"public"`
+	EHLO      string    `json:"ehlo"`
+	PTR       string    `json:"ptr,omitempty"`
+	Pool      string    `json:"pool,omitempty"`
+	PoolName  string    `json:"pool_name,omitempty"`
+	Node      string    `json:"node,omitempty"`
+	NodeName  string    `json:"node_name,omitempty"`
+	Epoch     uint64    `json:"epoch"`
+	Pinned    bool      `json:"pinned"`
+	State     string    `json:"state" enum:"free,assigned"`
+	Present   *bool     `json:"present,omitempty" doc:"Whether its relay found it on its host; absent while the relay is not connected to the server that answers"`
+	CreatedAt time.Time `json:"created_at"`
+	Revision  uint64    `json:"revision"`
+}
+
+// IPAdd asks for a source address.
+type IPAdd struct {
+	Bind     string `json:"bind" doc:"Address the relay binds"`
+	Public   string `json:"public,omitempty" doc:"What the world sees, with 1:1 NAT; empty: the same"`
+	EHLO     string `json:"ehlo" doc:"Name said in EHLO; it must lead to the public address"`
+	PTR      string `json:"ptr,omitempty" doc:"Name the PTR record gives; empty: the EHLO name"`
+	Floating bool   `json:"floating,omitempty" doc:"The address can move between machines"`
+	Node     string `json:"node,omitempty" doc:"Relay that gets it, id or name"`
+	Pool     string `json:"pool,omitempty" doc:"Pool it joins, id or name"`
+}
+
+// IPAssign asks for an assignment.
+type IPAssign struct {
+	Node          string `json:"node,omitempty" doc:"Relay that gets it, id or name"`
+	Pool          string `json:"pool,omitempty" doc:"Pool it joins, id or name"`
+	OldOwnerIsOff bool   `json:"old_owner_is_off,omitempty" doc:"Your word that the machine that held the address is switched off"`
+}
+
+// Pool is a named set of addresses.
+type Pool struct {
+	ID        string    `json:"id"`
+	Name      string    `json:"name"`
+	Kind      string    `json:"kind" enum:"shared,dedicated"`
+	Tenant    string    `json:"tenant,omitempty"`
+	IPs       []string  `json:"ips,omitempty"`
+	CreatedAt time.Time `json:"created_at"`
+	Revision  uint64    `json:"revision"`
+}
+
+// PoolAdd asks for a pool.
+type PoolAdd struct {
+	Name   string `json:"name"`
+	Kind   string `json:"kind,omitempty" enum:"shared,dedicated" doc:"Default: dedicated if a tenant is named, else shared"`
+	Tenant string `json:"tenant,omitempty" doc:"Owner of a dedicated pool, id or name"`
+}
+
+// Policy is the policy document.
+type Policy struct {
+	Revision uint64          `json:"revision"`
+	Sections []PolicySection `json:"sections"`
+}
+
+// PolicySection is one section as TOML.
+type PolicySection struct {
+	Name    string `json:"name"`
+	Text    string `json:"text" doc:"What was put, or the shipped default"`
+	Default bool   `json:"default" doc:"Nothing was put: the shipped default holds"`
+}
+
+// PolicyPut changes sections.
+type PolicyPut struct {
+	Sections map[string]string `json:"sections" doc:"Section name to TOML text; an empty text returns to the shipped default"`
+}
+
+// AuditEntry is one change.
+type AuditEntry struct {
+	Index  uint64    `json:"index"`
+	Time   time.Time `json:"time"`
+	Actor  string    `json:"actor"`
+	Reason string    `json:"reason,omitempty"`
+	Action string    `json:"action"`
+	Object string    `json:"object"`
+	Before string    `json:"before,omitempty"`
+	After  string    `json:"after,omitempty"`
+}
+
+// Version tells what answers.
+type Version struct {
+	Version  string `json:"version"`
+	Cluster  string `json:"cluster,omitempty"`
+	Leader   bool   `json:"leader"`
+	Index    uint64 `json:"index" doc:"Last change applied here"`
+	Revision uint64 `json:"revision" doc:"Last change that relays must hear of"`
+}
+
+// Health tells whether this server serves.
+type Health struct {
+	Status string `json:"status" enum:"ok,no-leader,unsound"`
+	Detail string `json:"detail,omitempty"`
+}
+
+func optionalTime(t time.Time) *time.Time {
+	if t.IsZero() {
+		return nil
+	}
+	return &t
+}
+
+func labels(in []control.Label) map[string]string {
+	out := make(map[string]string, len(in))
+	for _, l := range in {
+		out[l.Key] = l.Value
+	}
+	return out
+}
+
+func tokenOf(t *control.JoinToken) Token {
+	out := Token{ID: t.ID.String(), Role: string(t.Role), UsesMax: int(t.UsesMax), UsesLeft: int(t.UsesLeft), NotAfter: t.NotAfter, Labels: labels(t.Labels),
+		NameGlob: t.NameGlob, Revoked: t.Revoked, CreatedAt: t.CreatedAt, Revision: t.Revision}
+	for _, p := range t.CIDRs {
+		out.CIDRs = append(out.CIDRs, p.String())
+	}
+	for _, r := range t.Redemptions {
+		out.Nodes = append(out.Nodes, r.Node.String())
+	}
+	return out
+}
+
+func nodeOf(n service.NodeView) Node {
+	out := Node{ID: n.ID.String(), Name: n.Name, State: string(n.State), Labels: labels(n.Labels), Version: n.Version, JoinedAt: n.JoinedAt,
+		CertNotAfter: optionalTime(n.CertNotAfter), Connected: n.Seen.Connected, LastContact: optionalTime(n.Seen.LastContact.UTC()),
+		AckedRevision: n.Seen.Acked, Refused: n.Seen.Refused, RefusedWhy: n.Seen.RefusedWhy, Revision: n.Revision}
+	if n.Seen.Version != "" {
+		out.Version = n.Seen.Version
+	}
+	for _, a := range n.Seen.Addresses {
+		out.LocalAddresses = append(out.LocalAddresses, a.String())
+	}
+	for _, s := range n.Sources {
+		out.Sources = append(out.Sources, s.Bind.String())
+	}
+	return out
+}
+
+func tenantOf(t *control.Tenant) Tenant {
+	return Tenant{ID: t.ID.String(), Name: t.Name, Suspended: t.Suspended, OwnershipToken: t.OwnershipToken, CreatedAt: t.CreatedAt, Revision: t.Revision}
+}
+
+func projectOf(p *control.Project) Project {
+	return Project{ID: p.ID.String(), Tenant: p.Tenant.String(), Name: p.Name, CreatedAt: p.CreatedAt, Revision: p.Revision}
+}
+
+func domainOf(d service.DomainView) Domain {
+	out := Domain{Name: string(d.Name), Tenant: d.Tenant.String(), TenantName: d.TenantName, ReturnPath: string(d.ReturnPath), Selectors: []string{}, Notes: d.Notes, CreatedAt: d.CreatedAt, Revision: d.Revision}
+	for _, k := range d.DKIM {
+		out.Selectors = append(out.Selectors, k.Selector)
+	}
+	for _, r := range d.Records {
+		out.Records = append(out.Records, DNSRecord{Name: r.Name, Type: r.Type, Values: r.Values, Purpose: r.Purpose, Required: r.Required, Zone: r.Zone()})
+	}
+	return out
+}
+
+func credentialOf(c *control.Credential) Credential {
+	return Credential{ID: c.ID.String(), Tenant: c.Tenant.String(), Project: c.Project.String(), Name: c.Name, Stream: c.Stream, NotAfter: optionalTime(c.NotAfter), Revoked: c.Revoked, CreatedAt: c.CreatedAt, Revision: c.Revision}
+}
+
+func ipOf(v service.IPView) IP {
+	return IP{ID: v.ID.String(), Bind: v.Bind.String(), Public: v.Public.String(), EHLO: v.EHLO, PTR: v.PTR, Pool: v.Pool.String(), PoolName: v.PoolName, Node: v.Owner.String(), NodeName: v.OwnerName,
+		Epoch: v.Epoch, Pinned: v.Pinned, State: string(v.State), Present: v.Present, CreatedAt: v.CreatedAt, Revision: v.Revision}
+}
+
+func poolOf(p service.PoolView) Pool {
+	out := Pool{ID: p.ID.String(), Name: p.Name, Kind: string(p.Kind), Tenant: p.Tenant.String(), CreatedAt: p.CreatedAt, Revision: p.Revision}
+	for _, s := range p.Sources {
+		out.IPs = append(out.IPs, s.Bind.String())
+	}
+	return out
+}
+
+func policyOf(p service.PolicyView) Policy {
+	out := Policy{Revision: p.Revision}
+	for _, s := range p.Sections {
+		out.Sections = append(out.Sections, PolicySection(s))
+	}
+	return out
+}
+
+func auditOf(e *control.AuditEntry) AuditEntry { return AuditEntry(*e) }
