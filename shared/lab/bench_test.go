@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"fmt"
+	"strings"
 	"testing"
 )
 
@@ -30,5 +31,18 @@ func BenchmarkFarm(b *testing.B) {
 			}
 			b.ReportMetric(float64(b.N)/s.Took.Seconds(), "msg/s")
 		})
+	}
+}
+
+// BenchmarkVerify measures how fast signatures of mails of 10 kB are verified
+// behind the farm.
+func BenchmarkVerify(b *testing.B) {
+	l := startLab(b, nil)
+	content := []byte(signedMessage(b, l, "bench@x", strings.Repeat(loadLine, 10<<10/len(loadLine))))
+	b.SetBytes(int64(len(content)))
+	for b.Loop() {
+		if c := l.verifier.verify(content); c.Verdict != VerdictPass {
+			b.Fatal(c)
+		}
 	}
 }

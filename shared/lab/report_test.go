@@ -18,7 +18,9 @@ import (
 	"github.com/emersion/go-msgauth/dkim"
 )
 
-func TestDKIMVerdicts(t *testing.T) {
+// signingKey publishes a new key as s1 of sender.test.
+func signingKey(t testing.TB, l *Lab) *rsa.PrivateKey {
+	t.Helper()
 	key, err := rsa.GenerateKey(rand.Reader, 2048)
 	if err != nil {
 		t.Fatal(err)
@@ -27,13 +29,28 @@ func TestDKIMVerdicts(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	l := startLab(t, nil)
 	encoded := base64.StdEncoding.EncodeToString(pub)
 	if err := l.AddRecords(fmt.Sprintf("s1._domainkey.sender.test. IN TXT \"v=DKIM1; k=rsa; p=\" %q %q", encoded[:200], encoded[200:])); err != nil {
 		t.Fatal(err)
 	}
+	return key
+}
+
+// signedMessage returns a message whose signature verifies in l.
+func signedMessage(t testing.TB, l *Lab, id, body string) string {
+	t.Helper()
 	var signed bytes.Buffer
-	err = dkim.Sign(&signed, strings.NewReader(message("signed@x")), &dkim.SignOptions{Domain: "sender.test", Selector: "s1", Signer: key})
+	options := &dkim.SignOptions{Domain: "sender.test", Selector: "s1", Signer: signingKey(t, l)}
+	if err := dkim.Sign(&signed, strings.NewReader(message(id)+body), options); err != nil {
+		t.Fatal(err)
+	}
+	return signed.String()
+}
+
+func TestDKIMVerdicts(t *testing.T) {
+	l := startLab(t, nil)
+	signed := signedMessage(t, l, "signed@x", "")
+	key, err := rsa.GenerateKey(rand.Reader, 2048)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -46,9 +63,9 @@ func TestDKIMVerdicts(t *testing.T) {
 		content string
 		want    Verdict
 	}{
-		{signed.String(), VerdictPass},
-		{strings.Replace(signed.String(), "Body.", "Changed.", 1), VerdictFail},
-		{strings.Replace(signed.String(), "Subject: hello", "Subject: other", 1), VerdictFail},
+		{signed, VerdictPass},
+		{strings.Replace(signed, "Body.", "Changed.", 1), VerdictFail},
+		{strings.Replace(signed, "Subject: hello", "Subject: other", 1), VerdictFail},
 		{keyless.String(), VerdictFail},
 		{message("unsigned@x"), VerdictNone},
 	}
