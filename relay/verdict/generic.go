@@ -60,6 +60,8 @@ var enhancedRules = [...]rule{
 		sample: "550 5.1.1 no such user here"},
 	{name: "esc-mailbox-unproven", esc: "4.1.1 4.1.3 4.1.6", phases: atRecipient, class: BadMailbox,
 		sample: "450 4.1.1 recipient address rejected for now: unverified"},
+	{name: "esc-recipient-not-found", esc: "5.1.10", any: []string{"recipient", "user", "mailbox"}, phases: atRecipient, class: BadMailbox,
+		sample: "550 5.1.10 recipient not found"},
 	{name: "esc-domain", esc: "5.1.2 5.1.10", class: BadDomain,
 		sample: "550 5.1.2 bad destination system"},
 	{name: "esc-domain-later", esc: "4.1.2", class: Routing,
