@@ -344,10 +344,14 @@ func (l *Limit) validate(at string, least int64, p *problems) {
 		}
 		return
 	}
-	if l.Max > 0 {
-		p.lasts(at+".per", l.Per, second, day)
-	}
 	p.between(at+".burst", int64(l.Burst), 0, maxBurst)
+	if l.Max < 1 {
+		return
+	}
+	p.lasts(at+".per", l.Per, second, day)
+	if l.Burst <= maxBurst && l.Per <= day && int64(l.Burst)*int64(l.Per)/int64(l.Max) > int64(maxBurstSaved) {
+		p.add(at+".burst", "is %d, which this rate takes over %v to save up: write less", l.Burst, maxBurstSaved)
+	}
 }
 
 // overrides checks and applies the changes: those for "*" first, then the

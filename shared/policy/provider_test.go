@@ -6,6 +6,10 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"pgregory.net/rapid"
+
+	"github.com/relais-mta/relais/shared/throttle"
 )
 
 func tableOf(t testing.TB, providers string) *ProviderTable {
@@ -168,6 +172,25 @@ func TestOpenPolicyHasNoLimits(t *testing.T) {
 			t.Errorf("%q is still limited: %+v", p.Name, p)
 		}
 	}
+}
+
+// The throttle takes every rate that validation lets through.
+func TestValidRatesCanBeEnforced(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		l := Limit{
+			Kind: MessageRate, Scope: ScopeSource,
+			Max:   rapid.IntRange(1, maxLimitCount).Draw(t, "max"),
+			Per:   Duration(rapid.Int64Range(int64(second), int64(day)).Draw(t, "per")),
+			Burst: rapid.IntRange(0, maxBurst).Draw(t, "burst"),
+		}
+		var p problems
+		if l.validate("limit", 1, &p); len(p.list) > 0 {
+			return
+		}
+		if _, err := throttle.NewRate(l.Max, l.Per.D(), max(l.Burst, 1)); err != nil {
+			t.Fatalf("%+v is valid, yet: %v", l, err)
+		}
+	})
 }
 
 // Whatever hosts are given, a listed provider is one whose suffix covers each

@@ -24,6 +24,7 @@ const (
 	maxNameBytes     = 64
 	maxLimitCount    = 1_000_000
 	maxBurst         = 100_000
+	maxBurstSaved    = Duration(30 * 24 * time.Hour) // time in which an idle rate saves up its burst
 	maxExpiry        = Duration(30 * 24 * time.Hour)
 	maxCount         = 10_000_000
 	maxStorageBytes  = 1 << 50
