@@ -111,7 +111,7 @@ type ProviderTable struct {
 // shuffled answer stays one provider. A profile matches only if it is the one
 // with the longest matching suffix for every host. Otherwise the provider is
 // "mx:" and the registrable domain of the first host; without one, ip; and
-// without ip, the host itself. Without hosts it is "mx:" and ip.
+// without ip, the host itself. Without hosts it is "mx:" and ip, or "mx:unknown".
 //
 // A listed provider costs no allocation; the name of an unlisted one is built
 // anew, so keep the result with the route.
@@ -171,8 +171,12 @@ func (t *ProviderTable) longest(host string) *Profile {
 func unlistedName(hosts []string, ip netip.Addr) string {
 	if len(hosts) > 0 {
 		host := hosts[0]
-		if literal, err := netip.ParseAddr(strings.Trim(host, "[]")); err == nil {
-			return UnlistedPrefix + literal.Unmap().String()
+		literal, ok := mailaddr.Domain(host).Literal()
+		if !ok {
+			literal, _ = netip.ParseAddr(host) // some MX records name an address
+		}
+		if literal.IsValid() {
+			return UnlistedPrefix + literal.Unmap().WithZone("").String()
 		}
 		if d, err := publicsuffix.EffectiveTLDPlusOne(host); err == nil {
 			return UnlistedPrefix + d
@@ -180,6 +184,9 @@ func unlistedName(hosts []string, ip netip.Addr) string {
 		if !ip.IsValid() {
 			return UnlistedPrefix + host
 		}
+	}
+	if !ip.IsValid() {
+		return UnlistedPrefix + "unknown"
 	}
 	return UnlistedPrefix + ip.Unmap().WithZone("").String()
 }

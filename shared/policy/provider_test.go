@@ -49,6 +49,9 @@ func TestMatch(t *testing.T) {
 		{"host is a public suffix", []string{"co.uk"}, ip, "mx:192.0.2.7"},
 		{"host is a public suffix, no address", []string{"co.uk"}, netip.Addr{}, "mx:co.uk"},
 		{"address literal", []string{"[192.0.2.9]"}, ip, "mx:192.0.2.9"},
+		{"IPv6 literal", []string{"[IPv6:2001:db8::9]"}, ip, "mx:2001:db8::9"},
+		{"MX names an address", []string{"192.0.2.9"}, ip, "mx:192.0.2.9"},
+		{"nothing known", nil, netip.Addr{}, "mx:unknown"},
 		{"no host", nil, netip.MustParseAddr("::ffff:192.0.2.7"), "mx:192.0.2.7"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
