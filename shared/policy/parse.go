@@ -237,8 +237,10 @@ func form(t reflect.Type) string {
 		return "a duration such as \"5m\""
 	case t.Kind() == reflect.Slice && t.Elem().Kind() == reflect.Struct:
 		return "[[…]] tables"
+	case t == reflect.TypeFor[[]Duration]():
+		return "a list of durations such as [\"5m\", \"10m\"]"
 	case t.Kind() == reflect.Slice:
-		return "a list in brackets, of items such as " + strings.TrimPrefix(form(t.Elem()), "a ")
+		return "a list such as [\"one\", \"two\"]"
 	case t.Kind() == reflect.Bool:
 		return "true or false"
 	case t.Kind() == reflect.String:
