@@ -163,7 +163,7 @@ func (d *Dialer) Dial(ctx context.Context, t *Target) (*Session, *Failure) {
 func (d *Dialer) open(ctx context.Context, t *Target, host string, addr netip.Addr, p *policy.Delivery) (*Session, *Failure) {
 	decision := d.broken.Decide(t.TLS, host, time.Now())
 	s, failure := d.connect(ctx, t, host, addr, decision, p)
-	if failure != nil && failure.Phase == relay.PhaseSTARTTLS && decision == tlspolicy.Try && ctx.Err() == nil {
+	if failure != nil && failure.Phase == relay.PhaseSTARTTLS && failure.Reply.Code == 0 && decision == tlspolicy.Try && ctx.Err() == nil {
 		d.broken.Remember(host, time.Now(), p.BrokenTLSMemory.D())
 		d.log.Info("STARTTLS is broken, the host is used in clear text", "mx", host, "remote", addr.String(), "error", failure.Cause)
 		s, failure = d.connect(ctx, t, host, addr, tlspolicy.Clear, p)

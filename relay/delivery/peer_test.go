@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -42,21 +43,26 @@ type peer struct {
 	data       string
 	final      string
 	rset       string
+	starttls   string          // what STARTTLS gets; no TLS follows
 	afterDot   string          // sent right behind the final reply
 	beforeDot  string          // sent when the data begins, without waiting for its end
 	stalled    <-chan struct{} // the data is not read before this is closed
 
+	port uint16
+	seen *record
+}
+
+// record is what a peer saw.
+type record struct {
 	mu       sync.Mutex
 	commands []string // as received, all connections
 	messages [][]byte // data as received, still dot-stuffed, without the final dot
-	conns    int
-	port     uint16
 }
 
 func (p *peer) got() (commands []string, messages [][]byte) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return append([]string(nil), p.commands...), append([][]byte(nil), p.messages...)
+	p.seen.mu.Lock()
+	defer p.seen.mu.Unlock()
+	return slices.Clone(p.seen.commands), slices.Clone(p.seen.messages)
 }
 
 // start listens on a loopback address; port 0 takes any.
@@ -66,6 +72,7 @@ func (p *peer) start(t testing.TB, addr string, port uint16) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	p.seen = &record{}
 	p.port = l.Addr().(*net.TCPAddr).AddrPort().Port()
 	var wg sync.WaitGroup
 	open := make(map[net.Conn]bool)
@@ -119,9 +126,6 @@ func say(c net.Conn, s string) bool {
 
 func (p *peer) serve(c net.Conn) {
 	defer c.Close()
-	p.mu.Lock()
-	p.conns++
-	p.mu.Unlock()
 	if !say(c, or(p.greeting, "220 peer ready")) {
 		return
 	}
@@ -133,9 +137,9 @@ func (p *peer) serve(c net.Conn) {
 			return
 		}
 		line = strings.TrimSuffix(line, "\r\n")
-		p.mu.Lock()
-		p.commands = append(p.commands, line)
-		p.mu.Unlock()
+		p.seen.mu.Lock()
+		p.seen.commands = append(p.seen.commands, line)
+		p.seen.mu.Unlock()
 		verb, _, _ := strings.Cut(line, " ")
 		reply := "500 what?"
 		switch verb {
@@ -152,6 +156,8 @@ func (p *peer) serve(c net.Conn) {
 				reply = p.rcpt(rcpts)
 			}
 			rcpts++
+		case "STARTTLS":
+			reply = or(p.starttls, "502 5.5.1 not here")
 		case "RSET":
 			reply = or(p.rset, "250 2.0.0 ok")
 		case "QUIT":
@@ -208,9 +214,9 @@ func (p *peer) takeData(c net.Conn, r *bufio.Reader) bool {
 		}
 		data = append(data, line...)
 	}
-	p.mu.Lock()
-	p.messages = append(p.messages, data)
-	p.mu.Unlock()
+	p.seen.mu.Lock()
+	p.seen.messages = append(p.seen.messages, data)
+	p.seen.mu.Unlock()
 	if p.final == closeNow {
 		return say(c, closeNow)
 	}
