@@ -1,0 +1,187 @@
+// Package dispatch is control's end of the relay link: one session per relay,
+// views out, acknowledgements and reports in. It decides nothing. Who may
+// connect is the node's row, looked at on every connect and twice a second
+// after that; what a relay is to know is built by the service.
+package dispatch
+
+import (
+	"context"
+	"log/slog"
+	"net/netip"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/relais-mta/relais/control"
+	"github.com/relais-mta/relais/shared/fault"
+	"github.com/relais-mta/relais/shared/ids"
+	"github.com/relais-mta/relais/shared/policy"
+)
+
+// DefaultReportInterval is how often a relay reports.
+const DefaultReportInterval = 10 * time.Second
+
+const (
+	helloTimeout      = 10 * time.Second // for the exchange that opens a session
+	writeTimeout      = 30 * time.Second // for one short message
+	redirectLinger    = time.Second      // for a relay to leave when the server stops
+	checkInterval     = 500 * time.Millisecond
+	maxSessionLife    = 24 * time.Hour  // then the certificates are checked anew
+	ackTimeout        = 2 * time.Minute // for a relay to take a view and answer
+	viewRetry         = time.Second     // after a view could not be built
+	maxViewPause      = 5 * time.Second // between two views for one relay
+	maxBuilds         = 2               // views encoded at once, all relays
+	maxLocalAddresses = 4096
+	maxReportSources  = 16384
+	maxProblems       = 64
+	maxProblemBytes   = 512
+	maxVersionBytes   = 64
+)
+
+// Nodes is what dispatch needs of the service.
+type Nodes interface {
+	// NodeByID returns a relay's row, fault.NotFound for an unknown one.
+	NodeByID(ctx context.Context, id ids.Node) (*control.Node, error)
+	// ViewFor builds what one relay is to know, of the newest revision. The
+	// result is not changed by anybody.
+	ViewFor(ctx context.Context, id ids.Node) (*policy.View, error)
+	// WatchRevision returns a channel that is closed at the next change of any
+	// view. It is taken before ViewFor, so that no change is missed.
+	WatchRevision() <-chan struct{}
+	// LinkServers returns the link addresses of all servers, host:port.
+	LinkServers(ctx context.Context) ([]string, error)
+	// Generation is the cluster's.
+	Generation() uint64
+
+	// NodeConnected, NodeReported and NodeGone tell what is heard of a relay.
+	NodeConnected(id ids.Node, hello Hello)
+	NodeReported(id ids.Node, report Report)
+	NodeGone(id ids.Node)
+	// AckView and NackView tell what a relay did with a revision.
+	AckView(id ids.Node, revision uint64)
+	NackView(id ids.Node, revision uint64, why string)
+}
+
+// Hello is what a relay says when it connects.
+type Hello struct {
+	Version     string
+	Incarnation uint64 // counts the starts of the relay
+	Remote      netip.AddrPort
+	Transport   string       // "quic"
+	Addresses   []netip.Addr // present on its host
+	Generation  uint64       // of the view it holds
+	Revision    uint64       // of the view it holds; 0: none
+}
+
+// Report is what a relay tells at each report interval.
+type Report struct {
+	At                 time.Time // received
+	Generation         uint64    // of the view in use
+	Revision           uint64    // of the view in use; 0: none
+	ClockOffset        time.Duration
+	WaitingRecipients  uint64
+	InFlightRecipients uint64
+	HeldRecipients     uint64
+	QueueBytes         uint64
+	FreeBytes          uint64
+	Sources            []SourceReport // those assigned to it
+	Problems           []string
+}
+
+// SourceReport says whether an assigned address is on the relay's host.
+type SourceReport struct {
+	Source  ids.Source
+	Epoch   uint64
+	Present bool
+}
+
+// Config configures a Server. Cluster, Nodes, Logger and Registerer are required.
+type Config struct {
+	Cluster        ids.Cluster
+	Nodes          Nodes
+	Address        string        // our own link address, left out when relays are sent elsewhere
+	ReportInterval time.Duration // 0: DefaultReportInterval
+	Version        string        // of the software
+	Logger         *slog.Logger
+	Registerer     prometheus.Registerer
+}
+
+// Server serves the link. It is safe for concurrent use.
+type Server struct {
+	config Config
+	builds chan struct{} // one token per view being built and encoded
+
+	mu       sync.Mutex
+	sessions map[ids.Node]*session
+
+	connected  prometheus.GaugeFunc
+	viewBytes  prometheus.Counter
+	viewCount  *prometheus.CounterVec
+	ackSeconds prometheus.Histogram
+}
+
+// New returns a server. Its Link method is the link.Handler of wire.ALPNLink.
+func New(config Config) (*Server, error) {
+	if config.ReportInterval == 0 {
+		config.ReportInterval = DefaultReportInterval
+	}
+	s := &Server{
+		config:   config,
+		builds:   make(chan struct{}, maxBuilds),
+		sessions: make(map[ids.Node]*session),
+		viewBytes: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "relais_control_view_bytes_total", Help: "Bytes of views sent to relays.",
+		}),
+		viewCount: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "relais_control_views_total", Help: "Views sent to relays, by answer (ack, nack, none).",
+		}, []string{"answer"}),
+		ackSeconds: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name: "relais_control_view_ack_seconds", Help: "Time from noticing a change to a relay's acknowledgement.",
+			Buckets: []float64{.005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 120},
+		}),
+	}
+	s.connected = prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "relais_control_link_sessions", Help: "Relays linked to this server.",
+	}, func() float64 { return float64(s.Sessions()) })
+	for _, collector := range []prometheus.Collector{s.connected, s.viewBytes, s.viewCount, s.ackSeconds} {
+		if err := config.Registerer.Register(collector); err != nil {
+			return nil, fault.Wrap(err, fault.Internal, "dispatch.New", "cannot register metrics")
+		}
+	}
+	return s, nil
+}
+
+// Sessions returns how many relays are linked to this server.
+func (s *Server) Sessions() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.sessions)
+}
+
+// enter makes n the session of its node. An older session of the node is told
+// to go; an older process of the relay is refused, because two processes would
+// undo each other's work.
+func (s *Server) enter(n *session) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if old := s.sessions[n.node]; old != nil {
+		if old.hello.Incarnation > n.hello.Incarnation {
+			return fault.New(fault.Conflict, "dispatch.enter", "a newer process of %s is linked: stop this one", n.node)
+		}
+		close(old.replaced)
+	}
+	s.sessions[n.node] = n
+	return nil
+}
+
+// leave ends n's claim and reports whether it still was its node's session.
+func (s *Server) leave(n *session) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.sessions[n.node] != n {
+		return false
+	}
+	delete(s.sessions, n.node)
+	return true
+}

@@ -1,0 +1,318 @@
+package dispatch
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"math/rand/v2"
+	"slices"
+	"sync"
+	"time"
+
+	"google.golang.org/protobuf/proto"
+
+	"github.com/relais-mta/relais/control"
+	"github.com/relais-mta/relais/shared/fault"
+	"github.com/relais-mta/relais/shared/ids"
+	"github.com/relais-mta/relais/shared/link"
+	"github.com/relais-mta/relais/shared/pki"
+	"github.com/relais-mta/relais/shared/wire"
+)
+
+// session is the link with one relay.
+type session struct {
+	server   *Server
+	link     link.Session
+	node     ids.Node
+	hello    Hello
+	held     *wire.Hello
+	log      *slog.Logger
+	replaced chan struct{} // closed when the node has opened another session
+
+	stream  link.Stream
+	sending sync.Mutex // of control
+	control *wire.Conn
+}
+
+// Link serves one relay's session until it ends.
+func (s *Server) Link(ctx context.Context, conn link.Session) (link.Code, string) {
+	n := &session{server: s, link: conn, replaced: make(chan struct{})}
+	if err := n.open(ctx); err != nil {
+		s.config.Logger.Warn("link refused", "node", n.node.String(), "remote", conn.RemoteAddr().String(), "error", err)
+		return n.refuse(err)
+	}
+	s.config.Nodes.NodeConnected(n.node, n.hello)
+	n.log.Info("relay linked", "version", n.hello.Version, "incarnation", n.hello.Incarnation, "held_revision", n.hello.Revision)
+	code, text := n.work(ctx)
+	if s.leave(n) {
+		s.config.Nodes.NodeGone(n.node)
+	}
+	n.log.Info("relay unlinked", "code", code.String(), "reason", text)
+	return code, text
+}
+
+// open runs the exchange that opens a session.
+func (n *session) open(ctx context.Context) error {
+	identity, err := link.PeerIdentity(n.link)
+	if err != nil {
+		return err
+	}
+	n.node = identity.Node
+	n.log = n.server.config.Logger.With("node", n.node.String(), "remote", n.link.RemoteAddr().String())
+	ctx, cancel := context.WithTimeout(ctx, helloTimeout)
+	defer cancel()
+	if n.stream, err = n.link.AcceptStream(ctx); err != nil {
+		return err
+	}
+	if err := n.stream.SetDeadline(time.Now().Add(helloTimeout)); err != nil {
+		return err
+	}
+	n.stream.SetPriority(link.PriorityControl)
+	n.control = wire.NewConn(n.stream, wire.MaxFrameBytes)
+	if err := n.readHello(); err != nil {
+		return err
+	}
+	row, err := n.authorise(ctx)
+	if err != nil {
+		return err
+	}
+	servers, err := n.server.config.Nodes.LinkServers(ctx)
+	if err != nil {
+		return err
+	}
+	if err := n.server.enter(n); err != nil {
+		return err
+	}
+	err = n.send(&wire.Welcome{
+		ServerTimeMs: time.Now().UnixMilli(), ReportIntervalMs: uint32(n.server.config.ReportInterval.Milliseconds()),
+		Servers: servers, State: string(row.State),
+	})
+	if err == nil {
+		err = n.stream.SetReadDeadline(time.Time{})
+	}
+	if err != nil {
+		n.server.leave(n)
+	}
+	return err
+}
+
+// readHello receives preface and hello and answers the preface.
+func (n *session) readHello() error {
+	const op = "dispatch.readHello"
+	config := &n.server.config
+	preface, err := wire.Expect[*wire.Preface](n.control)
+	if err != nil {
+		return err
+	}
+	if _, err := wire.Negotiate(preface); err != nil {
+		return err
+	}
+	var cluster ids.Cluster
+	if err := wire.DecodeID(preface.GetClusterId(), &cluster); err != nil || cluster != config.Cluster {
+		return fault.New(fault.Denied, op, "the relay belongs to cluster %s, this is %s", cluster, config.Cluster)
+	}
+	if err := n.send(&wire.Preface{
+		ProtocolMin: wire.ProtocolMin, ProtocolMax: wire.ProtocolMax,
+		ClusterId: config.Cluster[:], Generation: config.Nodes.Generation(), Version: config.Version,
+	}); err != nil {
+		return err
+	}
+	if n.held, err = wire.Expect[*wire.Hello](n.control); err != nil {
+		return err
+	}
+	addresses, err := wire.DecodeAddresses(n.held.GetLocalAddresses(), maxLocalAddresses)
+	if err != nil {
+		return err
+	}
+	version := preface.GetVersion()
+	n.hello = Hello{
+		Version: version[:min(len(version), maxVersionBytes)], Incarnation: preface.GetIncarnation(),
+		Remote: n.link.RemoteAddr(), Transport: n.link.Transport(), Addresses: addresses,
+		Generation: n.held.GetHeld().GetGeneration(), Revision: n.held.GetHeld().GetIndex(),
+	}
+	return nil
+}
+
+// authorise looks at the node's row. A relay that may not connect gets a
+// fault.Denied that says why.
+func (n *session) authorise(ctx context.Context) (*control.Node, error) {
+	const op = "dispatch.authorise"
+	row, err := n.server.config.Nodes.NodeByID(ctx, n.node)
+	pin := pki.PinOf(n.link.PeerCertificate())
+	switch {
+	case fault.Is(err, fault.NotFound):
+		return nil, fault.New(fault.Denied, op, "%s is not a node of this cluster", n.node)
+	case err != nil:
+		return nil, err
+	case row.State == control.NodePending:
+		return nil, fault.New(fault.Denied, op, "%s is pending: an operator has to accept it first", n.node)
+	case !row.State.Connects():
+		return nil, fault.New(fault.Denied, op, "%s is %s", n.node, row.State)
+	case len(row.CertSPKI) > 0 && string(row.CertSPKI) != string(pin[:]):
+		return nil, fault.New(fault.Denied, op, "%s has another key by now", n.node)
+	}
+	return row, nil
+}
+
+// refuse tells the relay why there is no session.
+func (n *session) refuse(err error) (link.Code, string) {
+	if n.control != nil && n.link.Err() == nil {
+		if n.send(wire.NewError(err)) == nil {
+			n.linger()
+		}
+	}
+	switch fault.KindOf(err) {
+	case fault.Denied, fault.Unauthenticated:
+		return link.CodeDenied, fault.Public(err)
+	case fault.Conflict:
+		return link.CodeReplaced, fault.Public(err)
+	case fault.Invalid, fault.TooLarge:
+		return link.CodeProtocol, fault.Public(err)
+	}
+	return link.CodeInternal, fault.Public(err)
+}
+
+// linger lets the relay read what was sent and close the session itself: a
+// close of ours could overtake the message.
+func (n *session) linger() {
+	timer := time.NewTimer(redirectLinger)
+	defer timer.Stop()
+	select {
+	case <-n.link.Done():
+	case <-timer.C:
+	}
+}
+
+// send sends on the control stream; views go over their own.
+func (n *session) send(message proto.Message) error {
+	n.sending.Lock()
+	defer n.sending.Unlock()
+	if err := n.stream.SetWriteDeadline(time.Now().Add(writeTimeout)); err != nil {
+		return err
+	}
+	return n.control.Send(message)
+}
+
+// work serves the session and returns why it is over.
+func (n *session) work(ctx context.Context) (link.Code, string) {
+	inner, cancel := context.WithCancel(ctx)
+	failed := make(chan error, 2)
+	var running sync.WaitGroup
+	running.Go(func() { failed <- n.receive() })
+	running.Go(func() { failed <- n.sendViews(inner) })
+	code, text := n.wait(ctx, failed)
+	cancel()
+	n.link.Close(code, text) // frees both from their streams
+	running.Wait()
+	return code, text
+}
+
+// wait watches for whatever ends the session.
+func (n *session) wait(ctx context.Context, failed <-chan error) (link.Code, string) {
+	check := time.NewTicker(checkInterval)
+	defer check.Stop()
+	refresh := time.NewTimer(sessionLife(n.link.PeerCertificate().NotAfter))
+	defer refresh.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			n.sendAway()
+			return link.CodeStopping, "the server is stopping"
+		case <-n.link.Done():
+			return link.CodeDone, fmt.Sprint(n.link.Err())
+		case <-n.replaced:
+			return link.CodeReplaced, "the relay opened another session"
+		case <-refresh.C:
+			return link.CodeRefresh, "the certificates are due to be checked"
+		case err := <-failed:
+			return n.verdict(err)
+		case <-check.C:
+			if _, err := n.authorise(ctx); fault.Is(err, fault.Denied) {
+				return link.CodeDenied, fault.Public(err)
+			}
+		}
+	}
+}
+
+func (n *session) verdict(err error) (link.Code, string) {
+	switch {
+	case n.link.Err() != nil:
+		return link.CodeDone, fmt.Sprint(n.link.Err())
+	case errors.Is(err, io.EOF):
+		return link.CodeDone, "the relay closed the control stream"
+	case fault.Is(err, fault.Invalid), fault.Is(err, fault.TooLarge):
+		return link.CodeProtocol, fault.Public(err)
+	}
+	n.log.Warn("link failed", "error", err)
+	return link.CodeInternal, fault.Public(err)
+}
+
+// sessionLife is a day, less up to a tenth so that relays do not come back
+// together, and never longer than the relay's certificate.
+func sessionLife(leafEnds time.Time) time.Duration {
+	life := maxSessionLife - rand.N(maxSessionLife/10)
+	return max(0, min(life, time.Until(leafEnds)))
+}
+
+// sendAway names the other servers to a relay when this one stops.
+func (n *session) sendAway() {
+	ctx, cancel := context.WithTimeout(context.Background(), redirectLinger)
+	defer cancel()
+	servers, err := n.server.config.Nodes.LinkServers(ctx)
+	if err != nil {
+		n.log.Warn("cannot name other servers", "error", err)
+	}
+	servers = slices.DeleteFunc(slices.Clone(servers), func(s string) bool { return s == n.server.config.Address })
+	if n.send(&wire.Redirect{Servers: servers, Reason: "the server is stopping"}) == nil {
+		n.linger()
+	}
+}
+
+// receive reads the control stream: reports, each answered at once.
+func (n *session) receive() error {
+	for {
+		message, err := n.control.Receive()
+		if err != nil {
+			return err
+		}
+		report, ok := message.(*wire.Report)
+		if !ok {
+			return fault.New(fault.Invalid, "dispatch.receive", "the relay sent a %T on the control stream", message)
+		}
+		now := time.Now()
+		if err := n.send(&wire.Pong{Nonce: report.GetNonce(), ServerTimeMs: now.UnixMilli()}); err != nil {
+			return err
+		}
+		decoded, err := decodeReport(report, now)
+		if err != nil {
+			return err
+		}
+		n.server.config.Nodes.NodeReported(n.node, decoded)
+	}
+}
+
+func decodeReport(in *wire.Report, now time.Time) (Report, error) {
+	const op = "dispatch.decodeReport"
+	out := Report{
+		At: now, Generation: in.GetApplied().GetGeneration(), Revision: in.GetApplied().GetIndex(),
+		ClockOffset:       time.UnixMilli(in.GetSentTimeMs()).Sub(now),
+		WaitingRecipients: in.GetWaitingRecipients(), InFlightRecipients: in.GetInFlightRecipients(), HeldRecipients: in.GetHeldRecipients(),
+		QueueBytes: in.GetQueueBytes(), FreeBytes: in.GetFreeBytes(),
+	}
+	if n := len(in.GetSources()); n > maxReportSources {
+		return out, fault.New(fault.TooLarge, op, "a report names %d sources, at most %d", n, maxReportSources)
+	}
+	for _, source := range in.GetSources() {
+		held := SourceReport{Epoch: source.GetEpoch(), Present: source.GetPresent()}
+		if err := wire.DecodeID(source.GetSourceId(), &held.Source); err != nil {
+			return out, err
+		}
+		out.Sources = append(out.Sources, held)
+	}
+	for _, problem := range in.GetProblems()[:min(len(in.GetProblems()), maxProblems)] {
+		out.Problems = append(out.Problems, problem[:min(len(problem), maxProblemBytes)])
+	}
+	return out, nil
+}
