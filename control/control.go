@@ -7,6 +7,7 @@
 package control
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"strings"
@@ -363,3 +364,11 @@ func (k *ReturnPathKey) Summary() string { return fmt.Sprintf("id=%d", k.ID) }
 func (c *Cluster) Summary() string {
 	return fmt.Sprintf("generation=%d fsm_version=%d kek=%s", c.Generation, c.FSMVersion, c.KEKID)
 }
+
+// ErrOutcomeUnknown is in the chain of an error after which a change may or may
+// not have been made. Proposing the very same command again is harmless.
+var ErrOutcomeUnknown = errors.New("outcome unknown")
+
+// ErrNoLeader is in the chain of an error after which nothing was changed,
+// because the cluster has no leader or this server is not it.
+var ErrNoLeader = errors.New("this server does not lead")

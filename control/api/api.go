@@ -17,6 +17,7 @@ import (
 	"github.com/danielgtaylor/huma/v2/adapters/humachi"
 	"github.com/go-chi/chi/v5"
 
+	"github.com/relais-mta/relais/control"
 	"github.com/relais-mta/relais/control/service"
 	"github.com/relais-mta/relais/shared/fault"
 )
@@ -200,6 +201,7 @@ type Problem struct {
 	Detail string `json:"detail"`
 	Kind   string `json:"kind"`
 	Field  string `json:"field,omitempty"`
+	Retry  bool   `json:"retry,omitempty"` // nothing was changed because there is no leader here: ask again, or another server
 }
 
 // Error implements error.
@@ -236,7 +238,7 @@ func problemOf(err error) *Problem {
 	if !ok {
 		status = http.StatusInternalServerError
 	}
-	p = &Problem{Type: "about:blank", Title: http.StatusText(status), Status: status, Detail: fault.Public(err), Kind: kind.String()}
+	p = &Problem{Type: "about:blank", Title: http.StatusText(status), Status: status, Detail: fault.Public(err), Kind: kind.String(), Retry: errors.Is(err, control.ErrNoLeader)}
 	var f *fault.Error
 	if errors.As(err, &f) {
 		p.Field = f.Field

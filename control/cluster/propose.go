@@ -7,18 +7,15 @@ import (
 
 	"github.com/hashicorp/raft"
 
+	"github.com/relais-mta/relais/control"
 	"github.com/relais-mta/relais/control/command"
 	"github.com/relais-mta/relais/control/state"
 	"github.com/relais-mta/relais/shared/fault"
 )
 
-// ErrOutcomeUnknown is in the chain of a Propose error when the change may or
-// may not have been made. Proposing the very same command again is harmless.
-var ErrOutcomeUnknown = errors.New("outcome unknown")
-
 // Propose commits the command and returns what applying it gave. The error is
 // either a rule's refusal (nothing changed), or says that there is no leader
-// here (nothing changed), or wraps ErrOutcomeUnknown.
+// here (nothing changed), or wraps control.ErrOutcomeUnknown.
 func (c *Cluster) Propose(ctx context.Context, cmd command.Command) (state.Result, error) {
 	const op = "cluster.Propose"
 	if err := cmd.Validate(); err != nil {
@@ -27,9 +24,9 @@ func (c *Cluster) Propose(ctx context.Context, cmd command.Command) (state.Resul
 	if !c.Ready() {
 		address, _ := c.Leader()
 		if address == "" {
-			return state.Result{}, fault.New(fault.Unavailable, op, "the cluster has no leader now: try again in a few seconds")
+			return state.Result{}, fault.Wrap(control.ErrNoLeader, fault.Unavailable, op, "the cluster has no leader now: try again in a few seconds")
 		}
-		return state.Result{}, fault.New(fault.Unavailable, op, "this server does not lead the cluster, the one at %s does: ask there", address)
+		return state.Result{}, fault.Wrap(control.ErrNoLeader, fault.Unavailable, op, "this server does not lead the cluster, the one at %s does: ask there", address)
 	}
 	select {
 	case c.slots <- struct{}{}:
@@ -72,7 +69,7 @@ func (c *Cluster) Propose(ctx context.Context, cmd command.Command) (state.Resul
 }
 
 func unknown(cause error) error {
-	return fault.Wrap(errors.Join(ErrOutcomeUnknown, cause), fault.Unavailable, "cluster.Propose", "the change may or may not have been made: read again before repeating it")
+	return fault.Wrap(errors.Join(control.ErrOutcomeUnknown, cause), fault.Unavailable, "cluster.Propose", "the change may or may not have been made: read again before repeating it")
 }
 
 // translate tells errors after which the entry cannot have been committed from
@@ -80,7 +77,7 @@ func unknown(cause error) error {
 func translate(err error) error {
 	switch {
 	case errors.Is(err, raft.ErrNotLeader), errors.Is(err, raft.ErrEnqueueTimeout), errors.Is(err, raft.ErrLeadershipTransferInProgress):
-		return fault.Wrap(err, fault.Unavailable, "cluster.Propose", "the cluster is choosing a leader, nothing was changed: try again in a few seconds")
+		return fault.Wrap(errors.Join(control.ErrNoLeader, err), fault.Unavailable, "cluster.Propose", "the cluster is choosing a leader, nothing was changed: try again in a few seconds")
 	}
 	// ErrLeadershipLost, ErrAbortedByRestore, ErrRaftShutdown, storage errors:
 	// another server may still commit the entry.

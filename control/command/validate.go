@@ -18,7 +18,8 @@ const (
 	MaxLabels          = 32
 	MaxCIDRs           = 64
 	MaxTokenUses       = 1000
-	MaxNodeAddresses   = 1024
+	MaxNodeAddresses   = 4096
+	MaxHostNameBytes   = 253
 	MaxDKIMKeys        = 4
 	MaxSealedBytes     = 8 << 10
 	MaxCABytes         = 64 << 10
@@ -32,12 +33,15 @@ const opValidate = "command.Validate"
 
 // CheckName checks a name that operators give: letters, digits, dot, hyphen
 // and underscore, beginning with a letter or digit.
-func CheckName(field, name string) error {
+func CheckName(field, name string) error { return checkName(field, name, MaxNameBytes) }
+
+// checkName is CheckName with another bound: nodes are named after their host.
+func checkName(field, name string, maxBytes int) error {
 	if name == "" {
 		return fault.Field(opValidate, field, "is missing: give a name of letters, digits, '.', '-' and '_'")
 	}
-	if len(name) > MaxNameBytes {
-		return fault.Field(opValidate, field, "has %d bytes, allowed are %d: choose a shorter name", len(name), MaxNameBytes)
+	if len(name) > maxBytes {
+		return fault.Field(opValidate, field, "has %d bytes, allowed are %d: choose a shorter name", len(name), maxBytes)
 	}
 	for i := 0; i < len(name); i++ {
 		c := name[i]
@@ -162,7 +166,7 @@ func (c *TokenRedeem) Validate() error {
 		}
 	}
 	return first(checkMeta(c.GetMeta()), checkBytes("token", c.GetToken(), 16, 16), checkBytes("csr_hash", c.GetCsrHash(), 32, 32),
-		checkBytes("node", c.GetNode(), 16, 16), CheckName("name", c.GetName()), checkLabels(c.GetLabels()), checkText("version", c.GetVersion()),
+		checkBytes("node", c.GetNode(), 16, 16), checkName("name", c.GetName(), MaxHostNameBytes), checkLabels(c.GetLabels()), checkText("version", c.GetVersion()),
 		oneOf("role", c.GetRole(), string(control.NodeRelay), string(control.NodeControl)))
 }
 
@@ -183,7 +187,7 @@ func (c *NodeUpsert) Validate() error {
 	if len(r.GetAddresses()) > MaxNodeAddresses {
 		return fault.Field(opValidate, "addresses", "%d addresses are too many, allowed are %d", len(r.GetAddresses()), MaxNodeAddresses)
 	}
-	return first(checkMeta(c.GetMeta()), err, CheckName("name", r.GetName()), checkText("zone", r.GetZone()), checkLabels(r.GetLabels()),
+	return first(checkMeta(c.GetMeta()), err, checkName("name", r.GetName(), MaxHostNameBytes), checkText("zone", r.GetZone()), checkLabels(r.GetLabels()),
 		checkText("version", r.GetVersion()), checkText("cert_serial", r.GetCertSerial()), checkBytes("cert_spki", r.GetCertSpki(), 0, 32), oneOf("state", r.GetState(), nodeStates...))
 }
 
@@ -199,7 +203,7 @@ func (c *ServerUpsert) Validate() error {
 		return missing("server")
 	}
 	_, err := r.Row()
-	return first(checkMeta(c.GetMeta()), err, CheckName("name", r.GetName()), checkText("raft_address", r.GetRaftAddress()), checkText("link_address", r.GetLinkAddress()),
+	return first(checkMeta(c.GetMeta()), err, checkName("name", r.GetName(), MaxHostNameBytes), checkText("raft_address", r.GetRaftAddress()), checkText("link_address", r.GetLinkAddress()),
 		checkText("http_address", r.GetHttpAddress()), checkText("version", r.GetVersion()), checkText("zone", r.GetZone()), checkBytes("spki", r.GetSpki(), 0, 32), oneOf("state", r.GetState(), nodeStates...))
 }
 
@@ -223,6 +227,13 @@ func (c *ProjectPut) Validate() error {
 	return first(checkMeta(c.GetMeta()), err, CheckName("name", r.GetName()))
 }
 
+func checkDomain(field string, d mailaddr.Domain) error {
+	if d.IsLiteral() || !strings.Contains(string(d), ".") {
+		return fault.Field(opValidate, field, "%q is not a domain name below a top-level domain", d)
+	}
+	return nil
+}
+
 // Validate implements Command.
 func (c *DomainPut) Validate() error {
 	r := c.GetDomain()
@@ -233,10 +244,8 @@ func (c *DomainPut) Validate() error {
 	if err != nil {
 		return err
 	}
-	for field, d := range map[string]mailaddr.Domain{"domain": row.Name, "return_path": row.ReturnPath} {
-		if d.IsLiteral() || !strings.Contains(string(d), ".") {
-			return fault.Field(opValidate, field, "%q is not a domain name below a top-level domain", d)
-		}
+	if err := first(checkDomain("domain", row.Name), checkDomain("return_path", row.ReturnPath)); err != nil {
+		return err
 	}
 	if len(row.DKIM) > MaxDKIMKeys {
 		return fault.Field(opValidate, "dkim", "%d signing keys are too many, allowed are %d", len(row.DKIM), MaxDKIMKeys)
@@ -290,6 +299,13 @@ func (c *PoolPut) Validate() error {
 	return nil
 }
 
+func checkSourceAddr(field string, a netip.Addr) error {
+	if a.IsUnspecified() || a.IsMulticast() {
+		return fault.Field(opValidate, field, "%s cannot be a source address: give the address of one interface", a)
+	}
+	return nil
+}
+
 // Validate implements Command.
 func (c *IPPut) Validate() error {
 	r := c.GetSource()
@@ -300,10 +316,8 @@ func (c *IPPut) Validate() error {
 	if err != nil {
 		return err
 	}
-	for field, a := range map[string]netip.Addr{"bind": row.Bind, "public": row.Public} {
-		if a.IsUnspecified() || a.IsMulticast() {
-			return fault.Field(opValidate, field, "%s cannot be a source address: give the address of one interface", a)
-		}
+	if err := first(checkSourceAddr("bind", row.Bind), checkSourceAddr("public", row.Public)); err != nil {
+		return err
 	}
 	if row.Bind.Is4() != row.Public.Is4() {
 		return fault.Field(opValidate, "public", "%s and the bind address %s are of different families", row.Public, row.Bind)
@@ -315,17 +329,19 @@ func (c *IPPut) Validate() error {
 	return first(checkMeta(c.GetMeta()), checkText("ptr", row.PTR), oneOf("state", r.GetState(), string(control.SourceFree), string(control.SourceAssigned)))
 }
 
+func checkOptionalID(field string, b []byte) error {
+	if len(b) == 0 {
+		return nil
+	}
+	return checkBytes(field, b, 16, 16)
+}
+
 // Validate implements Command.
 func (c *IPAssign) Validate() error {
 	if len(c.GetNode()) == 0 && len(c.GetPool()) == 0 {
 		return fault.Field(opValidate, "node", "is missing: name the relay or the pool that gets the address")
 	}
-	for field, b := range map[string][]byte{"node": c.GetNode(), "pool": c.GetPool()} {
-		if len(b) != 0 && len(b) != 16 {
-			return fault.Field(opValidate, field, "an id has 16 bytes, this one has %d", len(b))
-		}
-	}
-	return first(checkMeta(c.GetMeta()), checkBytes("ip", c.GetSource(), 16, 16))
+	return first(checkMeta(c.GetMeta()), checkBytes("ip", c.GetSource(), 16, 16), checkOptionalID("node", c.GetNode()), checkOptionalID("pool", c.GetPool()))
 }
 
 // Validate implements Command.

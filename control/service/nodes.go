@@ -191,3 +191,23 @@ func (s *Service) SetNodeState(ctx context.Context, a Actor, ref string, to cont
 	}
 	return propose[control.Node](ctx, s, &command.NodeSetState{Meta: c.meta(a), Expect: c.revision(n.Revision), Node: n.ID[:], State: string(to)})
 }
+
+// LinkServers returns the addresses, host:port, at which relays reach the
+// servers of the cluster.
+func (s *Service) LinkServers(context.Context) ([]string, error) {
+	var out []string
+	for _, srv := range s.state.Read().Servers() {
+		if srv.State == control.NodeActive {
+			out = append(out, srv.LinkAddress)
+		}
+	}
+	return out, nil
+}
+
+// Generation returns the cluster's generation, 0 before it was initialised.
+func (s *Service) Generation() uint64 {
+	if c := s.state.Read().Cluster(); c != nil {
+		return c.Generation
+	}
+	return 0
+}

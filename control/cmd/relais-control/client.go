@@ -1,0 +1,205 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/pelletier/go-toml/v2"
+
+	"github.com/relais-mta/relais/control/api"
+	"github.com/relais-mta/relais/shared/fault"
+	"github.com/relais-mta/relais/shared/pki"
+)
+
+const (
+	requestLimit     = 30 * time.Second // for one request to one server
+	leaderWait       = 10 * time.Second // for a cluster that is choosing a leader
+	leaderRetryPause = 250 * time.Millisecond
+	maxAnswerBytes   = 64 << 20
+)
+
+// cliFile is DIR/cli.toml: how to reach the cluster. It holds a key, so only
+// its owner may read it.
+type cliFile struct {
+	Endpoints []string `toml:"endpoints"` // https://host:port of every server
+	CAPin     string   `toml:"ca_pin"`    // SHA-256 of the CA's public key, hexadecimal
+	Key       string   `toml:"key"`       // API key
+}
+
+// client speaks to the management API.
+type client struct {
+	file cliFile
+	http *http.Client
+}
+
+// client reads the file that names the cluster.
+func (a *app) client() (*client, error) {
+	path := a.cliFile
+	if path == "" {
+		path = os.Getenv("RELAIS_CLI")
+	}
+	if path == "" {
+		path = filepath.Join(a.dataDir, "cli.toml")
+	}
+	const op = "relais-control"
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return nil, &fault.Error{Kind: fault.NotFound, Op: op, Field: "cli", Public: path + " cannot be read: name the data directory with --data, or the file with --cli or RELAIS_CLI", Cause: err}
+	}
+	c := &client{}
+	if err := toml.NewDecoder(bytes.NewReader(text)).DisallowUnknownFields().Decode(&c.file); err != nil {
+		return nil, &fault.Error{Kind: fault.Invalid, Op: op, Field: "cli", Public: path + " is malformed: it holds endpoints, ca_pin and key", Cause: err}
+	}
+	raw, err := hex.DecodeString(c.file.CAPin)
+	if err != nil || len(raw) != len(pki.Pin{}) || len(c.file.Endpoints) == 0 {
+		return nil, fault.Field(op, "cli", "%s is malformed: it holds endpoints, a ca_pin of 64 hexadecimal digits and a key", path)
+	}
+	c.http = &http.Client{Timeout: requestLimit, Transport: &http.Transport{TLSClientConfig: trust(pki.Pin(raw)), ForceAttemptHTTP2: true}}
+	return c, nil
+}
+
+// trust accepts a server of the cluster's own CA, or, for a server with a
+// bought certificate, one that the system's roots vouch for by name.
+func trust(pin pki.Pin) *tls.Config {
+	pinned := pki.PinnedClientConfig([]pki.Pin{pin})
+	return &tls.Config{
+		MinVersion:         tls.VersionTLS13,
+		InsecureSkipVerify: true, // replaced by the check below
+		VerifyConnection: func(cs tls.ConnectionState) error {
+			err := pinned.VerifyConnection(cs)
+			if err == nil || len(cs.PeerCertificates) == 0 {
+				return err
+			}
+			opts := x509.VerifyOptions{DNSName: cs.ServerName, Intermediates: x509.NewCertPool()}
+			for _, cert := range cs.PeerCertificates[1:] {
+				opts.Intermediates.AddCert(cert)
+			}
+			if _, publicErr := cs.PeerCertificates[0].Verify(opts); publicErr != nil {
+				return fmt.Errorf("%w; and no public CA vouches for it: %w", err, publicErr)
+			}
+			return nil
+		},
+	}
+}
+
+// call describes one request.
+type call struct {
+	method, path string
+	query        url.Values
+	body         any
+	ifMatch      string
+	reason       string
+}
+
+// do sends the request to the servers in turn until one answers, and decodes
+// the answer into out. While the cluster is choosing a leader it waits a little.
+func (c *client) do(ctx context.Context, req call, out any) error {
+	deadline := time.Now().Add(leaderWait)
+	for {
+		retry, err := c.tryAll(ctx, req, out)
+		if err == nil || !retry || time.Now().After(deadline) {
+			return err
+		}
+		select {
+		case <-time.After(leaderRetryPause):
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// tryAll asks every server once. retry says that all of them are waiting for a
+// leader, so that nothing was changed and asking again can help.
+func (c *client) tryAll(ctx context.Context, req call, out any) (retry bool, err error) {
+	var unreachable []error
+	for _, endpoint := range c.file.Endpoints {
+		retry, err = c.once(ctx, endpoint, req, out)
+		var dial *net.OpError
+		switch {
+		case err == nil:
+			return false, nil
+		case retry:
+			continue
+		case errors.As(err, &dial) && dial.Op == "dial":
+			unreachable = append(unreachable, err) // it heard nothing of the request
+			continue
+		}
+		return false, err
+	}
+	if len(unreachable) == len(c.file.Endpoints) {
+		return false, fault.Wrap(errors.Join(unreachable...), fault.Unavailable, "relais-control", "no control server can be reached: is one running?")
+	}
+	return retry, err
+}
+
+func (c *client) once(ctx context.Context, endpoint string, req call, out any) (retry bool, err error) {
+	var body io.Reader
+	if req.body != nil {
+		text, err := json.Marshal(req.body)
+		if err != nil {
+			return false, err
+		}
+		body = bytes.NewReader(text)
+	}
+	target := endpoint + api.Prefix + req.path
+	if len(req.query) > 0 {
+		target += "?" + req.query.Encode()
+	}
+	r, err := http.NewRequestWithContext(ctx, req.method, target, body)
+	if err != nil {
+		return false, err
+	}
+	r.Header.Set("Authorization", "Bearer "+c.file.Key)
+	r.Header.Set("Content-Type", "application/json")
+	if req.ifMatch != "" {
+		r.Header.Set("If-Match", `"`+req.ifMatch+`"`)
+	}
+	if req.reason != "" {
+		r.Header.Set("Relais-Reason", req.reason)
+	}
+	resp, err := c.http.Do(r)
+	if err != nil {
+		return false, err
+	}
+	defer resp.Body.Close()
+	text, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswerBytes))
+	if err != nil {
+		return false, err
+	}
+	if resp.StatusCode >= http.StatusBadRequest {
+		return refusal(resp.StatusCode, text)
+	}
+	return false, json.Unmarshal(text, out)
+}
+
+// refusal turns a problem document back into an error.
+func refusal(status int, text []byte) (retry bool, err error) {
+	var p struct {
+		api.Problem
+		Errors []struct {
+			Message  string `json:"message"`
+			Location string `json:"location"`
+		} `json:"errors"`
+	}
+	if err := json.Unmarshal(text, &p); err != nil || p.Detail == "" {
+		return false, fault.New(fault.Internal, "relais-control", "the server answered %d %s", status, http.StatusText(status))
+	}
+	detail := p.Detail
+	for _, e := range p.Errors {
+		detail += fmt.Sprintf("; %s: %s", e.Location, e.Message)
+	}
+	return status == http.StatusServiceUnavailable && p.Retry, errors.New(detail)
+}

@@ -1,0 +1,258 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"maps"
+	"net/http"
+	"net/url"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/relais-mta/relais/control/api"
+)
+
+func sortedKeys(m map[string]string) []string { return slices.Sorted(maps.Keys(m)) }
+
+// items is a list as the API sends it.
+type items[T any] struct {
+	Items []T `json:"items"`
+}
+
+// show sends a request and prints its answer as JSON or by the given function.
+func show[T any](a *app, cmd *cobra.Command, req call, text func(io.Writer, T) error) error {
+	c, err := a.client()
+	if err != nil {
+		return err
+	}
+	var out T
+	if err := c.do(cmd.Context(), req, &out); err != nil {
+		return err
+	}
+	if a.json {
+		return printJSON(cmd.OutOrStdout(), out)
+	}
+	return text(cmd.OutOrStdout(), out)
+}
+
+// list prints a list, as a JSON array or as a table with a row for each item.
+func list[T any](a *app, cmd *cobra.Command, path string, query url.Values, header string, row func(T) []string) error {
+	c, err := a.client()
+	if err != nil {
+		return err
+	}
+	var out items[T]
+	if err := c.do(cmd.Context(), call{method: http.MethodGet, path: path, query: query}, &out); err != nil {
+		return err
+	}
+	if a.json {
+		if out.Items == nil {
+			out.Items = []T{}
+		}
+		return printJSON(cmd.OutOrStdout(), out.Items)
+	}
+	rows := make([][]string, 0, len(out.Items))
+	for _, i := range out.Items {
+		rows = append(rows, row(i))
+	}
+	return printTable(cmd.OutOrStdout(), header, rows)
+}
+
+func group(name, short string, subcommands ...*cobra.Command) *cobra.Command {
+	cmd := &cobra.Command{Use: name, Short: short}
+	cmd.AddCommand(subcommands...)
+	return cmd
+}
+
+func reasonFlag(cmd *cobra.Command) *string {
+	return cmd.Flags().String("reason", "", "why, for the audit tail")
+}
+
+func tenantQuery(tenant string) url.Values {
+	if tenant == "" {
+		return nil
+	}
+	return url.Values{"tenant": {tenant}}
+}
+
+func (a *app) tokenCommand() *cobra.Command {
+	return group("token", "Create, list and revoke join tokens", a.tokenCreate(),
+		&cobra.Command{Use: "list", Short: "List join tokens", Example: "  relais-control token list", Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error {
+			return list(a, cmd, "/tokens", nil, "ID ROLE USES ENDS REVOKED NETWORKS", func(t api.Token) []string {
+				return []string{t.ID, t.Role, fmt.Sprintf("%d/%d", t.UsesMax-t.UsesLeft, t.UsesMax), when(t.NotAfter), yes(t.Revoked), strings.Join(t.CIDRs, ",")}
+			})
+		}}, a.tokenRevoke())
+}
+
+func (a *app) tokenCreate() *cobra.Command {
+	var body api.TokenCreate
+	var ttl time.Duration
+	cmd := &cobra.Command{
+		Use: "create --role relay", Short: "Create a join token and print it once",
+		Long:    "Create a token with which machines join. It is printed once: standard output holds the token and nothing else, so that it can be piped.",
+		Example: "  relais-control token create --role relay\n  relais-control token create --role relay --uses 20 --ttl 1h --label pool=eu --cidr 198.51.100.0/24",
+		Args:    cobra.NoArgs,
+	}
+	reason := reasonFlag(cmd)
+	cmd.Flags().StringVar(&body.Role, "role", "", "relay or control")
+	cmd.Flags().DurationVar(&ttl, "ttl", 0, "life, at most 24h (default: 1h for relays, 15m for servers)")
+	cmd.Flags().IntVar(&body.Uses, "uses", 1, "how many machines may join with it, at most 1000")
+	cmd.Flags().StringToStringVar(&body.Labels, "label", nil, "label for every node that joins, key=value; may be repeated")
+	cmd.Flags().StringSliceVar(&body.CIDRs, "cidr", nil, "network the machine must come from; may be repeated")
+	cmd.Flags().StringVar(&body.NameGlob, "name", "", "pattern that its name must match, such as 'edge-*'")
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		if body.Role != "relay" && body.Role != "control" {
+			return usagef("--role is %q: use relay or control", body.Role)
+		}
+		if ttl < 0 || ttl > 0 && ttl < time.Second {
+			return usagef("--ttl is %s: use at least 1s", ttl)
+		}
+		body.TTLSeconds = int64(ttl / time.Second)
+		return show(a, cmd, call{method: http.MethodPost, path: "/tokens", body: body, reason: *reason}, func(w io.Writer, t api.Token) error {
+			_, err := fmt.Fprintln(w, t.Secret)
+			return err
+		})
+	}
+	return cmd
+}
+
+func (a *app) tokenRevoke() *cobra.Command {
+	cmd := &cobra.Command{Use: "revoke ID", Short: "Revoke a join token", Example: "  relais-control token revoke tok_01…", Args: cobra.ExactArgs(1)}
+	reason := reasonFlag(cmd)
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		return show(a, cmd, call{method: http.MethodPost, path: "/tokens/" + url.PathEscape(args[0]) + "/revoke", reason: *reason}, func(w io.Writer, t api.Token) error {
+			_, err := fmt.Fprintln(w, t.ID, "revoked")
+			return err
+		})
+	}
+	return cmd
+}
+
+func (a *app) nodeCommand() *cobra.Command {
+	return group("node", "List and show relays",
+		&cobra.Command{Use: "list", Short: "List relays", Example: "  relais-control node list --json", Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error {
+			return list(a, cmd, "/nodes", nil, "ID NAME STATE CONNECTED REVISION VERSION ADDRESSES", func(n api.Node) []string {
+				return []string{n.ID, n.Name, n.State, yes(n.Connected), fmt.Sprint(n.AckedRevision), n.Version, strings.Join(n.Sources, ",")}
+			})
+		}},
+		&cobra.Command{Use: "show NODE", Short: "Show a relay, by id or name", Example: "  relais-control node show edge-7", Args: cobra.ExactArgs(1), RunE: func(cmd *cobra.Command, args []string) error {
+			return show(a, cmd, call{method: http.MethodGet, path: "/nodes/" + url.PathEscape(args[0])}, func(w io.Writer, n api.Node) error {
+				refused := ""
+				if n.Refused > 0 {
+					refused = fmt.Sprintf("%d: %s", n.Refused, n.RefusedWhy)
+				}
+				return printPairs(w, "Id", n.ID, "Name", n.Name, "State", n.State, "Version", n.Version, "Labels", labelText(n.Labels), "Joined", when(n.JoinedAt),
+					"Connected", yes(n.Connected), "Last contact", whenOr(n.LastContact, "none since this server started"), "Works with revision", fmt.Sprint(n.AckedRevision),
+					"Refused revision", refused, "Certificate ends", whenOr(n.CertNotAfter, ""), "Assigned addresses", strings.Join(n.Sources, ", "), "Addresses on its host", strings.Join(n.LocalAddresses, ", "))
+			})
+		}})
+}
+
+func (a *app) tenantCommand() *cobra.Command {
+	print := func(w io.Writer, t api.Tenant) error {
+		return printPairs(w, "Id", t.ID, "Name", t.Name, "Suspended", yes(t.Suspended), "Ownership token", t.OwnershipToken, "Created", when(t.CreatedAt), "Revision", fmt.Sprint(t.Revision))
+	}
+	add := &cobra.Command{Use: "add NAME", Short: "Add a tenant and its default project", Example: "  relais-control tenant add acme", Args: cobra.ExactArgs(1)}
+	reason := reasonFlag(add)
+	add.RunE = func(cmd *cobra.Command, args []string) error {
+		return show(a, cmd, call{method: http.MethodPost, path: "/tenants", body: map[string]string{"name": args[0]}, reason: *reason}, print)
+	}
+	return group("tenant", "Add, list and show tenants", add,
+		&cobra.Command{Use: "list", Short: "List tenants", Example: "  relais-control tenant list", Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error {
+			return list(a, cmd, "/tenants", nil, "ID NAME SUSPENDED CREATED", func(t api.Tenant) []string {
+				return []string{t.ID, t.Name, yes(t.Suspended), when(t.CreatedAt)}
+			})
+		}},
+		&cobra.Command{Use: "show TENANT", Short: "Show a tenant, by id or name", Example: "  relais-control tenant show acme", Args: cobra.ExactArgs(1), RunE: func(cmd *cobra.Command, args []string) error {
+			return show(a, cmd, call{method: http.MethodGet, path: "/tenants/" + url.PathEscape(args[0])}, print)
+		}})
+}
+
+func (a *app) projectCommand() *cobra.Command {
+	add := &cobra.Command{Use: "add NAME --tenant TENANT", Short: "Add a project", Example: "  relais-control project add shop --tenant acme", Args: cobra.ExactArgs(1)}
+	reason := reasonFlag(add)
+	tenant := add.Flags().String("tenant", "", "tenant, id or name")
+	add.RunE = func(cmd *cobra.Command, args []string) error {
+		if *tenant == "" {
+			return usagef("--tenant is missing")
+		}
+		return show(a, cmd, call{method: http.MethodPost, path: "/projects", body: map[string]string{"tenant": *tenant, "name": args[0]}, reason: *reason}, func(w io.Writer, p api.Project) error {
+			return printPairs(w, "Id", p.ID, "Tenant", p.Tenant, "Name", p.Name)
+		})
+	}
+	ls := &cobra.Command{Use: "list", Short: "List projects", Example: "  relais-control project list --tenant acme", Args: cobra.NoArgs}
+	of := ls.Flags().String("tenant", "", "only those of this tenant, id or name")
+	ls.RunE = func(cmd *cobra.Command, _ []string) error {
+		return list(a, cmd, "/projects", tenantQuery(*of), "ID TENANT NAME", func(p api.Project) []string { return []string{p.ID, p.Tenant, p.Name} })
+	}
+	return group("project", "Add and list projects", add, ls)
+}
+
+func (a *app) credentialCommand() *cobra.Command {
+	var body api.CredentialCreate
+	var ttl time.Duration
+	create := &cobra.Command{
+		Use: "create --tenant TENANT", Short: "Create an SMTP credential and print its secret once",
+		Example: "  relais-control credential create --tenant acme\n  relais-control credential create --tenant acme --project shop --name web1 --stream bulk --ttl 720h --json",
+		Args:    cobra.NoArgs,
+	}
+	reason := reasonFlag(create)
+	create.Flags().StringVar(&body.Tenant, "tenant", "", "tenant, id or name")
+	create.Flags().StringVar(&body.Project, "project", "", "project, id or name (default: the project \"default\")")
+	create.Flags().StringVar(&body.Name, "name", "", "what it is for")
+	create.Flags().StringVar(&body.Stream, "stream", "", "stream used when a message names none")
+	create.Flags().DurationVar(&ttl, "ttl", 0, "life (default: without end)")
+	create.RunE = func(cmd *cobra.Command, _ []string) error {
+		if body.Tenant == "" {
+			return usagef("--tenant is missing")
+		}
+		if ttl < 0 {
+			return usagef("--ttl is %s: use a positive duration", ttl)
+		}
+		if ttl > 0 {
+			end := time.Now().Add(ttl).UTC()
+			body.NotAfter = &end
+		}
+		return show(a, cmd, call{method: http.MethodPost, path: "/credentials", body: body, reason: *reason}, func(w io.Writer, c api.Credential) error {
+			return printPairs(w, "User name", c.ID, "Password", c.Secret, "Ends", whenOr(c.NotAfter, "never"), "Note", "the password is not shown again")
+		})
+	}
+	ls := &cobra.Command{Use: "list", Short: "List credentials", Example: "  relais-control credential list --tenant acme", Args: cobra.NoArgs}
+	of := ls.Flags().String("tenant", "", "only those of this tenant, id or name")
+	ls.RunE = func(cmd *cobra.Command, _ []string) error {
+		return list(a, cmd, "/credentials", tenantQuery(*of), "ID TENANT NAME STREAM ENDS REVOKED", func(c api.Credential) []string {
+			return []string{c.ID, c.Tenant, c.Name, c.Stream, whenOr(c.NotAfter, "never"), yes(c.Revoked)}
+		})
+	}
+	revoke := &cobra.Command{Use: "revoke ID", Short: "Revoke a credential for good", Example: "  relais-control credential revoke crd_01… --reason leaked", Args: cobra.ExactArgs(1)}
+	why := reasonFlag(revoke)
+	revoke.RunE = func(cmd *cobra.Command, args []string) error {
+		return show(a, cmd, call{method: http.MethodPost, path: "/credentials/" + url.PathEscape(args[0]) + "/revoke", reason: *why}, func(w io.Writer, c api.Credential) error {
+			_, err := fmt.Fprintln(w, c.ID, "revoked")
+			return err
+		})
+	}
+	return group("credential", "Create, list and revoke SMTP credentials", create, ls, revoke)
+}
+
+func (a *app) auditCommand() *cobra.Command {
+	cmd := &cobra.Command{Use: "audit", Short: "List the newest changes", Example: "  relais-control audit --limit 20", Args: cobra.NoArgs}
+	limit := cmd.Flags().Int("limit", 100, "how many, at most 1000")
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		return list(a, cmd, "/audit", url.Values{"limit": {fmt.Sprint(*limit)}}, "REVISION TIME ACTOR ACTION OBJECT REASON", func(e api.AuditEntry) []string {
+			return []string{fmt.Sprint(e.Index), when(e.Time), e.Actor, e.Action, e.Object, e.Reason}
+		})
+	}
+	return cmd
+}
+
+func (a *app) statusCommand() *cobra.Command {
+	return &cobra.Command{Use: "status", Short: "Show the server that answers", Example: "  relais-control status --json", Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error {
+		return show(a, cmd, call{method: http.MethodGet, path: "/version"}, func(w io.Writer, v api.Version) error {
+			return printPairs(w, "Version", v.Version, "Cluster", v.Cluster, "Leads", yes(v.Leader), "Index", fmt.Sprint(v.Index), "Revision", fmt.Sprint(v.Revision))
+		})
+	}}
+}

@@ -1,0 +1,64 @@
+package main
+
+import (
+	"context"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/relais-mta/relais/control/ca"
+	"github.com/relais-mta/relais/control/enroll"
+	"github.com/relais-mta/relais/control/service"
+	"github.com/relais-mta/relais/shared/buildinfo"
+	"github.com/relais-mta/relais/shared/fault"
+	"github.com/relais-mta/relais/shared/ids"
+	"github.com/relais-mta/relais/shared/link"
+	"github.com/relais-mta/relais/shared/pki"
+	"github.com/relais-mta/relais/shared/wire"
+)
+
+// members shows the use cases to enrolment in its own words.
+type members struct{ *service.Service }
+
+// Redeem implements enroll.Members.
+func (m members) Redeem(ctx context.Context, r enroll.Redemption) (enroll.Member, error) {
+	node, _, err := m.RedeemToken(ctx, service.RedeemRequest{TokenID: r.Token, CSRHash: r.CSRHash, Role: string(r.Role), Name: r.Name, RemoteAddr: r.Remote, Labels: r.Labels, Version: r.Version, Addresses: r.Addresses})
+	if err != nil {
+		return enroll.Member{}, err
+	}
+	return m.Member(ctx, node)
+}
+
+// Member implements enroll.Members.
+func (m members) Member(ctx context.Context, id ids.Node) (enroll.Member, error) {
+	n, err := m.NodeByID(ctx, id)
+	if err != nil {
+		return enroll.Member{}, err
+	}
+	return enroll.Member{Node: n.ID, State: n.State, SPKI: n.CertSPKI}, nil
+}
+
+// SetCertificate implements enroll.Members.
+func (m members) SetCertificate(ctx context.Context, c enroll.Certificate) error {
+	return m.SetNodeCert(ctx, c.Node, c.Serial, c.SPKI[:], c.NotAfter)
+}
+
+// serveLink opens the port that relays join and connect at.
+func (s *server) serveLink(ctx context.Context, group *errgroup.Group, authority *ca.Authority) error {
+	joins, err := enroll.New(enroll.Config{Cluster: s.file.Cluster, Members: members{s.service}, Signer: authority, Version: buildinfo.Version(), Logger: s.logger, Registerer: s.registry})
+	if err != nil {
+		return err
+	}
+	key, err := pki.LoadNodeKey(s.paths.nodeKey())
+	if err != nil {
+		return err
+	}
+	listener, err := link.Listen(link.ServerConfig{Address: s.conf.Listen.Link, TLS: enroll.TLSConfig(s.holder, s.file.Cluster), ResetKey: key.Derive("quic stateless reset")})
+	if err != nil {
+		return &fault.Error{Kind: fault.Unavailable, Op: "relais-control.serve", Field: "listen.link", Public: "UDP " + s.conf.Listen.Link.String() + " cannot be bound: is another server using it?", Cause: err}
+	}
+	group.Go(func() error {
+		return listener.Serve(ctx, map[string]link.Handler{wire.ALPNJoin: joins.Join, wire.ALPNRenew: joins.Renew})
+	})
+	s.logger.Info("relays may join", "link", listener.Addr().String(), "ca_pin", authority.Pin().String())
+	return nil
+}

@@ -1,0 +1,357 @@
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"os/signal"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/spf13/cobra"
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
+
+	"github.com/relais-mta/relais/control"
+	"github.com/relais-mta/relais/control/api"
+	"github.com/relais-mta/relais/control/ca"
+	"github.com/relais-mta/relais/control/cluster"
+	"github.com/relais-mta/relais/control/config"
+	"github.com/relais-mta/relais/control/service"
+	"github.com/relais-mta/relais/control/state"
+	"github.com/relais-mta/relais/shared/buildinfo"
+	"github.com/relais-mta/relais/shared/fault"
+	"github.com/relais-mta/relais/shared/pki"
+	"github.com/relais-mta/relais/shared/telemetry"
+	"github.com/relais-mta/relais/shared/wire"
+)
+
+const (
+	shutdownTimeout    = 25 * time.Second // of the 30 s that SIGTERM gives
+	renewalCheckPeriod = 10 * time.Minute
+	headerTimeout      = 10 * time.Second
+	requestTimeout     = 60 * time.Second
+	idleTimeout        = 2 * time.Minute
+	maxHeaderBytes     = 64 << 10
+)
+
+func (a *app) serveCommand() *cobra.Command {
+	var configFile string
+	cmd := &cobra.Command{
+		Use:     "serve --data DIR",
+		Short:   "Run this server",
+		Long:    "Run the control server of the data directory until SIGTERM or SIGINT. SIGHUP reads the certificate files of tls.cert and tls.key again. Logs go to standard error as JSON.",
+		Example: "  relais-control serve --data /var/lib/relais/control\n  relais-control serve --data /srv/c1 --config /etc/relais/control.toml",
+		Args:    cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			conf, err := config.Load(configFile, a.dataDir)
+			if err != nil {
+				return err
+			}
+			level, err := telemetry.ParseLevel(conf.Log.Level)
+			if err != nil {
+				return err
+			}
+			s := &server{paths: paths{a.dataDir}, conf: conf, logger: telemetry.NewLogger(os.Stderr, level)}
+			return s.run(cmd.Context())
+		},
+	}
+	cmd.Flags().StringVar(&configFile, "config", "", "configuration file (default: control.toml in the data directory)")
+	return cmd
+}
+
+// server is a running control server.
+type server struct {
+	paths    paths
+	conf     config.Config
+	logger   *slog.Logger
+	file     serverFile
+	health   *telemetry.Health
+	registry *prometheus.Registry
+	holder   *pki.Holder // certificate of the cluster's CA
+	web      *pki.Holder // certificate of the API: holder, or the configured files
+	sealer   *pki.Sealer
+	cluster  *cluster.Cluster
+	service  *service.Service
+}
+
+func (s *server) run(ctx context.Context) error {
+	var err error
+	if s.file, err = loadServerFile(s.paths); err != nil {
+		return err
+	}
+	unlock, err := lockDir(s.paths)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	if err := s.loadKeys(); err != nil {
+		return err
+	}
+	s.health = telemetry.NewHealth(time.Now)
+	s.registry = telemetry.NewRegistry("control", s.health)
+	st := state.New()
+	peer := pki.Peer{Cluster: s.file.Cluster, Role: pki.RoleControl}
+	stream, err := cluster.Listen(s.conf.Listen.Raft.String(), s.file.Raft, pki.ServerConfig(s.holder, peer, wire.ALPNRaft), pki.ClientConfig(s.holder, peer, wire.ALPNRaft))
+	if err != nil {
+		return err
+	}
+	halt := func(err error) {
+		s.logger.Error("this server halts: its log cannot be applied", "error", err)
+		os.Exit(exitFailed)
+	}
+	s.cluster, err = cluster.Open(cluster.Options{Dir: s.paths.dir, ServerID: s.file.Server.String(), Address: s.file.Raft, Stream: stream, State: st, Logger: s.logger, Registerer: s.registry, Halt: halt})
+	if err != nil {
+		return errors.Join(err, stream.Close())
+	}
+	s.service = service.New(service.Options{State: st, Log: s.cluster, Sealer: s.sealer, Logger: s.logger, Version: buildinfo.Version()})
+	err = s.serve(ctx)
+	s.logger.Info("stopped")
+	return errors.Join(err, s.cluster.Close())
+}
+
+func (s *server) loadKeys() error {
+	kek, err := pki.LoadKey(s.paths.kek())
+	if err != nil {
+		return err
+	}
+	s.sealer = pki.NewSealer(kek)
+	if s.holder, err = pki.LoadHolder(pki.Files{Cert: s.paths.leaf(), Key: s.paths.nodeKey(), CA: s.paths.bundle()}); err != nil {
+		return err
+	}
+	s.web = s.holder
+	if s.conf.TLS.Cert != "" {
+		s.web, err = pki.LoadHolder(pki.Files{Cert: s.conf.TLS.Cert, Key: s.conf.TLS.Key})
+	}
+	return err
+}
+
+// lockDir keeps a second server off the directory.
+func lockDir(p paths) (unlock func(), err error) {
+	const op = "relais-control.serve"
+	f, err := os.OpenFile(p.lock(), os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, fault.Wrap(err, fault.Internal, op, "%s cannot be opened", p.lock())
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		_ = f.Close()
+		return nil, fault.Field(op, "data", "another server runs on %s: stop it first", p.dir)
+	}
+	return func() { _ = f.Close() }, nil // closing releases the lock
+}
+
+// serve runs all listeners until the context ends or one of them fails.
+func (s *server) serve(ctx context.Context) error {
+	group, ctx := errgroup.WithContext(ctx)
+	metrics, err := net.Listen("tcp", s.conf.Listen.Metrics.String())
+	if err != nil {
+		return bindFault("listen.metrics", s.conf.Listen.Metrics, err)
+	}
+	group.Go(func() error {
+		return telemetry.Serve(ctx, metrics, telemetry.Handler(s.registry, s.health, s.logger), s.logger)
+	})
+	https, err := net.Listen("tcp", s.conf.Listen.HTTPS.String())
+	if err != nil {
+		return errors.Join(bindFault("listen.https", s.conf.Listen.HTTPS, err), metrics.Close())
+	}
+	socket, err := listenSocket(s.paths.socket())
+	if err != nil {
+		return errors.Join(err, metrics.Close(), https.Close())
+	}
+	local := service.Actor{Name: "admin.sock", Role: control.RoleAdmin}
+	group.Go(func() error {
+		l := tls.NewListener(https, pki.OpenServerConfig(s.web, "h2", "http/1.1"))
+		return s.http(ctx, l, api.New(api.Options{Service: s.service, Logger: s.logger}))
+	})
+	group.Go(func() error {
+		return s.http(ctx, socket, api.New(api.Options{Service: s.service, Logger: s.logger, Local: &local}))
+	})
+	group.Go(func() error { return s.whenReady(ctx, group) })
+	group.Go(func() error { s.reload(ctx); return nil })
+	s.watchHealth()
+	s.logger.Info("serving", "version", buildinfo.Version(), "cluster", s.file.Cluster.String(), "server", s.file.Server.String(), "https", https.Addr().String(), "raft", s.conf.Listen.Raft.String())
+	err = group.Wait()
+	notify("STOPPING=1")
+	return err
+}
+
+func bindFault(field string, addr netip.AddrPort, cause error) error {
+	return &fault.Error{Kind: fault.Unavailable, Op: "relais-control.serve", Field: field, Public: fmt.Sprintf("%s cannot be bound: is another server using it?", addr), Cause: cause}
+}
+
+// listenSocket makes the admin socket, which only the server's user can open.
+func listenSocket(path string) (net.Listener, error) {
+	const op = "relais-control.serve"
+	// The lock is ours, so a socket file that is there is left from a crash.
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fault.Wrap(err, fault.Internal, op, "the old admin socket %s cannot be removed", path)
+	}
+	old := syscall.Umask(0o177)
+	l, err := net.Listen("unix", path)
+	syscall.Umask(old)
+	return l, fault.Wrap(err, fault.Internal, op, "the admin socket %s cannot be made", path)
+}
+
+// http serves the API on one listener and lets requests finish at the end.
+func (s *server) http(ctx context.Context, l net.Listener, h http.Handler) error {
+	srv := &http.Server{
+		Handler: h, ReadHeaderTimeout: headerTimeout, ReadTimeout: requestTimeout, WriteTimeout: requestTimeout, IdleTimeout: idleTimeout, MaxHeaderBytes: maxHeaderBytes,
+		ErrorLog: slog.NewLogLogger(s.logger.Handler(), slog.LevelDebug),
+	}
+	done := make(chan error, 1)
+	go func() { done <- srv.Serve(l) }()
+	select {
+	case err := <-done:
+		return fault.Wrap(err, fault.Unavailable, "relais-control.serve", "the listener on %s failed", l.Addr())
+	case <-ctx.Done():
+	}
+	stop, cancel := context.WithTimeout(context.WithoutCancel(ctx), shutdownTimeout)
+	defer cancel()
+	if err := srv.Shutdown(stop); err != nil {
+		s.logger.Warn("requests were cut off", "error", err)
+		_ = srv.Close()
+	}
+	<-done
+	return nil
+}
+
+// whenReady starts what needs the cluster's state: the CA and the relay link.
+func (s *server) whenReady(ctx context.Context, group *errgroup.Group) error {
+	if err := s.cluster.WaitReady(ctx); err != nil {
+		if ctx.Err() != nil {
+			return nil
+		}
+		return err
+	}
+	row, err := s.service.Cluster()
+	if err != nil {
+		return err
+	}
+	if row.ID != s.file.Cluster {
+		return fault.New(fault.Invalid, "relais-control.serve", "the state in %s is of cluster %s, server.toml names %s: the directory is mixed up, restore it from a backup", s.paths.dir, row.ID, s.file.Cluster)
+	}
+	authority, err := openCA(row, s.sealer)
+	if err != nil {
+		return err
+	}
+	if err := s.renew(authority); err != nil {
+		return err
+	}
+	group.Go(func() error { s.keepRenewed(ctx, authority); return nil })
+	if err := s.serveLink(ctx, group, authority); err != nil {
+		return err
+	}
+	s.health.SetReady(true, "")
+	notify("READY=1")
+	return nil
+}
+
+// renew replaces this server's certificate when a third of its life is over, or
+// when its names no longer fit the configuration.
+func (s *server) renew(authority *ca.Authority) error {
+	leaf := s.holder.Leaf()
+	fits := true
+	for _, a := range names(s.file.Advertise, s.conf).Addresses {
+		fits = fits && leaf.VerifyHostname(a.String()) == nil
+	}
+	if fits && time.Now().Before(pki.RenewAt(leaf, 0)) {
+		return nil
+	}
+	if _, err := issueOwn(s.paths, authority, s.file, s.conf); err != nil {
+		return err
+	}
+	if err := s.holder.Reload(); err != nil {
+		return err
+	}
+	s.logger.Info("certificate renewed", "not_after", s.holder.Leaf().NotAfter)
+	return nil
+}
+
+func (s *server) keepRenewed(ctx context.Context, authority *ca.Authority) {
+	tick := time.NewTicker(renewalCheckPeriod)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+			if err := s.renew(authority); err != nil {
+				s.logger.Error("the certificate was not renewed", "error", err)
+			}
+		}
+	}
+}
+
+// reload reads the configured certificate again on SIGHUP.
+func (s *server) reload(ctx context.Context) {
+	hup := make(chan os.Signal, 1)
+	signal.Notify(hup, syscall.SIGHUP)
+	defer signal.Stop(hup)
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-hup:
+			if err := s.web.Reload(); err != nil {
+				s.logger.Error("the certificate was not reloaded, the old one stays", "error", err)
+				continue
+			}
+			s.logger.Info("certificate reloaded", "not_after", s.web.Leaf().NotAfter)
+		}
+	}
+}
+
+func (s *server) watchHealth() {
+	s.health.Watch("raft", func() (telemetry.Severity, string) {
+		if s.cluster.Ready() {
+			return telemetry.OK, ""
+		}
+		if leader, _ := s.cluster.Leader(); leader != "" {
+			return telemetry.OK, "follows " + leader
+		}
+		return telemetry.Critical, "the cluster has no leader: changes and joins wait"
+	})
+	s.health.Watch("state", func() (telemetry.Severity, string) {
+		if err := s.cluster.Health(); err != nil {
+			return telemetry.Critical, fault.Public(err)
+		}
+		return telemetry.OK, ""
+	})
+	s.health.Watch("certificate", func() (telemetry.Severity, string) {
+		leaf := s.web.Leaf()
+		if left := time.Until(leaf.NotAfter); left < leaf.NotAfter.Sub(leaf.NotBefore)/3 {
+			return telemetry.Warning, fmt.Sprintf("the certificate of the API ends at %s", leaf.NotAfter.UTC().Format(time.RFC3339))
+		}
+		if s.web == s.holder {
+			return telemetry.OK, "the API serves a certificate of the cluster's own CA: set tls.cert and tls.key for browsers"
+		}
+		return telemetry.OK, ""
+	})
+}
+
+var notifyOnce sync.Mutex
+
+// notify tells systemd how the service stands; without systemd it does nothing.
+func notify(text string) {
+	path := os.Getenv("NOTIFY_SOCKET")
+	if path == "" {
+		return
+	}
+	notifyOnce.Lock()
+	defer notifyOnce.Unlock()
+	conn, err := net.DialUnix("unixgram", nil, &net.UnixAddr{Name: path, Net: "unixgram"})
+	if err != nil {
+		return // nobody listens
+	}
+	_, _ = conn.Write([]byte(text)) // likewise
+	_ = conn.Close()
+}
