@@ -48,7 +48,10 @@ func (r *Resolver) lookup(ctx context.Context, name string, qtype uint16) (answe
 		if err != nil {
 			return answer{}, err
 		}
-		target, chainTTL := follow(msg, name)
+		target, chainTTL, ok := follow(msg, name)
+		if !ok {
+			break
+		}
 		ttl = min(ttl, chainTTL)
 		switch msg.Rcode {
 		case dns.RcodeNameError:
@@ -72,23 +75,24 @@ func (r *Resolver) lookup(ctx context.Context, name string, qtype uint16) (answe
 }
 
 // follow walks the aliases of an answer from name and returns the last name
-// and the smallest TTL on the way. A loop inside the answer ends at the bound.
-func follow(msg *dns.Msg, name string) (string, time.Duration) {
+// and the smallest TTL on the way. It gives up on chains beyond the bound, and
+// so on circles.
+func follow(msg *dns.Msg, name string) (string, time.Duration, bool) {
 	ttl := maxAnswerTTL
 	for range maxCNAMEs {
 		moved := false
 		for _, rr := range msg.Answer {
-			if c, ok := rr.(*dns.CNAME); ok && strings.EqualFold(c.Hdr.Name, name) && !strings.EqualFold(c.Target, name) {
+			if c, ok := rr.(*dns.CNAME); ok && strings.EqualFold(c.Hdr.Name, name) {
 				name, moved = c.Target, true
 				ttl = min(ttl, time.Duration(c.Hdr.Ttl)*time.Second)
 				break
 			}
 		}
 		if !moved {
-			break
+			return name, ttl, true
 		}
 	}
-	return name, ttl
+	return "", 0, false
 }
 
 func collect(msg *dns.Msg, owner string, qtype uint16, ttl time.Duration) answer {
