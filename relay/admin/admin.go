@@ -1,0 +1,311 @@
+// Package admin serves a relay's operators on a socket in the data directory:
+// what is in the queue, why it waits, and what the lanes do. The socket's file
+// mode is the access control, so it needs no password and works while control
+// is away.
+package admin
+
+import (
+	"encoding/json"
+	"errors"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strconv"
+	"time"
+
+	"github.com/relais-mta/relais/relay"
+	"github.com/relais-mta/relais/relay/engine"
+	"github.com/relais-mta/relais/relay/outbox"
+	"github.com/relais-mta/relais/relay/queue"
+	"github.com/relais-mta/relais/shared/fault"
+	"github.com/relais-mta/relais/shared/ids"
+	"github.com/relais-mta/relais/shared/mailaddr"
+)
+
+// SocketName is the socket's name in the data directory.
+const SocketName = "admin.sock"
+
+// Bounds of one answer.
+const (
+	defaultListed  = 100
+	maxListed      = 10_000
+	maxEventBytes  = 1 << 20
+	headerDeadline = 5 * time.Second
+)
+
+// Config is what the server shows.
+type Config struct {
+	Dir    string // data directory
+	Queue  *queue.Queue
+	Outbox *outbox.Outbox
+	Engine *engine.Engine
+	Status func() Status
+	Logger *slog.Logger
+}
+
+// Status is the relay in a few words.
+type Status struct {
+	Node      string `json:"node"`
+	Cluster   string `json:"cluster"`
+	Version   string `json:"version"`
+	Revision  uint64 `json:"revision"`
+	Connected bool   `json:"connected"`
+	PID       int    `json:"pid"`
+}
+
+// Server answers on the socket.
+type Server struct {
+	cfg      Config
+	http     http.Server
+	listener net.Listener
+}
+
+// Listen makes the socket, mode 0600, replacing one that a dead process left.
+// The data directory's lock guarantees that no living process owns it.
+func Listen(cfg Config) (*Server, error) {
+	const op = "admin.Listen"
+	path := filepath.Join(cfg.Dir, SocketName)
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, fault.Wrap(err, fault.Internal, op, "the old socket %s cannot be removed", path)
+	}
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		return nil, fault.Wrap(err, fault.Internal, op, "the socket %s cannot be made", path)
+	}
+	if err := os.Chmod(path, 0o600); err != nil {
+		_ = l.Close()
+		return nil, fault.Wrap(err, fault.Internal, op, "the socket %s cannot be protected", path)
+	}
+	s := &Server{cfg: cfg, listener: l}
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /v1/status", s.answer(func(*http.Request) (any, error) { return cfg.Status(), nil }))
+	mux.HandleFunc("GET /v1/queue/summary", s.answer(s.summary))
+	mux.HandleFunc("GET /v1/queue/messages", s.answer(s.list))
+	mux.HandleFunc("GET /v1/queue/messages/{id}", s.answer(s.show))
+	mux.HandleFunc("GET /v1/lanes", s.answer(func(*http.Request) (any, error) { return cfg.Engine.Lanes(), nil }))
+	mux.HandleFunc("GET /v1/events", s.answer(s.events))
+	s.http = http.Server{Handler: mux, ReadHeaderTimeout: headerDeadline, ErrorLog: slog.NewLogLogger(cfg.Logger.Handler(), slog.LevelWarn)}
+	return s, nil
+}
+
+// Serve answers until Close.
+func (s *Server) Serve() error {
+	if err := s.http.Serve(s.listener); !errors.Is(err, http.ErrServerClosed) {
+		return err
+	}
+	return nil
+}
+
+// Close ends the server and removes the socket.
+func (s *Server) Close() error { return s.http.Close() }
+
+// Problem is an error as the socket answers it (RFC 9457).
+type Problem struct {
+	Type   string `json:"type"`
+	Title  string `json:"title"`
+	Status int    `json:"status"`
+	Detail string `json:"detail"`
+}
+
+var statuses = map[fault.Kind]int{
+	fault.Invalid: http.StatusUnprocessableEntity, fault.NotFound: http.StatusNotFound,
+	fault.Conflict: http.StatusConflict, fault.Unavailable: http.StatusServiceUnavailable,
+}
+
+func (s *Server) answer(f func(*http.Request) (any, error)) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		v, err := f(r)
+		status := http.StatusOK
+		w.Header().Set("Content-Type", "application/json")
+		if err != nil {
+			kind := fault.KindOf(err)
+			if status = statuses[kind]; status == 0 {
+				status = http.StatusInternalServerError
+				s.cfg.Logger.Error("admin request failed", "path", r.URL.Path, "error", err)
+			}
+			w.Header().Set("Content-Type", "application/problem+json")
+			v = Problem{Type: "about:blank", Title: kind.String(), Status: status, Detail: fault.Public(err)}
+		}
+		w.WriteHeader(status)
+		if err := json.NewEncoder(w).Encode(v); err != nil {
+			s.cfg.Logger.Debug("admin answer not written", "error", err)
+		}
+	}
+}
+
+// Summary is the queue in numbers.
+type Summary struct {
+	Queues        int     `json:"queues"`
+	Waiting       int64   `json:"waiting"`   // recipients, those being delivered included
+	InFlight      int64   `json:"in_flight"` // recipients being delivered
+	OverdueSecond float64 `json:"oldest_past_deadline_seconds"`
+	LastEvent     uint64  `json:"last_event"`
+}
+
+func (s *Server) summary(*http.Request) (any, error) {
+	q := s.cfg.Queue.Summary()
+	return Summary{
+		Queues: q.Queues, Waiting: q.Waiting, InFlight: q.InFlight,
+		OverdueSecond: q.OldestOverdue.Seconds(), LastEvent: s.cfg.Outbox.Last(),
+	}, nil
+}
+
+// Recipient is one recipient for people.
+type Recipient struct {
+	ID        string              `json:"id"`
+	Address   string              `json:"address"`
+	State     string              `json:"state"`
+	Attempts  uint32              `json:"attempts"`
+	Next      time.Time           `json:"next,omitzero"`
+	LastTry   time.Time           `json:"last_attempt,omitzero"`
+	LastReply string              `json:"last_reply,omitempty"`
+	LastClass string              `json:"last_class,omitempty"`
+	LastMX    string              `json:"last_mx,omitempty"`
+	InDoubt   uint8               `json:"in_doubt,omitempty"`
+	Why       *engine.Explanation `json:"why,omitempty"`
+}
+
+// Message is one message for people.
+type Message struct {
+	ID         string      `json:"id"`
+	Tenant     string      `json:"tenant"`
+	Stream     string      `json:"stream"`
+	Pool       string      `json:"pool"`
+	Sender     string      `json:"sender"`
+	Bytes      int64       `json:"bytes"`
+	Accepted   time.Time   `json:"accepted"`
+	Expires    time.Time   `json:"expires"`
+	Recipients []Recipient `json:"recipients"`
+}
+
+func (s *Server) message(m *queue.MessageInfo, why bool) Message {
+	env := m.Env
+	out := Message{
+		ID: env.ID.String(), Tenant: env.Tenant.String(), Stream: env.Stream, Pool: env.Pool.String(), Sender: env.Sender.String(),
+		Bytes: env.Body.Length, Accepted: env.AcceptedAt, Expires: env.ExpiresAt,
+	}
+	for i := range env.Recipients {
+		st := m.States[i]
+		r := Recipient{
+			ID: ids.Recipient{Message: env.ID, Index: uint16(i)}.String(), Address: env.Recipients[i].Address.String(),
+			State: st.State.String(), Attempts: st.Attempts, Next: st.Next, LastTry: st.LastAttempt,
+			LastReply: replyText(&st.LastReply), LastClass: st.LastClass, LastMX: st.LastMX, InDoubt: st.InDoubt,
+		}
+		if why && !st.State.Final() {
+			x := s.cfg.Engine.Explain(env, i, st)
+			r.Why = &x
+		}
+		out.Recipients = append(out.Recipients, r)
+	}
+	return out
+}
+
+func replyText(r *relay.Reply) string {
+	if r.Code == 0 {
+		return r.Text
+	}
+	text := strconv.Itoa(int(r.Code))
+	if r.Enhanced != "" {
+		text += " " + r.Enhanced
+	}
+	return text + " " + r.Text
+}
+
+func (s *Server) show(r *http.Request) (any, error) {
+	id, err := ids.ParseMessage(r.PathValue("id"))
+	if err != nil {
+		return nil, err
+	}
+	m, err := s.cfg.Queue.Show(id)
+	if err != nil {
+		return nil, err
+	}
+	return s.message(m, true), nil
+}
+
+var stateNames = map[string]relay.State{"": 0, "waiting": relay.StateWaiting, "held": relay.StateHeld}
+
+func (s *Server) list(r *http.Request) (any, error) {
+	const op = "admin.list"
+	v := r.URL.Query()
+	f := queue.Filter{Stream: v.Get("stream")}
+	limit := defaultListed
+	var err error
+	if t := v.Get("tenant"); t != "" {
+		if err = f.Tenant.UnmarshalText([]byte(t)); err != nil {
+			return nil, err
+		}
+	}
+	if t := v.Get("after"); t != "" {
+		if f.After, err = ids.ParseMessage(t); err != nil {
+			return nil, err
+		}
+	}
+	if t := v.Get("domain"); t != "" {
+		if f.Domain, err = mailaddr.ParseDomain(t); err != nil {
+			return nil, err
+		}
+	}
+	state, ok := stateNames[v.Get("state")]
+	if !ok {
+		return nil, fault.Field(op, "state", "%q is not a state of queued mail; write waiting or held", v.Get("state"))
+	}
+	f.State = state
+	if t := v.Get("limit"); t != "" {
+		if limit, err = strconv.Atoi(t); err != nil || limit < 1 || limit > maxListed {
+			return nil, fault.Field(op, "limit", "%q is not a number from 1 to %d", t, maxListed)
+		}
+	}
+	found, _, err := s.cfg.Queue.List(f, limit)
+	if err != nil {
+		return nil, err
+	}
+	out := make([]Message, 0, len(found))
+	for i := range found {
+		out = append(out, s.message(&found[i], false))
+	}
+	return out, nil
+}
+
+// Event is one line of the outbox for people.
+type Event struct {
+	Seq       uint64    `json:"seq"`
+	Type      string    `json:"type"`
+	At        time.Time `json:"at"`
+	Message   string    `json:"message"`
+	Recipient uint16    `json:"recipient"`
+	Address   string    `json:"address"`
+	Source    string    `json:"source,omitempty"`
+	Provider  string    `json:"provider,omitempty"`
+	MX        string    `json:"mx,omitempty"`
+	Phase     string    `json:"phase,omitempty"`
+	Class     string    `json:"class,omitempty"`
+	Reply     string    `json:"reply,omitempty"`
+	Attempts  uint32    `json:"attempts,omitempty"`
+}
+
+func (s *Server) events(r *http.Request) (any, error) {
+	after, err := strconv.ParseUint("0"+r.URL.Query().Get("after"), 10, 64)
+	if err != nil {
+		return nil, fault.Field("admin.events", "after", "%q is not a sequence number", r.URL.Query().Get("after"))
+	}
+	events, err := s.cfg.Outbox.Read(after, maxEventBytes)
+	if err != nil {
+		return nil, err
+	}
+	out := make([]Event, 0, len(events))
+	for i := range events {
+		ev := &events[i]
+		e := Event{
+			Seq: ev.Seq, Type: ev.Type.String(), At: ev.At, Message: ev.Message.String(), Recipient: ev.Index, Address: ev.Address,
+			Provider: ev.Provider, MX: ev.MX, Phase: ev.Phase.String(), Class: ev.Class, Reply: replyText(&ev.Reply), Attempts: ev.Attempts,
+		}
+		if ev.SourceIP.IsValid() {
+			e.Source = ev.SourceIP.String()
+		}
+		out = append(out, e)
+	}
+	return out, nil
+}

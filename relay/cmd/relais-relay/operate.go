@@ -1,0 +1,307 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/relais-mta/relais/relay"
+	"github.com/relais-mta/relais/relay/admin"
+	"github.com/relais-mta/relais/relay/engine"
+	"github.com/relais-mta/relais/relay/verdict"
+	"github.com/relais-mta/relais/shared/fault"
+)
+
+// maxAnswerBytes bounds an answer of the admin socket.
+const maxAnswerBytes = 256 << 20
+
+// ask gets a path from the admin socket of the running relay and decodes it.
+func ask(ctx context.Context, o *options, path string, v any) error {
+	const op = "relais-relay.ask"
+	socket := filepath.Join(o.data, admin.SocketName)
+	client := http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		var d net.Dialer
+		return d.DialContext(ctx, "unix", socket)
+	}}}
+	defer client.CloseIdleConnections()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://relay"+path, nil)
+	if err != nil {
+		return err
+	}
+	resp, err := client.Do(req)
+	if err != nil {
+		return fault.Wrap(err, fault.Unavailable, op, "no relay answers on %s: is it running with --data %s, and may you read its socket?", socket, o.data)
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswerBytes))
+	if err != nil {
+		return fault.Wrap(err, fault.Unavailable, op, "the relay broke off its answer")
+	}
+	if resp.StatusCode != http.StatusOK {
+		var p admin.Problem
+		if json.Unmarshal(body, &p) == nil && p.Detail != "" {
+			return fault.New(fault.Invalid, op, "%s", p.Detail)
+		}
+		return fault.New(fault.Internal, op, "the relay answered %s", resp.Status)
+	}
+	if o.json {
+		_, err = os.Stdout.Write(body)
+		return err
+	}
+	return json.Unmarshal(body, v)
+}
+
+func newQueue(o *options) *cobra.Command {
+	cmd := &cobra.Command{Use: "queue", Short: "See what waits and why", RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() }, Args: exactly(0)}
+	cmd.AddCommand(newQueueSummary(o), newQueueList(o), newQueueShow(o), newQueueWhy(o))
+	return cmd
+}
+
+func newQueueSummary(o *options) *cobra.Command {
+	return &cobra.Command{
+		Use: "summary", Short: "Count what is in the queue", Args: exactly(0),
+		Example: "  relais-relay queue summary --json",
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			var s admin.Summary
+			if err := ask(cmd.Context(), o, "/v1/queue/summary", &s); err != nil || o.json {
+				return err
+			}
+			fmt.Printf("waiting recipients    %d\nbeing delivered       %d\nwork queues           %d\nlongest past deadline %.0f s\n",
+				s.Waiting, s.InFlight, s.Queues, s.OverdueSecond)
+			return nil
+		},
+	}
+}
+
+func newQueueList(o *options) *cobra.Command {
+	v := url.Values{}
+	flags := map[string]*string{}
+	cmd := &cobra.Command{
+		Use: "list", Short: "List queued messages, oldest first", Args: exactly(0),
+		Example: "  relais-relay queue list --domain example.com --limit 20\n  relais-relay queue list --state held --json",
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			for name, value := range flags {
+				if *value != "" {
+					v.Set(name, *value)
+				}
+			}
+			var list []admin.Message
+			if err := ask(cmd.Context(), o, "/v1/queue/messages?"+v.Encode(), &list); err != nil || o.json {
+				return err
+			}
+			if len(list) == 0 {
+				fmt.Println("No queued message matches.")
+				return nil
+			}
+			w := tabwriter.NewWriter(os.Stdout, 0, 4, 2, ' ', 0)
+			fmt.Fprintln(w, "MESSAGE\tSTREAM\tSENDER\tRECIPIENT\tSTATE\tATTEMPTS\tNEXT\tLAST REPLY")
+			for i := range list {
+				printMessage(w, &list[i])
+			}
+			return w.Flush()
+		},
+	}
+	for name, help := range map[string]string{
+		"tenant": "tenant id", "stream": "stream name", "domain": "recipient domain", "state": "waiting or held",
+		"after": "continue behind this message id", "limit": "number of messages (default 100)",
+	} {
+		flags[name] = cmd.Flags().String(name, "", help)
+	}
+	return cmd
+}
+
+func printMessage(w io.Writer, m *admin.Message) {
+	for _, r := range m.Recipients {
+		fmt.Fprintf(w, "%s\t%s\t<%s>\t<%s>\t%s\t%d\t%s\t%s\n", m.ID, m.Stream, m.Sender, r.Address, r.State, r.Attempts, timeText(r.Next), clip(r.LastReply))
+	}
+}
+
+func timeText(t time.Time) string {
+	if t.IsZero() {
+		return "-"
+	}
+	return t.Local().Format(time.DateTime)
+}
+
+func clip(s string) string {
+	const maxShown = 70
+	if len(s) > maxShown {
+		return s[:maxShown] + "…"
+	}
+	return s
+}
+
+func newQueueShow(o *options) *cobra.Command {
+	return &cobra.Command{
+		Use: "show ID", Short: "Show one message with the state of each recipient", Args: exactly(1),
+		Example: "  relais-relay queue show msg_01kampxh00041061050r3gg28a",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			var m admin.Message
+			if err := ask(cmd.Context(), o, "/v1/queue/messages/"+url.PathEscape(args[0]), &m); err != nil || o.json {
+				return err
+			}
+			fmt.Printf("message   %s\ntenant    %s\nstream    %s\npool      %s\nsender    <%s>\nbytes     %d\naccepted  %s\nexpires   %s\n\n",
+				m.ID, m.Tenant, m.Stream, m.Pool, m.Sender, m.Bytes, timeText(m.Accepted), timeText(m.Expires))
+			w := tabwriter.NewWriter(os.Stdout, 0, 4, 2, ' ', 0)
+			fmt.Fprintln(w, "RECIPIENT\tSTATE\tATTEMPTS\tNEXT\tMX\tCLASS\tLAST REPLY")
+			for _, r := range m.Recipients {
+				fmt.Fprintf(w, "<%s>\t%s\t%d\t%s\t%s\t%s\t%s\n", r.Address, r.State, r.Attempts, timeText(r.Next), r.LastMX, r.LastClass, r.LastReply)
+			}
+			return w.Flush()
+		},
+	}
+}
+
+func newQueueWhy(o *options) *cobra.Command {
+	return &cobra.Command{
+		Use: "why ID", Short: "Name the one thing each recipient waits for, and when it ends", Args: exactly(1),
+		Example: "  relais-relay queue why msg_01kampxh00041061050r3gg28a",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			var m admin.Message
+			if err := ask(cmd.Context(), o, "/v1/queue/messages/"+url.PathEscape(args[0]), &m); err != nil || o.json {
+				return err
+			}
+			for _, r := range m.Recipients {
+				if r.Why == nil {
+					fmt.Printf("<%s>: %s\n", r.Address, r.State)
+					continue
+				}
+				fmt.Printf("<%s>: %s%s%s\n", r.Address, r.Why.Text, laneText(r.Why), untilText(r.Why.Until))
+			}
+			return nil
+		},
+	}
+}
+
+func laneText(x *engine.Explanation) string {
+	switch {
+	case x.Provider == "":
+		return ""
+	case x.Source == "":
+		return " (provider " + x.Provider + ")"
+	}
+	return " (source " + x.Source + ", provider " + x.Provider + ")"
+}
+
+func untilText(t time.Time) string {
+	if t.IsZero() {
+		return ""
+	}
+	return ", until " + timeText(t)
+}
+
+func newLanes(o *options) *cobra.Command {
+	return &cobra.Command{
+		Use: "lanes", Short: "List source × provider with sessions and waiting work, busiest first", Args: exactly(0),
+		Example: "  relais-relay lanes --json",
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			var lanes []engine.LaneInfo
+			if err := ask(cmd.Context(), o, "/v1/lanes", &lanes); err != nil || o.json {
+				return err
+			}
+			if len(lanes) == 0 {
+				fmt.Println("There are no lanes: nothing was sent lately.")
+				return nil
+			}
+			w := tabwriter.NewWriter(os.Stdout, 0, 4, 2, ' ', 0)
+			fmt.Fprintln(w, "SOURCE\tPROVIDER\tPOOL\tSESSIONS\tWAITING")
+			for _, l := range lanes {
+				fmt.Fprintf(w, "%s\t%s\t%s\t%d\t%d\n", l.Source, l.Provider, l.Pool, l.Sessions, l.Waiting)
+			}
+			return w.Flush()
+		},
+	}
+}
+
+func newStatus(o *options) *cobra.Command {
+	return &cobra.Command{
+		Use: "status", Short: "Say which node this is and whether control is reachable", Args: exactly(0),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			var s admin.Status
+			if err := ask(cmd.Context(), o, "/v1/status", &s); err != nil || o.json {
+				return err
+			}
+			link := "control is reachable"
+			if !s.Connected {
+				link = "control is not reachable; the relay works on with what it knows"
+			}
+			fmt.Printf("node      %s\ncluster   %s\nversion   %s\nrevision  %d\nlink      %s\n", s.Node, s.Cluster, s.Version, s.Revision, link)
+			return nil
+		},
+	}
+}
+
+func newEvents(o *options) *cobra.Command {
+	var after uint64
+	cmd := &cobra.Command{
+		Use: "events", Short: "Print what happened to mail, as JSON lines", Args: exactly(0),
+		Example: "  relais-relay events --after 1000",
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			plain := *o
+			plain.json = false
+			out := json.NewEncoder(os.Stdout)
+			for {
+				var events []admin.Event
+				if err := ask(cmd.Context(), &plain, "/v1/events?after="+strconv.FormatUint(after, 10), &events); err != nil {
+					return err
+				}
+				if len(events) == 0 {
+					return nil
+				}
+				for i := range events {
+					after = events[i].Seq
+					if err := out.Encode(&events[i]); err != nil {
+						return err
+					}
+				}
+			}
+		},
+	}
+	cmd.Flags().Uint64Var(&after, "after", 0, "begin behind this sequence number")
+	return cmd
+}
+
+// maxReplyLineBytes bounds one line of classify's input.
+const maxReplyLineBytes = 64 << 10
+
+func newClassify() *cobra.Command {
+	var provider string
+	cmd := &cobra.Command{
+		Use: "classify", Short: "Tell what remote replies mean", Args: exactly(0),
+		Long:    "Read remote replies on standard input, one per line, and print class, scope, action and\nrule of each as JSON lines.",
+		Example: "  echo '550 5.1.1 no such user' | relais-relay classify --provider google",
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			in := bufio.NewScanner(cmd.InOrStdin())
+			in.Buffer(nil, maxReplyLineBytes)
+			out := json.NewEncoder(cmd.OutOrStdout())
+			for in.Scan() {
+				line := strings.TrimSpace(in.Text())
+				if line == "" {
+					continue
+				}
+				v := verdict.Classify(provider, relay.PhaseRCPT, verdict.ParseReply(line))
+				if err := out.Encode(map[string]string{
+					"reply": line, "class": string(v.Class), "scope": string(v.Scope), "action": string(v.Action), "rule": v.Rule,
+				}); err != nil {
+					return err
+				}
+			}
+			return in.Err()
+		},
+	}
+	cmd.Flags().StringVar(&provider, "provider", "", "provider the replies come from, such as google or orange")
+	return cmd
+}

@@ -1,0 +1,197 @@
+package main
+
+import (
+	"context"
+	"net"
+	"net/netip"
+	"os"
+	"time"
+
+	"github.com/relais-mta/relais/relay/admin"
+	"github.com/relais-mta/relais/relay/agent"
+	"github.com/relais-mta/relais/relay/config"
+	"github.com/relais-mta/relais/relay/delivery"
+	"github.com/relais-mta/relais/relay/egress"
+	"github.com/relais-mta/relais/relay/engine"
+	"github.com/relais-mta/relais/relay/queue"
+	"github.com/relais-mta/relais/relay/resolve"
+	"github.com/relais-mta/relais/relay/tlspolicy"
+	"github.com/relais-mta/relais/shared/buildinfo"
+	"github.com/relais-mta/relais/shared/fault"
+	"github.com/relais-mta/relais/shared/policy"
+	"github.com/relais-mta/relais/shared/telemetry"
+)
+
+// openEngine makes everything that delivers, and the queue it delivers from.
+func (n *node) openEngine(ctx context.Context) (err error) {
+	delivering := func() *policy.Delivery { return &n.document().Delivery }
+	n.egress, err = egress.New(egress.Config{Node: n.agent.Membership().Node, Log: n.log, Registerer: n.registry})
+	if err != nil {
+		return err
+	}
+	if d := n.agent.Directory(); d != nil {
+		n.egress.SetSources(d.Sources())
+	}
+	servers := n.cfg.DNS.Resolvers
+	if len(servers) == 0 {
+		if servers, err = resolve.SystemServers(""); err != nil {
+			return err
+		}
+	}
+	resolver, err := resolve.New(resolve.Config{
+		Servers: servers, Policy: delivering, AllowPrivate: n.cfg.Lab.AllowPrivate, Own: n.own, Log: n.log, Registerer: n.registry,
+	})
+	if err != nil {
+		return err
+	}
+	dialer, err := delivery.New(delivery.Config{
+		Egress: n.egress, Broken: tlspolicy.NewMemory(), Port: n.cfg.Lab.SMTPPort, Policy: delivering, Log: n.log, Registerer: n.registry,
+	})
+	if err != nil {
+		return err
+	}
+	n.engine, err = engine.New(engine.Config{
+		Store: n.store, Directory: n.agent.Directory, Resolver: resolver, Egress: n.egress, Dialer: dialer, Hostname: hostname(n.cfg),
+		Now: time.Now, ClockTrusted: n.trusted, Logger: n.log, Registerer: n.registry,
+	})
+	if err != nil {
+		return err
+	}
+	doc := n.document()
+	n.queue, err = queue.Open(ctx, n.store, n.outbox, queue.Config{
+		Now: time.Now, ClockTrusted: n.trusted, Notify: n.engine.Notify, Policy: doc.Queue, MaxInbound: doc.Inbound.MaxStoredBytes,
+		Logger: n.log, Registerer: n.registry,
+	})
+	if err != nil {
+		return err
+	}
+	n.engine.Attach(n.queue)
+	return nil
+}
+
+// own reports whether an address is one of ours: of a listener for port 25 or
+// of a source, so that mail sent there would come back.
+func (n *node) own(a netip.Addr) bool {
+	for _, l := range n.cfg.Listen.Inbound {
+		if l.Addr().Unmap() == a {
+			return true
+		}
+	}
+	for _, s := range n.egress.Sources() {
+		if s.Source.Bind == a || s.Source.Public == a {
+			return true
+		}
+	}
+	return false
+}
+
+func (n *node) load() agent.Load {
+	if n.queue == nil {
+		return agent.Load{}
+	}
+	s := n.queue.Summary()
+	l := agent.Load{WaitingRecipients: uint64(max(0, s.Waiting)), InFlightRecipients: uint64(max(0, s.InFlight))}
+	checks, _ := n.health.Checks()
+	for _, c := range checks {
+		if c.Severity != telemetry.OK && len(l.Problems) < 16 {
+			l.Problems = append(l.Problems, c.Name+": "+c.Message)
+		}
+	}
+	return l
+}
+
+func (n *node) status() admin.Status {
+	m, h := n.agent.Membership(), n.agent.Health()
+	return admin.Status{
+		Node: m.Node.String(), Cluster: m.Cluster.String(), Version: buildinfo.Get().Version,
+		Revision: h.Revision, Connected: h.Connected, PID: os.Getpid(),
+	}
+}
+
+// watchHealth names what /health and the control plane are told.
+func (n *node) watchHealth() {
+	n.health.Watch("control", func() (telemetry.Severity, string) {
+		h := n.agent.Health()
+		switch {
+		case h.Revision == 0:
+			return telemetry.Critical, "no policy yet: " + h.Problem
+		case h.Problem != "":
+			return telemetry.Warning, h.Problem
+		}
+		return telemetry.OK, ""
+	})
+	n.health.Watch("store", func() (telemetry.Severity, string) {
+		if err := n.store.Health(); err != nil {
+			return telemetry.Critical, fault.Public(err)
+		}
+		return telemetry.OK, ""
+	})
+	n.health.Watch("clock", func() (telemetry.Severity, string) {
+		if p := n.clock.Problem(time.Now()); p != "" {
+			return telemetry.Critical, p
+		}
+		return telemetry.OK, ""
+	})
+	n.health.Watch("sources", func() (telemetry.Severity, string) {
+		for _, s := range n.egress.Sources() {
+			if s.State != egress.Usable {
+				return telemetry.Warning, "source " + s.Source.Bind.String() + " is " + s.State.String() + ": it is not used"
+			}
+		}
+		return telemetry.OK, ""
+	})
+	if n.cfg.TLS.Cert == "" {
+		n.health.Set("certificate", telemetry.Warning, "the SMTP listeners use a certificate of the cluster's own CA, which mail clients do not know; set tls.cert and tls.key")
+	}
+}
+
+// listeners are the open sockets.
+type listeners struct {
+	submissions, submission, inbound []net.Listener
+	metrics                          net.Listener
+}
+
+func (l *listeners) open(cfg *config.Listen) error {
+	for _, group := range []struct {
+		name  string
+		addrs []netip.AddrPort
+		into  *[]net.Listener
+	}{
+		{"listen.submissions", cfg.Submissions, &l.submissions},
+		{"listen.submission", cfg.Submission, &l.submission},
+		{"listen.inbound", cfg.Inbound, &l.inbound},
+	} {
+		for _, addr := range group.addrs {
+			ln, err := listen(group.name, addr)
+			if err != nil {
+				return err
+			}
+			*group.into = append(*group.into, ln)
+		}
+	}
+	if !cfg.Metrics.IsValid() {
+		return nil
+	}
+	var err error
+	l.metrics, err = listen("listen.metrics", cfg.Metrics)
+	return err
+}
+
+func listen(name string, addr netip.AddrPort) (net.Listener, error) {
+	ln, err := net.Listen("tcp", addr.String())
+	if err != nil {
+		return nil, &fault.Error{Kind: fault.Unavailable, Op: "relais-relay.listen", Field: name, Cause: err,
+			Public: "cannot listen on " + addr.String() + ": another program uses it, the address is not on this host, or a port below 1024 needs the capability CAP_NET_BIND_SERVICE"}
+	}
+	return ln, nil
+}
+
+func (l *listeners) close() {
+	all := append(append(append([]net.Listener(nil), l.submissions...), l.submission...), l.inbound...)
+	if l.metrics != nil {
+		all = append(all, l.metrics)
+	}
+	for _, ln := range all {
+		_ = ln.Close() // it may be closed by its server already
+	}
+}

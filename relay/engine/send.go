@@ -1,0 +1,226 @@
+package engine
+
+import (
+	"bytes"
+	"io"
+	"time"
+
+	"github.com/relais-mta/relais/relay"
+	"github.com/relais-mta/relais/relay/delivery"
+	"github.com/relais-mta/relais/relay/queue"
+	"github.com/relais-mta/relais/relay/sign"
+	"github.com/relais-mta/relais/relay/store"
+	"github.com/relais-mta/relais/shared/fault"
+	"github.com/relais-mta/relais/shared/mailaddr"
+	"github.com/relais-mta/relais/shared/policy"
+)
+
+// maxWholeBodyBytes is the size up to which a message is read into the
+// session's buffer; larger ones are streamed.
+const maxWholeBodyBytes = 64 << 10
+
+// signatureBytes is about how long a DKIM-Signature field with an RSA-2048
+// signature is, for SIZE (RFC 1870).
+const signatureBytes = 900
+
+// send carries one message and settles what came of it.
+func (w *worker) send(work *queue.Work) {
+	e := w.engine
+	now := e.cfg.Now()
+	dir := e.cfg.Directory()
+	if !now.Before(work.Env.ExpiresAt) && e.cfg.ClockTrusted() {
+		// No attempt starts at or after the deadline, whoever was slow.
+		e.expireWork(work, now, dir)
+		return
+	}
+	w.attempt(work, dir, now)
+}
+
+// singleRecipient reports whether mail of a work queue goes one recipient at a
+// time, because its return path names the recipient. Stream names are per
+// project and work queues are not: if one project of the name wants it, all of
+// that name go singly, which costs round trips but nothing else.
+func singleRecipient(dir *policy.Directory, stream string, kind policy.StreamKind) bool {
+	found := false
+	for i := range dir.Document().Streams.Stream {
+		s := &dir.Document().Streams.Stream[i]
+		if s.Name != stream {
+			continue
+		}
+		if s.ReturnPath == policy.ReturnPathRecipient || s.ReturnPath == "" && s.Kind == policy.Bulk {
+			return true
+		}
+		found = true
+	}
+	return !found && kind == policy.Bulk
+}
+
+func (w *worker) attempt(work *queue.Work, dir *policy.Directory, now time.Time) {
+	e := w.engine
+	peer := w.session.Peer()
+	a := &relay.Attempt{
+		Message: work.Env.ID, Source: w.source.ID, SourceIP: w.source.Bind, Epoch: w.source.Epoch, Provider: w.lane.Provider,
+		MX: peer.MX, RemoteIP: peer.RemoteIP, TLS: peer.TLS, StartedAt: now,
+	}
+	closer, err := w.prepare(work, dir)
+	if err != nil {
+		e.log.Error("a message could not be prepared for sending", "message", work.Env.ID, "error", err)
+		a.EndedAt = e.cfg.Now()
+		a.Outcomes = localFailure(work, err)
+		e.settle(work, a, nil)
+		return
+	}
+	w.waited = false
+	e.queue.Begin(work, a, func(err error) { w.journal <- err })
+	a.Outcomes = w.session.Send(&w.tx)
+	if !w.waited {
+		<-w.journal // refused before the data: the record is on its way all the same
+	}
+	if closer != nil {
+		if err := closer.Close(); err != nil {
+			e.log.Warn("a body file could not be closed", "message", work.Env.ID, "error", err)
+		}
+	}
+	a.EndedAt = e.cfg.Now()
+	// The slice is reused for the next message, while the queue may still
+	// read the outcomes of this one.
+	a.Outcomes = append([]relay.Outcome(nil), a.Outcomes...)
+	e.settle(work, a, nil)
+}
+
+// localFailure defers every recipient for a fault of our own.
+func localFailure(work *queue.Work, err error) []relay.Outcome {
+	out := make([]relay.Outcome, 0, len(work.Recipients))
+	for i := range work.Recipients {
+		out = append(out, relay.Outcome{
+			Index: work.Recipients[i].Index, Status: relay.Deferred, Phase: relay.PhaseLocal,
+			Reply: relay.Reply{Enhanced: "4.3.0", Text: fault.Public(err)},
+		})
+	}
+	return out
+}
+
+// prepare fills the transaction. The closer, if any, lets go of the body.
+func (w *worker) prepare(work *queue.Work, dir *policy.Directory) (io.Closer, error) {
+	env := work.Env
+	if !dir.MayUse(env.Tenant, env.Pool) {
+		// A dedicated address never carries
+		// another tenant's mail, whatever the pool was at acceptance.
+		return nil, fault.New(fault.Unavailable, "engine.prepare", "the pool of this message is dedicated to another tenant now")
+	}
+	tx := &w.tx
+	tx.Recipients = tx.Recipients[:0]
+	for i := range work.Recipients {
+		index := work.Recipients[i].Index
+		tx.Recipients = append(tx.Recipients, delivery.Recipient{Index: index, Address: env.Recipients[index].Address})
+	}
+	domain, known := dir.DomainFor(env.From)
+	var err error
+	if tx.Sender, err = w.returnPath(work, dir, domain); err != nil {
+		return nil, err
+	}
+	tx.EightBit, tx.ClientDKIM = env.EightBit, env.ClientDKIM
+	tx.Commit = w.commit
+	tx.Sign, tx.SignatureBytes = nil, 0
+	w.signer = signJob{env: env}
+	if known && dir.Document().Delivery.SignDKIM && len(domain.DKIM) > 0 {
+		if w.signer.signer, err = w.engine.signers.Signer(domain); err != nil {
+			return nil, err
+		}
+		tx.Sign, tx.SignatureBytes = w.sign, signatureBytes*len(domain.DKIM)
+	}
+	return w.content(env)
+}
+
+// content points the transaction at the message's bytes.
+func (w *worker) content(env *relay.Envelope) (io.Closer, error) {
+	st := w.engine.cfg.Store
+	if env.Body.Length <= maxWholeBodyBytes {
+		var err error
+		if w.body, err = st.ReadBody(env.Body, w.body); err != nil {
+			return nil, err
+		}
+		w.tx.Content = delivery.Content{Bytes: w.body}
+		w.signer.header = w.body[:env.Body.HeaderBytes]
+		return nil, nil
+	}
+	r, err := st.OpenBody(env.Body)
+	if err != nil {
+		return nil, err
+	}
+	if w.tx.Sign != nil {
+		if w.signer.header, err = readHeader(r, env.Body.HeaderBytes, w.body); err != nil {
+			_ = r.Close()
+			return nil, err
+		}
+		w.body = w.signer.header
+	}
+	w.tx.Content = delivery.Content{Reader: r, Length: env.Body.Length}
+	return r, nil
+}
+
+func readHeader(r *store.BodyReader, n int64, dst []byte) ([]byte, error) {
+	if int64(cap(dst)) < n {
+		dst = make([]byte, n)
+	}
+	dst = dst[:n]
+	if _, err := r.ReadAt(dst, 0); err != nil {
+		return nil, fault.Wrap(err, fault.Internal, "engine.readHeader", "the stored message cannot be read")
+	}
+	return dst, nil
+}
+
+// returnPath makes the sender on the wire: a signed token at the return-path
+// domain of the From domain, or null for mail that must not be bounced.
+func (w *worker) returnPath(work *queue.Work, dir *policy.Directory, domain *policy.Domain) (mailaddr.Address, error) {
+	env := work.Env
+	if env.Sender.IsNull() {
+		return mailaddr.Address{}, nil // RFC 5321 section 4.5.5
+	}
+	if domain == nil || domain.ReturnPath == "" {
+		return mailaddr.Address{}, fault.New(fault.Unavailable, "engine.returnPath",
+			"the sending domain %s is no longer in the view of this relay", env.From)
+	}
+	index := sign.NoRecipient
+	if len(work.Recipients) == 1 && singleRecipient(dir, work.Key.Stream, work.Key.Kind) {
+		index = int(work.Recipients[0].Index)
+	}
+	days := dir.Document().Inbound.ReturnPathDays
+	local, err := sign.EncodeReturnPath(dir.ReturnPathKeys(), env.ID, index, env.AcceptedAt.AddDate(0, 0, days))
+	if err != nil {
+		return mailaddr.Address{}, err
+	}
+	return mailaddr.Address{Local: local, Domain: domain.ReturnPath}, nil
+}
+
+// commit waits for the journal record of the attempt.
+func (w *worker) commit() error {
+	w.waited = true
+	return <-w.journal
+}
+
+// signJob is what sign needs of the message in hand.
+type signJob struct {
+	env    *relay.Envelope
+	signer *sign.Signer
+	header []byte
+}
+
+// sign makes the DKIM signatures, after the last change to the message.
+func (w *worker) sign(converted []byte) ([]byte, error) {
+	header, hash := w.signer.header, w.signer.env.Body.BodyHash
+	if converted != nil {
+		n := len(converted)
+		if i := bytes.Index(converted, lineEnd); i >= 0 {
+			n = i + len(lineEnd)
+		}
+		h := sign.NewBodyHasher()
+		if _, err := h.Write(converted[n:]); err != nil {
+			return nil, err
+		}
+		header, hash = converted[:n], h.Sum()
+	}
+	var err error
+	w.signature, err = w.signer.signer.Sign(w.signature[:0], header, hash, w.engine.cfg.Now())
+	return w.signature, err
+}

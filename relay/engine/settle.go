@@ -1,0 +1,241 @@
+package engine
+
+import (
+	"net/netip"
+	"time"
+
+	"github.com/relais-mta/relais/relay"
+	"github.com/relais-mta/relais/relay/outbox"
+	"github.com/relais-mta/relais/relay/queue"
+	"github.com/relais-mta/relais/relay/resolve"
+	"github.com/relais-mta/relais/relay/verdict"
+	"github.com/relais-mta/relais/shared/policy"
+)
+
+// settlement is what the outcomes of one attempt mean for the queue.
+type settlement struct {
+	results []queue.Result
+	failed  []failedRecipient // senders may have to be told
+	delayed []failedRecipient
+}
+
+// failedRecipient is one recipient to report in a DSN.
+type failedRecipient struct {
+	index  uint16
+	status relay.RecipientState
+	class  string
+}
+
+// decide turns outcomes into new states. It is a function of its arguments
+// alone: work, attempt, policy and the end of the attempt.
+func decide(w *queue.Work, a *relay.Attempt, q *policy.Queue) settlement {
+	var s settlement
+	for i := range a.Outcomes {
+		o := &a.Outcomes[i]
+		wr := find(w, o.Index)
+		if wr == nil || o.Status == relay.NotTried {
+			continue // goes back as it was
+		}
+		s.add(w.Env, a, wr.State, o, q)
+	}
+	return s
+}
+
+func find(w *queue.Work, index uint16) *queue.WorkRecipient {
+	for i := range w.Recipients {
+		if w.Recipients[i].Index == index {
+			return &w.Recipients[i]
+		}
+	}
+	return nil
+}
+
+func (s *settlement) add(env *relay.Envelope, a *relay.Attempt, st relay.RecipientState, o *relay.Outcome, q *policy.Queue) {
+	before, lastClass := st.LastAttempt, st.LastClass
+	st.Attempts++
+	st.LastAttempt = a.EndedAt
+	st.LastReply = o.Reply
+	st.LastMX = a.MX
+	st.Sticky = netip.Addr{}
+	r := queue.Result{Index: o.Index, Phase: o.Phase}
+	switch o.Status {
+	case relay.Delivered:
+		st.State, st.LastClass = relay.StateDelivered, ""
+		r.Event = outbox.Delivered
+	case relay.InDoubt:
+		st.LastClass = classBadConnection
+		if st.InDoubt++; st.InDoubt > 1 {
+			st.State, r.Event = relay.StateUnknown, outbox.Unknown
+			break
+		}
+		st.State, r.Event = relay.StateWaiting, outbox.InDoubt
+		st.Next = notAfter(a.EndedAt.Add(q.InDoubtRetry.D()), env.ExpiresAt)
+	default:
+		v := verdict.Of(a.Provider, o)
+		st.LastClass = string(v.Class)
+		if v.Action == verdict.Fail {
+			st.State, r.Event = relay.StateBounced, outbox.Bounced
+			s.failed = append(s.failed, failedRecipient{o.Index, st, st.LastClass})
+			break
+		}
+		st.State, r.Event = relay.StateWaiting, outbox.Deferred
+		st.Next = retryAt(env, &st, lastClass, v, a, q)
+		if v.Class == verdict.Greylist {
+			st.Sticky = a.SourceIP
+		}
+		if overdue(env, before, a.EndedAt, q) {
+			s.delayed = append(s.delayed, failedRecipient{o.Index, st, st.LastClass})
+		}
+	}
+	r.State = st
+	s.results = append(s.results, r)
+}
+
+// retryAt returns when a deferred recipient is tried again. One that no
+// attempt can reach any more waits for its deadline, which ends it.
+func retryAt(env *relay.Envelope, st *relay.RecipientState, lastClass string, v verdict.Verdict, a *relay.Attempt, q *policy.Queue) time.Time {
+	next, ok := queue.RetryAt(*q, env.ID, st.Attempts, a.EndedAt, env.ExpiresAt)
+	if !ok {
+		return env.ExpiresAt
+	}
+	switch {
+	case v.Action == verdict.RetryNow && string(v.Class) != lastClass:
+		// Once in a row: a host that says it again is asked by the schedule.
+		next = a.EndedAt
+	case v.Class == verdict.Greylist && st.Attempts == 1:
+		next = a.EndedAt.Add(q.GreylistRetry.D())
+	case v.After > 0:
+		// Never longer than the schedule's own longest wait.
+		if ask := a.EndedAt.Add(min(v.After, q.RetryMax.D())); ask.After(next) {
+			next = ask
+		}
+	}
+	return notAfter(next, env.ExpiresAt)
+}
+
+func notAfter(t, limit time.Time) time.Time {
+	if t.After(limit) {
+		return limit
+	}
+	return t
+}
+
+// overdue reports whether this attempt is the first one that ended after the
+// time at which a sender is told about a delay.
+func overdue(env *relay.Envelope, before, now time.Time, q *policy.Queue) bool {
+	if q.DelayNotice == 0 {
+		return false
+	}
+	at := env.AcceptedAt.Add(q.DelayNotice.D())
+	return before.Before(at) && !now.Before(at)
+}
+
+// localAttempt describes work that ended without a remote server.
+func localAttempt(w *queue.Work, f *resolve.Failure, now time.Time) *relay.Attempt {
+	a := &relay.Attempt{Message: w.Env.ID, StartedAt: now, EndedAt: now}
+	for i := range w.Recipients {
+		a.Outcomes = append(a.Outcomes, relay.Outcome{
+			Index: w.Recipients[i].Index, Status: f.Status, Phase: relay.PhaseResolve, Reply: f.Reply,
+		})
+	}
+	return a
+}
+
+// settleWithout records a failed look-up on work that is in hand.
+func (e *Engine) settleWithout(w *queue.Work, f *resolve.Failure, now time.Time) {
+	done := make(chan error, 1)
+	e.settle(w, localAttempt(w, f, now), func(err error) { done <- err })
+	<-done
+}
+
+// settle writes what an attempt did. done is called on the commit goroutine.
+// Work whose states could not be written goes back as it was: the journal, or
+// else the next attempt, tells what happened to it.
+func (e *Engine) settle(w *queue.Work, a *relay.Attempt, done func(error)) {
+	dir := e.cfg.Directory()
+	if dir == nil {
+		e.queue.Return(w)
+		done(nil)
+		return
+	}
+	s := decide(w, a, &dir.Document().Queue)
+	e.metrics.count(a, &s)
+	e.logResults(w, a, &s)
+	mail := e.notices(w, &s, a.EndedAt, dir)
+	e.queue.Finish(w, a, s.results, mail, func(err error) {
+		if err != nil {
+			e.log.Error("the end of an attempt could not be stored", "message", w.Env.ID, "error", err)
+			for _, m := range mail {
+				m.Body.Discard()
+			}
+			e.queue.Return(w)
+		}
+		if done != nil {
+			done(err)
+		}
+	})
+}
+
+// expire ends the messages whose deadline has passed.
+func (e *Engine) expire(now time.Time) {
+	dir := e.cfg.Directory()
+	if dir == nil {
+		return
+	}
+	for {
+		works := e.queue.PopExpired(now, maxExpirePerRound)
+		for _, w := range works {
+			e.expireWork(w, now, dir)
+		}
+		if len(works) < maxExpirePerRound {
+			return
+		}
+	}
+}
+
+// expireWork ends one message for good, with the last remote reply as the
+// reason if there is one, else with what kept it from being tried.
+func (e *Engine) expireWork(w *queue.Work, now time.Time, dir *policy.Directory) {
+	var s settlement
+	for _, wr := range w.Recipients {
+		st := wr.State
+		if st.LastReply.Text == "" && st.LastReply.Code == 0 {
+			st.LastReply = e.whyNotTried(w, now)
+		}
+		st.State = relay.StateExpired
+		s.results = append(s.results, queue.Result{Index: wr.Index, State: st, Event: outbox.Expired, Phase: relay.PhaseLocal})
+		s.failed = append(s.failed, failedRecipient{wr.Index, st, classExpired})
+	}
+	a := &relay.Attempt{Message: w.Env.ID, StartedAt: now, EndedAt: now}
+	e.metrics.count(a, &s)
+	e.logResults(w, a, &s)
+	mail := e.notices(w, &s, now, dir)
+	e.queue.Finish(w, nil, s.results, mail, func(err error) {
+		if err != nil {
+			e.log.Error("the expiry of a message could not be stored", "message", w.Env.ID, "error", err)
+			for _, m := range mail {
+				m.Body.Discard()
+			}
+			e.queue.Return(w)
+		}
+	})
+}
+
+// whyNotTried words the reason for mail that expired before any attempt.
+func (e *Engine) whyNotTried(w *queue.Work, now time.Time) relay.Reply {
+	text := "no attempt was possible before the message expired"
+	e.mu.Lock()
+	if route := e.routes[w.Key.Domain]; route != nil && route.Failure != nil {
+		text = route.Failure.Reply.Text
+	} else if why := e.sched.DomainWaits(w.Key.Domain, now); why != "" {
+		text += ": waited for " + why
+	}
+	e.mu.Unlock()
+	return relay.Reply{Enhanced: "4.4.7", Text: text} // RFC 3463 section 3.5: delivery time expired
+}
+
+// The two classes that the engine itself gives.
+const (
+	classBadConnection = "bad-connection"
+	classExpired       = "expired"
+)

@@ -1,0 +1,58 @@
+package engine
+
+import (
+	"time"
+
+	"github.com/relais-mta/relais/relay/schedule"
+	"github.com/relais-mta/relais/shared/ids"
+	"github.com/relais-mta/relais/shared/policy"
+)
+
+type sourceID = ids.Source
+
+// applyView takes over limits, sources and shapes of the view in force.
+func (e *Engine) applyView(now time.Time) {
+	dir := e.cfg.Directory()
+	if dir == nil {
+		return
+	}
+	doc := dir.Document()
+	e.mu.Lock()
+	e.sched.SetLimits(schedule.Limits{
+		MaxSessions:         doc.Delivery.MaxSessions,
+		MaxConnectsInFlight: doc.Delivery.MaxConnectsInFlight,
+		MaxResolvesInFlight: doc.Delivery.MaxResolvesInFlight,
+	})
+	pools := make(map[ids.Pool]bool)
+	for i := range dir.View().Pools {
+		pools[dir.View().Pools[i].ID] = true
+	}
+	for _, id := range e.sched.Pools() { // pools that were deleted lose their sources
+		pools[id] = true
+	}
+	for id := range pools {
+		e.sched.SetPool(id, e.usable(dir, id))
+	}
+	// The same MX set may belong to another provider now, or have other limits.
+	for domain, route := range e.routes {
+		if route.Failure == nil {
+			e.sched.Reroute(domain, toSchedule(route, dir), now)
+		}
+	}
+	back := e.unpinAll(now)
+	e.mu.Unlock()
+	for _, w := range back {
+		e.queue.Return(w)
+	}
+}
+
+// usable lists the sources of a pool that are assigned here and present.
+func (e *Engine) usable(dir *policy.Directory, pool ids.Pool) []schedule.Source {
+	var out []schedule.Source
+	for _, s := range dir.LocalSources(pool) {
+		if e.cfg.Egress.Usable(s.ID) {
+			out = append(out, schedule.Source{ID: s.ID, Weight: s.Weight})
+		}
+	}
+	return out
+}

@@ -1,0 +1,297 @@
+package engine
+
+import (
+	"context"
+	"time"
+
+	"github.com/relais-mta/relais/relay"
+	"github.com/relais-mta/relais/relay/delivery"
+	"github.com/relais-mta/relais/relay/queue"
+	"github.com/relais-mta/relais/relay/resolve"
+	"github.com/relais-mta/relais/relay/schedule"
+	"github.com/relais-mta/relais/shared/policy"
+)
+
+// worker is the goroutine of one SMTP session. Its buffers live as long as the
+// session, so that a message costs no large allocation.
+type worker struct {
+	engine  *Engine
+	id      schedule.Session
+	lane    schedule.Lane
+	orders  chan order
+	source  policy.Source
+	session *delivery.Session
+
+	tx        delivery.Transaction
+	body      []byte
+	signature []byte
+	journal   chan error
+	waited    bool // the journal's answer was read
+	signer    signJob
+}
+
+// order tells a parked session what to do: carry the work, or end.
+type order struct{ work *queue.Work }
+
+// order hands over without blocking: a session has at most one order, because
+// the scheduler gives one only to a parked session.
+func (w *worker) order(o order) {
+	select {
+	case w.orders <- o:
+	default: // it was told to end before
+	}
+}
+
+// open starts a session with its first message. e.mu is held.
+func (e *Engine) open(f schedule.Effect, now time.Time) {
+	work := e.take(f.Queue, f.Lane, now)
+	for work != nil && f.Queue < firstPinned && e.pin(work, f.Lane, now) {
+		work = e.take(f.Queue, f.Lane, now)
+	}
+	if work == nil {
+		e.sched.Ended(f.Session)
+		return
+	}
+	w := &worker{engine: e, id: f.Session, lane: f.Lane, orders: make(chan order, 1), journal: make(chan error, 1)}
+	e.sessions[w.id] = w
+	e.sched.Started(w.id)
+	route := e.routes[work.Key.Domain]
+	var hosts []resolve.Host
+	if route != nil {
+		hosts = route.Order(e.rng, nil)
+	}
+	e.workers.Add(1)
+	go w.run(work, hosts)
+}
+
+// dispatch gives a parked session its next message. e.mu is held.
+func (e *Engine) dispatch(f schedule.Effect, now time.Time) {
+	w := e.sessions[f.Session]
+	if w == nil {
+		e.sched.Ended(f.Session)
+		return
+	}
+	work := e.take(f.Queue, f.Lane, now)
+	if work != nil && f.Queue < firstPinned && e.pin(work, f.Lane, now) {
+		work = nil
+	}
+	answer := schedule.Work
+	if work == nil {
+		work, answer = e.next(w, now)
+	} else {
+		e.sched.Started(w.id)
+	}
+	switch answer {
+	case schedule.Work:
+		w.order(order{work: work})
+	case schedule.End:
+		w.order(order{})
+	}
+}
+
+// maxEmptyTakes bounds how often a session asks on when queues turn out empty.
+const maxEmptyTakes = 16
+
+// next finds the next work of a session that is free. e.mu is held.
+func (e *Engine) next(w *worker, now time.Time) (*queue.Work, schedule.Answer) {
+	if e.draining {
+		return nil, schedule.End
+	}
+	for range maxEmptyTakes {
+		n, answer := e.sched.NextFor(w.id, now)
+		if answer != schedule.Work {
+			return nil, answer
+		}
+		work := e.take(n, w.lane, now)
+		if work != nil && (n >= firstPinned || !e.pin(work, w.lane, now)) {
+			e.sched.Started(w.id)
+			return work, schedule.Work
+		}
+	}
+	return nil, schedule.End
+}
+
+func (w *worker) run(work *queue.Work, hosts []resolve.Host) {
+	e := w.engine
+	defer e.workers.Done()
+	ctx := e.sessionContext()
+	if !w.dial(ctx, work, hosts) {
+		return
+	}
+	stop := context.AfterFunc(ctx, w.session.Abort)
+	defer stop()
+	for work != nil {
+		w.send(work)
+		if w.session.Dead() {
+			break
+		}
+		work = w.proceed()
+	}
+	w.session.Quit()
+	e.mu.Lock()
+	delete(e.sessions, w.id)
+	e.sched.Ended(w.id)
+	e.pumpLocked(e.cfg.Now())
+	e.mu.Unlock()
+	e.wake()
+}
+
+// proceed returns the next work, waiting for it if the session is parked; nil
+// ends the session.
+func (w *worker) proceed() *queue.Work {
+	e := w.engine
+	now := e.cfg.Now()
+	e.mu.Lock()
+	work, answer := e.next(w, now)
+	e.mu.Unlock()
+	if answer != schedule.Park {
+		return work
+	}
+	e.wake() // what this session could not take may need another one
+	idle := time.NewTimer(w.idleTime())
+	defer idle.Stop()
+	for {
+		select {
+		case o := <-w.orders:
+			if o.work != nil && !w.session.Alive() {
+				// The host closed the idle session; the message was never offered.
+				e.queue.Return(o.work)
+				e.Notify(o.work.Queue)
+				return nil
+			}
+			return o.work
+		case <-idle.C:
+			e.mu.Lock()
+			free := e.sched.Idle(w.id)
+			if free {
+				e.sched.Ended(w.id)
+			}
+			e.mu.Unlock()
+			if free {
+				return nil
+			}
+			// An order is on its way.
+		}
+	}
+}
+
+func (w *worker) idleTime() time.Duration {
+	if dir := w.engine.cfg.Directory(); dir != nil {
+		return dir.Document().Delivery.IdleSession.D()
+	}
+	return time.Second
+}
+
+// dial opens the session. On failure it settles or returns the work and tells
+// the scheduler when to try again.
+func (w *worker) dial(ctx context.Context, work *queue.Work, hosts []resolve.Host) bool {
+	e := w.engine
+	started := e.cfg.Now()
+	dir := e.cfg.Directory()
+	source, ok := w.findSource(dir, work)
+	if !ok || len(hosts) == 0 {
+		w.abandon(work, started.Add(time.Second))
+		e.Changed()
+		return false
+	}
+	w.source = source
+	mode := policy.TLSOpportunistic
+	if p, ok := dir.Providers().Named(w.lane.Provider); ok {
+		mode = p.TLS
+	}
+	session, failure := e.cfg.Dialer.Dial(ctx, &delivery.Target{Hosts: hosts, Source: source, TLS: mode})
+	if failure == nil {
+		w.session = session
+		e.mu.Lock()
+		delete(e.failures, siteKey{w.lane.Source, e.siteOf(work)})
+		e.sched.Opened(w.id)
+		e.pumpLocked(e.cfg.Now())
+		e.mu.Unlock()
+		return true
+	}
+	now := e.cfg.Now()
+	if failure.Status == relay.NotTried {
+		until := failure.RetryAt
+		if until.IsZero() || ctx.Err() != nil {
+			until = now.Add(time.Second)
+		}
+		w.abandon(work, until)
+		return false
+	}
+	a := &relay.Attempt{
+		Message: work.Env.ID, Source: source.ID, SourceIP: source.Bind, Epoch: source.Epoch, Provider: w.lane.Provider,
+		MX: failure.MX, RemoteIP: failure.RemoteIP, StartedAt: started, EndedAt: now,
+	}
+	for i := range work.Recipients {
+		a.Outcomes = append(a.Outcomes, failure.Outcome(work.Recipients[i].Index))
+	}
+	e.settle(work, a, nil)
+	e.fail(w, work, now)
+	return false
+}
+
+// siteOf names the site of work. e.mu is held.
+func (e *Engine) siteOf(work *queue.Work) string {
+	if r := e.routes[work.Key.Domain]; r != nil {
+		return site(r)
+	}
+	return ""
+}
+
+// fail tells the scheduler that the lane could not reach the site and for how
+// long to leave it alone: the policy's back-off, doubling with each failure.
+func (e *Engine) fail(w *worker, work *queue.Work, now time.Time) {
+	base := time.Minute
+	if dir := e.cfg.Directory(); dir != nil {
+		base = dir.Document().Delivery.HostBackoff.D()
+	}
+	e.mu.Lock()
+	key := siteKey{w.lane.Source, e.siteOf(work)}
+	f := e.failures[key]
+	f.until = now.Add(backoff(base, f.count))
+	f.count++
+	e.failures[key] = f
+	delete(e.sessions, w.id)
+	e.sched.Failed(w.id, f.until)
+	e.pumpLocked(now)
+	e.mu.Unlock()
+	e.wake()
+}
+
+// maxBackoffDoublings bounds the growth of the back-off of a dead site to 32
+// times the policy's value.
+const maxBackoffDoublings = 5
+
+func backoff(base time.Duration, failures int) time.Duration {
+	return base << min(failures, maxBackoffDoublings)
+}
+
+// abandon gives work back that was never offered.
+func (w *worker) abandon(work *queue.Work, until time.Time) {
+	e := w.engine
+	e.queue.Return(work)
+	e.mu.Lock()
+	delete(e.sessions, w.id)
+	e.sched.Failed(w.id, until)
+	e.mu.Unlock()
+	e.Notify(work.Queue)
+	e.wake()
+}
+
+func (w *worker) findSource(dir *policy.Directory, work *queue.Work) (policy.Source, bool) {
+	if dir == nil {
+		return policy.Source{}, false
+	}
+	for _, s := range dir.LocalSources(work.Key.Pool) {
+		if s.ID == w.lane.Source && w.engine.cfg.Egress.Usable(s.ID) {
+			return *s.Source, true
+		}
+	}
+	return policy.Source{}, false
+}
+
+func (e *Engine) sessionContext() context.Context {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.sessionCtx
+}
