@@ -1,0 +1,135 @@
+package queue
+
+import (
+	"context"
+	"time"
+
+	"github.com/relais-mta/relais/relay"
+	"github.com/relais-mta/relais/relay/outbox"
+	"github.com/relais-mta/relais/relay/store"
+	"github.com/relais-mta/relais/shared/fault"
+	"github.com/relais-mta/relais/shared/ids"
+)
+
+// classInDoubt is the class that states and events of attempts with a hidden
+// end carry.
+const classInDoubt = "in-doubt"
+
+// recover resolves the attempts that were journalled and never ended: the
+// remote side may have taken the mail. Each recipient is tried once more after
+// policy's delay; one that is in doubt for the second time ends as unknown.
+// Every entry is resolved and removed in one transaction, so a crash here
+// changes nothing.
+func (q *Queue) recover(ctx context.Context) error {
+	type entry struct {
+		id    ids.Message
+		index uint16
+		value []byte
+	}
+	var entries []entry
+	snap := q.st.Snapshot()
+	err := snap.Iterate([]byte{store.SpaceAttempt}, nil, false, func(k, v []byte) bool {
+		if id, index, ok := store.ParseStateKey(k); ok {
+			entries = append(entries, entry{id, index, append([]byte(nil), v...)})
+		}
+		return true
+	})
+	snap.Close()
+	if err != nil {
+		return err
+	}
+	doubted, lost := 0, 0
+	for _, e := range entries {
+		j, err := parseAttempt(e.id, e.value)
+		if err != nil {
+			return err
+		}
+		b := q.st.NewBatch()
+		b.Delete(store.AppendAttemptKey(nil, e.id, e.index))
+		again, unknown, err := q.resolve(b, j)
+		if err != nil {
+			b.Abandon()
+			return err
+		}
+		if err := q.st.Commit(ctx, b); err != nil {
+			return err
+		}
+		doubted += again
+		lost += unknown
+	}
+	if len(entries) > 0 {
+		q.metrics.inDoubt.Add(float64(doubted + lost))
+		q.log.Warn("attempts whose end the last run did not see", "attempts", len(entries), "retried", doubted, "unknown", lost)
+	}
+	return nil
+}
+
+// resolve writes what becomes of one journalled attempt's recipients. It runs
+// before anything is taken, so the disk is all there is.
+func (q *Queue) resolve(b *store.Batch, j journalEntry) (again, unknown int, err error) {
+	read, err := q.readMessage(j.attempt.Message, nil)
+	if fault.Is(err, fault.NotFound) {
+		return 0, 0, nil // its Finish was durable and only the journal was left
+	}
+	if err != nil {
+		return 0, 0, err
+	}
+	now := q.cfg.Now()
+	sc := &scratch{}
+	m := &message{id: j.attempt.Message}
+	q.learn(m, read)
+	for _, index := range j.indexes {
+		if int(index) >= m.total || m.isFinal(index) {
+			continue
+		}
+		s, stored := read.states[index]
+		if !stored {
+			s = relay.RecipientState{State: relay.StateWaiting, Next: time.UnixMilli(m.firstDue)}
+		}
+		if s.State == relay.StateWaiting {
+			b.Delete(store.AppendWaitingKey(nil, uint32(j.queue), store.Milliseconds(s.Next), m.id, index))
+		}
+		q.doubt(&s, now, m.env.ExpiresAt)
+		s.LastAttempt, s.LastMX = j.attempt.StartedAt, j.attempt.MX
+		q.envelopeEvent(&sc.ev, m.env, index, now)
+		sc.ev.Type, sc.ev.Class, sc.ev.Attempts = outbox.InDoubt, s.LastClass, s.Attempts
+		fillAttempt(&sc.ev, &j.attempt)
+		if s.State == relay.StateWaiting {
+			again++
+			sc.ev.Next = s.Next
+			due := store.Milliseconds(s.Next)
+			b.Set(store.AppendWaitingKey(nil, uint32(j.queue), due, m.id, index), nil)
+			if wq := q.byNumber[j.queue]; wq != nil {
+				q.lowerFloor(b, wq, due, sc)
+			}
+		} else {
+			unknown++
+			sc.ev.Type = outbox.Unknown
+			m.setFinal(index)
+		}
+		b.Set(store.AppendStateKey(nil, m.id, index), appendState(nil, &s))
+		sc.event = q.ob.Add(b, &sc.ev, sc.event)
+	}
+	if unknown > 0 && (m.total == 1 || m.open() == 0) {
+		q.writeRemoval(b, m.env, true, sc)
+	}
+	return again, unknown, nil
+}
+
+// doubt changes the state of a recipient whose last attempt may have
+// succeeded: one more try after the delay, before the deadline, or the end.
+func (q *Queue) doubt(s *relay.RecipientState, now, deadline time.Time) {
+	s.InDoubt++
+	s.Attempts++
+	s.LastClass = classInDoubt
+	s.LastReply = relay.Reply{Text: "the relay stopped before it saw the answer"}
+	next := now.Add(q.policy.InDoubtRetry.D())
+	if !next.Before(deadline) {
+		next = deadline.Add(-lastTryMargin)
+	}
+	if s.InDoubt > 1 || next.Before(now) {
+		s.State, s.Next = relay.StateUnknown, time.Time{}
+		return
+	}
+	s.State, s.Next = relay.StateWaiting, next
+}
