@@ -133,7 +133,7 @@ func (c *Conn) replyToAuth(code int, text string) {
 		c.refuse("syntax", c.instead)
 		c.instead = ""
 		return
-	case code == 501:
+	case code == 501 && strings.HasPrefix(text, "5.0.0"):
 		text = "5.7.0 Authentication cancelled"
 	}
 	c.say(strconv.Itoa(code) + " " + text)
