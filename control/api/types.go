@@ -51,10 +51,35 @@ type Node struct {
 	LastContact    *time.Time        `json:"last_contact,omitempty" doc:"With the server that answers, since it started"`
 	LocalAddresses []string          `json:"local_addresses,omitempty" doc:"Present on its host, as it said when it connected"`
 	AckedRevision  uint64            `json:"acked_revision" doc:"Revision it works with, as far as the server that answers heard"`
+	Report         *NodeReport       `json:"report,omitempty" doc:"What it said last of its queue"`
 	Refused        uint64            `json:"refused_revision,omitempty"`
 	RefusedWhy     string            `json:"refused_why,omitempty"`
 	Sources        []string          `json:"sources,omitempty" doc:"Addresses assigned to it"`
 	Revision       uint64            `json:"revision"`
+}
+
+// NodeReport is what a relay says of itself from time to time.
+type NodeReport struct {
+	WaitingRecipients  uint64   `json:"waiting_recipients"`
+	InFlightRecipients uint64   `json:"in_flight_recipients"`
+	HeldRecipients     uint64   `json:"held_recipients"`
+	QueueBytes         uint64   `json:"queue_bytes"`
+	FreeBytes          uint64   `json:"free_bytes"`
+	ClockOffsetMillis  int64    `json:"clock_offset_ms"`
+	MissingSources     []string `json:"missing_sources,omitempty" doc:"Ids of addresses assigned to it that are not on its host"`
+	Problems           []string `json:"problems,omitempty"`
+}
+
+func reportOf(r *service.ReportInfo) *NodeReport {
+	if r == nil {
+		return nil
+	}
+	out := &NodeReport{WaitingRecipients: r.WaitingRecipients, InFlightRecipients: r.InFlightRecipients, HeldRecipients: r.HeldRecipients, QueueBytes: r.QueueBytes, FreeBytes: r.FreeBytes,
+		ClockOffsetMillis: r.ClockOffset.Milliseconds(), Problems: r.Problems}
+	for _, id := range r.Missing {
+		out.MissingSources = append(out.MissingSources, id.String())
+	}
+	return out
 }
 
 // Tenant is a customer of the installation.
@@ -252,7 +277,7 @@ func tokenOf(t *control.JoinToken) Token {
 func nodeOf(n service.NodeView) Node {
 	out := Node{ID: n.ID.String(), Name: n.Name, State: string(n.State), Labels: labels(n.Labels), Version: n.Version, JoinedAt: n.JoinedAt,
 		CertNotAfter: optionalTime(n.CertNotAfter), Connected: n.Seen.Connected, LastContact: optionalTime(n.Seen.LastContact.UTC()),
-		AckedRevision: n.Seen.Acked, Refused: n.Seen.Refused, RefusedWhy: n.Seen.RefusedWhy, Revision: n.Revision}
+		AckedRevision: n.Seen.Acked, Report: reportOf(n.Seen.Report), Refused: n.Seen.Refused, RefusedWhy: n.Seen.RefusedWhy, Revision: n.Revision}
 	if n.Seen.Version != "" {
 		out.Version = n.Seen.Version
 	}

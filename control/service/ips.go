@@ -3,6 +3,7 @@ package service
 import (
 	"context"
 	"net/netip"
+	"slices"
 	"strings"
 
 	"github.com/relais-mta/relais/control"
@@ -232,12 +233,14 @@ func (s *Service) ipView(r *state.Reader, src *control.Source) IPView {
 	}
 	s.seenMu.Lock()
 	defer s.seenMu.Unlock()
-	if seen := s.seen[src.Owner]; seen != nil && seen.Connected {
-		present := false
-		for _, a := range seen.Addresses {
-			present = present || a == src.Bind
-		}
-		v.Present = &present
+	seen := s.seen[src.Owner]
+	if seen == nil || !seen.Connected {
+		return v
 	}
+	present := slices.Contains(seen.Addresses, src.Bind)
+	if seen.Report != nil && seen.Report.Revision >= src.Revision { // it knows of the assignment
+		present = !slices.Contains(seen.Report.Missing, src.ID)
+	}
+	v.Present = &present
 	return v
 }

@@ -15,7 +15,22 @@ import (
 // HelloInfo is what a relay says when it connects.
 type HelloInfo struct {
 	Version   string
+	Remote    netip.AddrPort
 	Addresses []netip.Addr // present on its host
+	Revision  uint64       // it works with; 0: none
+}
+
+// ReportInfo is what a relay says from time to time.
+type ReportInfo struct {
+	Revision           uint64 // it works with; 0: none
+	ClockOffset        time.Duration
+	WaitingRecipients  uint64
+	InFlightRecipients uint64
+	HeldRecipients     uint64
+	QueueBytes         uint64
+	FreeBytes          uint64
+	Missing            []ids.Source // assigned to it but not on its host
+	Problems           []string     // in its own words
 }
 
 // Seen is what this server heard from a relay since it started. It is local
@@ -25,8 +40,10 @@ type Seen struct {
 	Since       time.Time // of the present connection, or of its end
 	LastContact time.Time
 	Version     string
+	Remote      netip.AddrPort
 	Addresses   []netip.Addr
-	Acked       uint64 // revision the relay works with
+	Report      *ReportInfo // the newest; nil: none yet
+	Acked       uint64      // revision the relay works with
 	AckedAt     time.Time
 	Refused     uint64 // revision it refused last
 	RefusedWhy  string
@@ -79,7 +96,16 @@ func (s *Service) NodeSeen(_ context.Context, id ids.Node, info HelloInfo) {
 	defer s.seenMu.Unlock()
 	n, at := s.heard(id), time.Now()
 	n.Connected, n.Since, n.LastContact = true, at, at
-	n.Version, n.Addresses = info.Version, slices.Clone(info.Addresses)
+	n.Version, n.Remote, n.Addresses = info.Version, info.Remote, slices.Clone(info.Addresses)
+	n.Acked = info.Revision
+}
+
+// NodeReported records what a relay said of itself.
+func (s *Service) NodeReported(id ids.Node, report ReportInfo) {
+	s.seenMu.Lock()
+	defer s.seenMu.Unlock()
+	n := s.heard(id)
+	n.Report, n.LastContact = &report, time.Now()
 }
 
 // NodeGone records that a relay's connection to this server ended.

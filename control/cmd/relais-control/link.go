@@ -6,6 +6,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/relais-mta/relais/control/ca"
+	"github.com/relais-mta/relais/control/dispatch"
 	"github.com/relais-mta/relais/control/enroll"
 	"github.com/relais-mta/relais/control/service"
 	"github.com/relais-mta/relais/shared/buildinfo"
@@ -42,9 +43,33 @@ func (m members) SetCertificate(ctx context.Context, c enroll.Certificate) error
 	return m.SetNodeCert(ctx, c.Node, c.Serial, c.SPKI[:], c.NotAfter)
 }
 
+// relays shows the use cases to the link server in its own words.
+type relays struct{ *service.Service }
+
+// NodeConnected implements dispatch.Nodes.
+func (r relays) NodeConnected(id ids.Node, h dispatch.Hello) {
+	r.NodeSeen(context.Background(), id, service.HelloInfo{Version: h.Version, Remote: h.Remote, Addresses: h.Addresses, Revision: h.Revision})
+}
+
+// NodeReported implements dispatch.Nodes.
+func (r relays) NodeReported(id ids.Node, in dispatch.Report) {
+	out := service.ReportInfo{Revision: in.Revision, ClockOffset: in.ClockOffset, WaitingRecipients: in.WaitingRecipients, InFlightRecipients: in.InFlightRecipients,
+		HeldRecipients: in.HeldRecipients, QueueBytes: in.QueueBytes, FreeBytes: in.FreeBytes, Problems: in.Problems}
+	for _, s := range in.Sources {
+		if !s.Present {
+			out.Missing = append(out.Missing, s.Source)
+		}
+	}
+	r.Service.NodeReported(id, out)
+}
+
 // serveLink opens the port that relays join and connect at.
 func (s *server) serveLink(ctx context.Context, group *errgroup.Group, authority *ca.Authority) error {
 	joins, err := enroll.New(enroll.Config{Cluster: s.file.Cluster, Members: members{s.service}, Signer: authority, Version: buildinfo.Version(), Logger: s.logger, Registerer: s.registry})
+	if err != nil {
+		return err
+	}
+	views, err := dispatch.New(dispatch.Config{Cluster: s.file.Cluster, Nodes: relays{s.service}, Address: s.file.Link, Version: buildinfo.Version(), Logger: s.logger, Registerer: s.registry})
 	if err != nil {
 		return err
 	}
@@ -57,7 +82,7 @@ func (s *server) serveLink(ctx context.Context, group *errgroup.Group, authority
 		return &fault.Error{Kind: fault.Unavailable, Op: "relais-control.serve", Field: "listen.link", Public: "UDP " + s.conf.Listen.Link.String() + " cannot be bound: is another server using it?", Cause: err}
 	}
 	group.Go(func() error {
-		return listener.Serve(ctx, map[string]link.Handler{wire.ALPNJoin: joins.Join, wire.ALPNRenew: joins.Renew})
+		return listener.Serve(ctx, map[string]link.Handler{wire.ALPNJoin: joins.Join, wire.ALPNRenew: joins.Renew, wire.ALPNLink: views.Link})
 	})
 	s.logger.Info("relays may join", "link", listener.Addr().String(), "ca_pin", authority.Pin().String())
 	return nil
