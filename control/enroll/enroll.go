@@ -116,7 +116,7 @@ func New(config Config) (*Server, error) {
 		exchanges: make(chan struct{}, maxExchanges),
 		outcomes: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "relais_control_enrollments_total",
-			Help: "Joins and renewals by result (ok, or the kind of the refusal).",
+			Help: "Joins and renewals by result (ok, left by the machine, or the kind of the refusal).",
 		}, []string{"exchange", "result"}),
 	}
 	if err := config.Registerer.Register(s.outcomes); err != nil {
@@ -169,6 +169,11 @@ func (s *Server) serve(ctx context.Context, session link.Session, name string, e
 	answer, err = exchange(ctx, session, conn)
 	log := s.config.Logger.With("exchange", name, "remote", session.RemoteAddr().String())
 	result := "ok"
+	if closed, ok := link.ClosedByPeer(session.Err()); err != nil && ok && closed.Code == link.CodeDone {
+		s.outcomes.WithLabelValues(name, "left").Inc()
+		log.Debug("the machine went away: a member already, or it does not like what it saw")
+		return link.CodeDone, ""
+	}
 	if err != nil {
 		result = fault.KindOf(err).String()
 		log.Warn("enrollment refused", "error", err)

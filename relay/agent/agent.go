@@ -51,13 +51,13 @@ type Load struct {
 // Health is the state of the tie to control, for health pages.
 type Health struct {
 	Connected   bool
-	Server      string    // that we are or were connected to
-	LastContact time.Time // zero: none since the start
-	Generation  uint64    // of the view in use
-	Revision    uint64    // of the view in use; 0: none
-	ViewAge     time.Duration
-	LeafEnds    time.Time // of the certificate
-	Problem     string    // what is wrong now, one sentence; empty: nothing
+	Server      string        // that we are or were connected to
+	LastContact time.Time     // zero: none since the start
+	Generation  uint64        // of the view in use
+	Revision    uint64        // of the view in use; 0: none
+	ViewAge     time.Duration // since it arrived
+	LeafEnds    time.Time     // of the certificate
+	Problem     string        // what is wrong now, one sentence; empty: nothing
 }
 
 // Agent is a relay's tie to control. Its methods are safe for concurrent use.
@@ -92,7 +92,7 @@ type applied struct {
 	generation uint64
 	revision   uint64
 	sum        [sha256.Size]byte // of the wire encoding
-	since      time.Time
+	since      time.Time         // stored on disk
 }
 
 // Open reads the identity and the last view of a data directory. Without a
@@ -168,10 +168,12 @@ func (a *Agent) Close() error {
 
 // loadView puts the stored view in use, if it is good.
 func (a *Agent) loadView() {
-	encoded, err := a.store.load()
+	a.linkProblem = "no link to control since the start"
+	encoded, stored, err := a.store.load()
 	if err == nil {
 		var next *applied
 		if next, err = a.compile(encoded); err == nil {
+			next.since = stored
 			a.current.Store(next)
 			a.options.Logger.Info("working from the stored policy", "generation", next.generation, "revision", next.revision)
 			return

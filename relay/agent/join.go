@@ -46,7 +46,7 @@ type JoinOptions struct {
 type JoinResult struct {
 	Cluster  ids.Cluster
 	Node     ids.Node
-	State    string // "active", or "pending" until an operator accepts the node
+	State    string // "active", or "pending" until an operator accepts the node; empty if Already
 	Servers  []string
 	Server   string        // that answered
 	NotAfter time.Time     // end of the certificate; it is renewed long before

@@ -54,17 +54,18 @@ func (a *Agent) linkLoop(ctx context.Context) {
 		if errors.Is(err, errRedirected) {
 			preferred = s.redirect
 		}
-		a.options.Logger.Warn("no link to control", "server", address, "error", err, "retry_in", backoff)
-		pause := time.NewTimer(jitter(backoff))
+		if closed, ok := link.ClosedByPeer(err); fault.Is(err, fault.Denied) || ok && closed.Code == link.CodeDenied {
+			backoff = maxBackoff // nothing changes until an operator acts
+		}
+		wait := jitter(backoff)
+		a.options.Logger.Warn("no link to control", "server", address, "error", err, "retry_in", wait)
+		pause := time.NewTimer(wait)
 		select {
 		case <-pause.C:
 		case <-ctx.Done():
 			pause.Stop()
 		}
 		backoff = min(2*backoff, maxBackoff)
-		if closed, ok := link.ClosedByPeer(err); ok && closed.Code == link.CodeDenied {
-			backoff = maxBackoff // nothing changes until an operator acts
-		}
 	}
 }
 

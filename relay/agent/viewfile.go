@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"time"
 
 	"github.com/relais-mta/relais/shared/fault"
 	"github.com/relais-mta/relais/shared/pki"
@@ -66,26 +67,26 @@ func (s *viewStore) aad(head []byte) []byte {
 	return append(append([]byte(nil), head[:viewHeadBytes]...), s.bind...)
 }
 
-// load returns the encoding of the stored view. No file is fault.NotFound; a
+// load returns the encoding of the stored view and when it was stored. No file is fault.NotFound; a
 // file that is damaged or foreign is fault.Invalid and says so.
-func (s *viewStore) load() ([]byte, error) {
+func (s *viewStore) load() (encoded []byte, stored time.Time, err error) {
 	const op = "agent.loadView"
 	info, err := os.Stat(s.path)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fault.Wrap(err, fault.NotFound, op, "no view is stored yet")
+		return nil, stored, fault.Wrap(err, fault.NotFound, op, "no view is stored yet")
 	}
 	if err != nil {
-		return nil, fault.Wrap(err, fault.Internal, op, "cannot read %s", s.path)
+		return nil, stored, fault.Wrap(err, fault.Internal, op, "cannot read %s", s.path)
 	}
-	damaged := func(cause error, what string) ([]byte, error) {
-		return nil, &fault.Error{Kind: fault.Invalid, Op: op, Public: s.path + " " + what + ": it is not used, the relay waits for control to send the view again", Cause: cause}
+	damaged := func(cause error, what string) ([]byte, time.Time, error) {
+		return nil, stored, &fault.Error{Kind: fault.Invalid, Op: op, Public: s.path + " " + what + ": it is not used, the relay waits for control to send the view again", Cause: cause}
 	}
 	if info.Size() > maxViewFile {
 		return damaged(nil, "is longer than any view")
 	}
 	file, err := os.ReadFile(s.path)
 	if err != nil {
-		return nil, fault.Wrap(err, fault.Internal, op, "cannot read %s", s.path)
+		return nil, stored, fault.Wrap(err, fault.Internal, op, "cannot read %s", s.path)
 	}
 	if len(file) < viewHeadBytes+sha256.Size || string(file[:len(viewMagic)]) != viewMagic {
 		return damaged(nil, "is not a view file")
@@ -100,9 +101,9 @@ func (s *viewStore) load() ([]byte, error) {
 	if n := binary.BigEndian.Uint32(file[len(viewMagic)+17:]); int64(n) != int64(len(body)-viewHeadBytes) {
 		return damaged(nil, "is damaged (its length does not match)")
 	}
-	encoded, err := s.sealer.Open(body[viewHeadBytes:], s.aad(file))
+	encoded, err = s.sealer.Open(body[viewHeadBytes:], s.aad(file))
 	if err != nil {
 		return damaged(err, "belongs to another node or key")
 	}
-	return encoded, nil
+	return encoded, info.ModTime(), nil
 }
