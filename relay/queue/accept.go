@@ -261,8 +261,8 @@ func (q *Queue) addDeadline(env *relay.Envelope) (earliest bool) {
 	}
 	d.win.insert(it) // it may be there: a message can come back to the index
 	earliest = d.win.first().pos == it.pos
-	if d.win.len() > maxDeadlinesInMemory {
-		if end, dropped := d.win.shrink(maxDeadlinesInMemory*3/4, func(item) {}); dropped {
+	if d.win.len() > q.sizes.maxDeadlines {
+		if end, dropped := d.win.shrink(q.sizes.maxDeadlines*3/4, func(item) {}); dropped {
 			d.complete, d.end = false, end
 		}
 	}

@@ -313,7 +313,7 @@ func (q *Queue) removed(m *message) {
 	m.gone, m.removing = true, false
 	q.leave(q.deadlines, pos{due: store.Milliseconds(m.env.ExpiresAt), id: m.id})
 	d := q.deadlines
-	if !d.complete && d.win.len() < maxDeadlinesInMemory/8 {
+	if !d.complete && d.win.len() < q.sizes.maxDeadlines/8 {
 		q.wantPage(d)
 	}
 	q.metrics.messagesDone.Inc()

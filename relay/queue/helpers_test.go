@@ -46,10 +46,21 @@ func (c *clock) Add(d time.Duration) {
 	c.now = c.now.Add(d)
 }
 
+// tester is what *testing.T, *testing.B and *rapid.T share.
+type tester interface {
+	Helper()
+	Logf(string, ...any)
+	Error(...any)
+	Errorf(string, ...any)
+	Fatal(...any)
+	Fatalf(string, ...any)
+}
+
 // fixture is a queue over a real store in a temporary directory.
 type fixture struct {
-	t       testing.TB
+	t       tester
 	dir     string
+	sizes   sizes
 	clock   *clock
 	policy  policy.Queue
 	storage policy.Storage
@@ -65,9 +76,13 @@ type fixture struct {
 }
 
 func newFixture(t testing.TB) *fixture {
-	f := &fixture{t: t, dir: t.TempDir(), clock: newClock(), policy: testPolicy, storage: testStorage, changed: make(chan struct{})}
+	f := newFixtureIn(t, t.TempDir())
 	t.Cleanup(f.close)
 	return f
+}
+
+func newFixtureIn(t tester, dir string) *fixture {
+	return &fixture{t: t, dir: dir, sizes: defaultSizes, clock: newClock(), policy: testPolicy, storage: testStorage, changed: make(chan struct{})}
 }
 
 func (f *fixture) open() *fixture {
@@ -82,7 +97,7 @@ func (f *fixture) open() *fixture {
 		f.t.Fatal(err)
 	}
 	f.q, err = Open(context.Background(), f.st, f.ob, Config{
-		Now: f.clock.Now, Policy: f.policy, MaxInbound: 1 << 20, Logger: log, Strict: true, ClockTrusted: f.trusted,
+		Now: f.clock.Now, Policy: f.policy, MaxInbound: 1 << 20, Logger: log, Strict: true, ClockTrusted: f.trusted, sizes: f.sizes,
 		Notify: func(Number) {
 			f.mu.Lock()
 			close(f.changed)
@@ -96,7 +111,7 @@ func (f *fixture) open() *fixture {
 	return f
 }
 
-type testWriter struct{ t testing.TB }
+type testWriter struct{ t tester }
 
 func (w testWriter) Write(p []byte) (int, error) {
 	w.t.Logf("%s", p)
@@ -169,8 +184,6 @@ func (f *fixture) loaded() {
 		return !f.q.deadlines.wanted
 	})
 }
-
-
 
 func (f *fixture) envelope(to ...string) *relay.Envelope {
 	now := f.clock.Now()

@@ -7,17 +7,24 @@ import (
 	"github.com/relais-mta/relais/relay/store"
 )
 
-// Paging settings, in recipients unless a unit is named.
+// Paging settings.
 const (
-	maxPage              = 1024
-	minPage              = 32
-	maxDeadlinesInMemory = 32_768
-	minMemoryRecipients  = 1_000
-	maxPagesPerSnapshot  = 256
-	sweepInterval        = time.Minute
-	idleBeforeDrop       = 10 * time.Minute
-	readRetryMS          = 5_000 // milliseconds
+	maxPagesPerSnapshot = 256
+	sweepInterval       = time.Minute
+	idleBeforeDrop      = 10 * time.Minute
+	maxDroppedAtOnce    = 1024
+	readRetryMS         = 5_000 // milliseconds
 )
+
+// sizes bound what is in memory, in recipients or deadlines.
+type sizes struct {
+	minMemory    int // whatever policy says
+	minPage      int // one read from disk
+	maxPage      int
+	maxDeadlines int
+}
+
+var defaultSizes = sizes{minMemory: 1_000, minPage: 32, maxPage: 1024, maxDeadlines: 32_768}
 
 // floorMargin is what a floor stays below the earliest place in use: longer
 // than any commit takes, plus maxClockLag.
@@ -30,12 +37,12 @@ const floorEvery = 4096
 func floorBefore(ms int64) int64 { return max(ms-floorMargin.Milliseconds(), 0) }
 
 // memoryLimit is policy's bound on recipients in memory.
-func (q *Queue) memoryLimit() int { return max(q.policy.MaxMemoryRecipients, minMemoryRecipients) }
+func (q *Queue) memoryLimit() int { return max(q.policy.MaxMemoryRecipients, q.sizes.minMemory) }
 
 // pageSize is how many recipients one read brings in: small when there are
 // many queues, so that all heads fit.
 func (q *Queue) pageSize() int {
-	return min(max(q.memoryLimit()/2/(len(q.byNumber)+1), minPage), maxPage)
+	return min(max(q.memoryLimit()/2/(len(q.byNumber)+1), q.sizes.minPage), q.sizes.maxPage)
 }
 
 // wantPage asks for the next page of a queue that has more on disk. Call with
@@ -120,7 +127,7 @@ func (q *Queue) readPage(snap *store.Snapshot, wq *workQueue, size int) {
 	complete := true
 	var prefix, from []byte
 	if wq == q.deadlines {
-		size = maxDeadlinesInMemory / 2
+		size = max(q.sizes.maxDeadlines/2, 1)
 		prefix = []byte{store.SpaceDeadline}
 		from = store.AppendDeadlineKey(nil, wq.pageEnd.due, wq.pageEnd.id)
 	} else {
@@ -338,7 +345,7 @@ func (q *Queue) dropIdle() {
 		if wq.emptyAt == 0 {
 			wq.emptyAt = now
 		}
-		if now-wq.emptyAt < idleBeforeDrop.Milliseconds() || len(dropped) == maxPage {
+		if now-wq.emptyAt < idleBeforeDrop.Milliseconds() || len(dropped) == maxDroppedAtOnce {
 			continue
 		}
 		delete(q.byNumber, n)

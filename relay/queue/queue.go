@@ -53,6 +53,8 @@ type Config struct {
 	Logger       *slog.Logger          // required
 	Registerer   prometheus.Registerer // nil: metrics are not exported
 	Strict       bool                  // panic on a broken invariant instead of refusing that work (tests)
+
+	sizes sizes // zero: defaultSizes
 }
 
 // WorkRecipient is one recipient of a piece of work.
@@ -166,6 +168,7 @@ type Queue struct {
 	cfg     Config
 	log     *slog.Logger
 	metrics *queueMetrics
+	sizes   sizes
 
 	mu         sync.Mutex
 	policy     policy.Queue
@@ -300,11 +303,14 @@ func Open(ctx context.Context, st *store.Store, ob *outbox.Outbox, cfg Config) (
 		return nil, fault.New(fault.Internal, "queue.Open", "Now and Logger are required")
 	}
 	q := &Queue{
-		st: st, ob: ob, cfg: cfg, log: cfg.Logger, metrics: newMetrics(),
+		st: st, ob: ob, cfg: cfg, log: cfg.Logger, metrics: newMetrics(), sizes: cfg.sizes,
 		policy: cfg.Policy, maxInbound: cfg.MaxInbound,
 		byKey: make(map[Key]*workQueue), byNumber: make(map[Number]*workQueue), nextNumber: 1,
 		deadlines: &workQueue{}, live: make(map[ids.Message]*message), flights: make(map[*Work]struct{}),
 		pageWake: make(chan struct{}, 1), stop: make(chan struct{}),
+	}
+	if q.sizes == (sizes{}) {
+		q.sizes = defaultSizes
 	}
 	snap := st.Snapshot()
 	err := q.loadTable(snap)
