@@ -1,6 +1,7 @@
 package sign
 
 import (
+	"bytes"
 	"crypto/sha256"
 	"hash"
 )
@@ -36,30 +37,51 @@ func (h *BodyHasher) Reset() {
 // Write hashes the next piece of the body; pieces may be cut anywhere. It never
 // returns an error.
 func (h *BodyHasher) Write(p []byte) (int, error) {
-	start := 0 // of a run that needs no change
-	for i := 0; i < len(p); i++ {
-		c := p[i]
-		if c > ' ' && !h.space && !h.cr && h.breaks == 0 {
-			continue
-		}
-		switch c {
-		case ' ', '\t':
-			// A single space between two words is its own canonical form: keep
-			// the run going. This is what most white space looks like.
-			if c == ' ' && !h.space && !h.cr && h.breaks == 0 && i+1 < len(p) && p[i+1] > ' ' {
-				continue
+	n := len(p)
+	for len(p) > 0 {
+		// Most lines are canonical as they stand and are copied whole.
+		cr := bytes.IndexByte(p, '\r')
+		end := cr + 2
+		if cr < 0 || end > len(p) || p[cr+1] != '\n' {
+			end = len(p)
+			if cr >= 0 {
+				end = min(cr+2, end)
 			}
-			h.flushRun(p[start:i])
+			h.writeAny(p[:end])
+		} else if line := p[:cr]; h.space || h.cr || !isCanonical(line) {
+			h.writeAny(p[:end])
+		} else {
+			if cr > 0 {
+				h.writePending()
+				h.flushRun(line)
+			}
+			h.breaks++
+		}
+		p = p[end:]
+	}
+	return n, nil
+}
+
+var twoSpaces = []byte("  ")
+
+// isCanonical reports whether the relaxed form of a line is the line itself.
+func isCanonical(line []byte) bool {
+	return len(line) == 0 || line[len(line)-1] != ' ' && bytes.IndexByte(line, '\t') < 0 && !bytes.Contains(line, twoSpaces)
+}
+
+// writeAny hashes octets of any kind.
+func (h *BodyHasher) writeAny(p []byte) {
+	for i := 0; i < len(p); {
+		switch c := p[i]; c {
+		case ' ', '\t':
 			h.settleCR()
 			h.space = true
-			start = i + 1
+			i++
 		case '\r':
-			h.flushRun(p[start:i])
 			h.settleCR()
 			h.cr = true
-			start = i + 1
+			i++
 		case '\n':
-			h.flushRun(p[start:i])
 			if h.cr {
 				// RFC 6376 section 3.4.4: white space at the end of a line is ignored.
 				h.cr, h.space = false, false
@@ -67,16 +89,31 @@ func (h *BodyHasher) Write(p []byte) (int, error) {
 			} else {
 				h.literal(c)
 			}
-			start = i + 1
+			i++
 		default:
-			h.flushRun(p[start:i])
 			h.settleCR()
 			h.writePending()
-			start = i
+			run := canonicalRun(p[i:])
+			h.flushRun(p[i : i+run])
+			i += run
 		}
 	}
-	h.flushRun(p[start:])
-	return len(p), nil
+}
+
+// canonicalRun returns how many octets of p, which begins with one that is not
+// white space, are their own relaxed form: words with one space between them.
+func canonicalRun(p []byte) int {
+	for i := 1; i < len(p); i++ {
+		if p[i] > ' ' {
+			continue
+		}
+		if p[i] == ' ' && i+1 < len(p) && p[i+1] > ' ' {
+			i++
+			continue
+		}
+		return i
+	}
+	return len(p)
 }
 
 // flushRun copies bytes that are canonical already.

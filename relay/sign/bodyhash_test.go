@@ -98,14 +98,21 @@ func FuzzBodyHasher(f *testing.F) {
 }
 
 func BenchmarkBodyHasher(b *testing.B) {
-	line := "Dear reader, this is a line of text with  some white space in it. \r\n"
-	body := []byte(strings.Repeat(line, 10<<10/len(line)))
-	h := NewBodyHasher()
-	b.SetBytes(int64(len(body)))
-	b.ReportAllocs()
-	for b.Loop() {
-		h.Reset()
-		_, _ = h.Write(body)
-		h.Sum()
+	for name, line := range map[string]string{
+		"text":      "Dear reader, this is a line of text as most of them are, with words.\r\n",
+		"irregular": "\t\tDear reader, this is a line with  some more white space in it. \r\n",
+		"base64":    strings.Repeat("QUJD", 19) + "\r\n",
+	} {
+		b.Run(name, func(b *testing.B) {
+			body := []byte(strings.Repeat(line, 10<<10/len(line)))
+			h := NewBodyHasher()
+			b.SetBytes(int64(len(body)))
+			b.ReportAllocs()
+			for b.Loop() {
+				h.Reset()
+				_, _ = h.Write(body)
+				h.Sum()
+			}
+		})
 	}
 }

@@ -53,6 +53,7 @@ type Conn struct {
 	closed bool
 
 	tls   *tls.ConnectionState
+	suite string // name of TLS's cipher suite
 	begun bool
 	dead  bool // nothing more is read from or told to the client
 
@@ -177,7 +178,7 @@ func (c *Conn) handshake() error {
 	c.server.metrics.handshakes.WithLabelValues("ok").Inc()
 	_ = c.raw.SetDeadline(time.Time{})
 	state := t.ConnectionState()
-	c.tls = &state
+	c.tls, c.suite = &state, tls.CipherSuiteName(state.CipherSuite)
 	c.mu.Lock()
 	c.nc = t
 	c.mu.Unlock()

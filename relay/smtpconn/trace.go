@@ -1,9 +1,6 @@
 package smtpconn
 
-import (
-	"crypto/tls"
-	"time"
-)
+import "time"
 
 // AppendReceived appends the trace field of a message that came over c (RFC
 // 5321 section 4.4). id is the message's own; forPath is the only recipient, or
@@ -22,7 +19,7 @@ func (c *Conn) AppendReceived(dst []byte, id, forPath string, now time.Time) []b
 	dst = append(dst, c.protocol()...)
 	if c.tls != nil {
 		dst = append(dst, "\r\n\ttls "...) // RFC 8314 section 4.3
-		dst = append(dst, tls.CipherSuiteName(c.tls.CipherSuite)...)
+		dst = append(dst, c.suite...)
 	}
 	dst = append(dst, "\r\n\tid "...)
 	dst = append(dst, id...)
