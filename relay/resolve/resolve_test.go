@@ -366,7 +366,9 @@ func TestTruncatedGoesOverTCP(t *testing.T) {
 
 func TestServerWithoutEDNS(t *testing.T) {
 	z := newZone(t, "a.example. 300 IN MX 10 mx.example.", "mx.example. 300 IN A 192.0.2.1")
+	z.mu.Lock()
 	z.noEDNS = true
+	z.mu.Unlock()
 	r := newResolver(t, nil, z)
 	if got := show(r.Route(t.Context(), "a.example", IPv4)); got != "mx.example@10=192.0.2.1" {
 		t.Errorf("%s", got)

@@ -103,8 +103,9 @@ func (z *zone) serve(w dns.ResponseWriter, q *dns.Msg, overUDP bool) {
 	z.asked[strings.TrimSuffix(name, ".")+" "+dns.TypeToString[q.Question[0].Qtype]]++
 	fault := z.faults[name]
 	answer := z.answer(q, name)
+	noEDNS := z.noEDNS
 	z.mu.Unlock()
-	if z.noEDNS && q.IsEdns0() != nil {
+	if noEDNS && q.IsEdns0() != nil {
 		answer = new(dns.Msg).SetRcode(q, dns.RcodeFormatError)
 	} else if fault != nil {
 		answer = fault(q, overUDP)
