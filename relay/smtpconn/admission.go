@@ -39,7 +39,7 @@ func (s *Server) admit(raw net.Conn, security Security) *Conn {
 	case s.clients[who] >= limits.MaxConnectionsPerIP:
 		refusal = "connections_per_ip"
 	}
-	if refusal != "" && s.refusing >= maxRefusing {
+	if refusal != "" && len(s.refusing) >= maxRefusing {
 		s.mu.Unlock()
 		s.Refused(refusal)
 		_ = raw.Close()
@@ -52,7 +52,7 @@ func (s *Server) admit(raw net.Conn, security Security) *Conn {
 		s.clients[who]++
 		s.metrics.open.Inc()
 	} else {
-		s.refusing++
+		s.refusing[c] = struct{}{}
 	}
 	s.mu.Unlock()
 	s.metrics.connections.Inc()
@@ -64,7 +64,7 @@ func (s *Server) release(c *Conn) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if c.refusal != "" {
-		s.refusing--
+		delete(s.refusing, c)
 		return
 	}
 	delete(s.conns, c)

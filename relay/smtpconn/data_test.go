@@ -197,6 +197,11 @@ func TestConnectionLimits(t *testing.T) {
 	first.expectEnd()
 	dial(t, addr).do("NOOP", "250")
 	second.do("NOOP", "250")
+	t.Run("all clients", func(t *testing.T) {
+		_, _, addr := start(t, OfferSTARTTLS, func(_ *Config, l *Limits) { l.MaxConnections, l.MaxConnectionsPerIP = 1, 1 })
+		dial(t, addr).do("NOOP", "250")
+		connect(t, addr).expect("421 4.7.0 Too many connections, try again later")
+	})
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if len(s.conns) != 2 || len(s.clients) != 1 {

@@ -65,7 +65,7 @@ type Server struct {
 	mu       sync.Mutex
 	conns    map[*Conn]struct{}
 	clients  map[netip.Addr]int // connections at once
-	refusing int                // connections that only get their 421
+	refusing map[*Conn]struct{} // connections that only get their 421
 	empty    chan struct{}      // closed when draining and the last connection ended
 	once     sync.Once          // closes empty
 }
@@ -82,11 +82,12 @@ func NewServer(cfg Config) (*Server, error) {
 		cfg.TLS.MinVersion = max(cfg.TLS.MinVersion, tls.VersionTLS12)
 	}
 	s := &Server{
-		cfg:     cfg,
-		metrics: m,
-		conns:   make(map[*Conn]struct{}),
-		clients: make(map[netip.Addr]int),
-		empty:   make(chan struct{}),
+		cfg:      cfg,
+		metrics:  m,
+		conns:    make(map[*Conn]struct{}),
+		refusing: make(map[*Conn]struct{}),
+		clients:  make(map[netip.Addr]int),
+		empty:    make(chan struct{}),
 	}
 	s.smtp = smtp.NewServer(smtp.BackendFunc(func(c *smtp.Conn) (smtp.Session, error) {
 		return cfg.NewSession(c.Conn().(*Conn)), nil
@@ -138,12 +139,14 @@ func (s *Server) Shutdown(ctx context.Context) error {
 	case <-s.empty:
 	case <-ctx.Done():
 		err = ctx.Err()
-		s.mu.Lock()
-		for c := range s.conns {
+	}
+	s.mu.Lock()
+	for _, rest := range []map[*Conn]struct{}{s.conns, s.refusing} {
+		for c := range rest {
 			c.abort()
 		}
-		s.mu.Unlock()
 	}
+	s.mu.Unlock()
 	closing, cancel := context.WithTimeout(context.WithoutCancel(ctx), forcedCloseTimeout)
 	defer cancel()
 	if closeErr := s.smtp.Shutdown(closing); err == nil {
