@@ -22,7 +22,7 @@ var domainsTable = &table[control.Domain]{
 	indexes: []index[control.Domain]{
 		{name: "tenant", key: func(d *control.Domain) []byte { return d.Tenant[:] }},
 		{name: "reversed", unique: true, key: func(d *control.Domain) []byte { return reversed(d.Name) }},
-		{name: "return_path", key: func(d *control.Domain) []byte { return text(string(d.ReturnPath)) }},
+		{name: "return_path", key: func(d *control.Domain) []byte { return reversed(d.ReturnPath) }},
 	},
 }
 
@@ -49,7 +49,7 @@ func (a *applier) domainPut(c *command.DomainPut) (any, error) {
 		if err := a.ownable("domain", row.Name, row.Tenant); err != nil {
 			return err
 		}
-		return a.returnPathFree(row)
+		return a.ownable("return_path", row.ReturnPath, row.Tenant)
 	}})
 }
 
@@ -60,7 +60,7 @@ func foreign(field string, name, owned mailaddr.Domain) error {
 }
 
 // ownable refuses a name that is, lies below, or lies above a domain of
-// another tenant.
+// another tenant, or that is or lies above a return path of another tenant.
 func (a *applier) ownable(field string, name mailaddr.Domain, tenant ids.Tenant) error {
 	for up := name; ; {
 		if d := get(a.txn, domainsTable, "id", text(string(up))); d != nil && d.Tenant != tenant {
@@ -72,33 +72,20 @@ func (a *applier) ownable(field string, name mailaddr.Domain, tenant ids.Tenant)
 		}
 		up = mailaddr.Domain(rest)
 	}
-	var below *control.Domain
-	each(a.txn, domainsTable, "reversed", reversed(name), func(d *control.Domain) bool {
-		if d.Tenant != tenant {
-			below = d
+	// Return paths count too: failure reports and complaints arrive there.
+	for _, ix := range []string{"reversed", "return_path"} {
+		var below *control.Domain
+		each(a.txn, domainsTable, ix, reversed(name), func(d *control.Domain) bool {
+			if d.Tenant != tenant {
+				below = d
+			}
+			return below == nil
+		})
+		if below != nil {
+			return foreign(field, name, below.Name)
 		}
-		return below == nil
-	})
-	if below != nil {
-		return foreign(field, name, below.Name)
 	}
 	return nil
-}
-
-// returnPathFree refuses a return-path domain that is another tenant's in any
-// way, because failure reports and complaints arrive there.
-func (a *applier) returnPathFree(row *control.Domain) error {
-	if err := a.ownable("return_path", row.ReturnPath, row.Tenant); err != nil {
-		return err
-	}
-	var err error
-	each(a.txn, domainsTable, "return_path", text(string(row.ReturnPath)), func(d *control.Domain) bool {
-		if d.Tenant != row.Tenant {
-			err = foreign("return_path", row.ReturnPath, d.Name)
-		}
-		return err == nil
-	})
-	return err
 }
 
 // Domain returns the domain of exactly that name, or nil.
