@@ -1,6 +1,6 @@
 // Package dispatch is control's end of the relay link: one session per relay,
 // views out, acknowledgements and reports in. It decides nothing. Who may
-// connect is the node's row, looked at on every connect and twice a second
+// connect is the node's row, looked at on every connect and four times a second
 // after that; what a relay is to know is built by the service.
 package dispatch
 
@@ -26,7 +26,7 @@ const (
 	helloTimeout      = 10 * time.Second // for the exchange that opens a session
 	writeTimeout      = 30 * time.Second // for one short message
 	redirectLinger    = time.Second      // for a relay to leave when the server stops
-	checkInterval     = 500 * time.Millisecond
+	checkInterval     = 250 * time.Millisecond
 	maxSessionLife    = 24 * time.Hour  // then the certificates are checked anew
 	ackTimeout        = 2 * time.Minute // for a relay to take a view and answer
 	viewRetry         = time.Second     // after a view could not be built
