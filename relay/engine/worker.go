@@ -248,7 +248,7 @@ func (e *Engine) fail(w *worker, work *queue.Work, now time.Time) {
 	e.mu.Lock()
 	key := siteKey{w.lane.Source, e.siteOf(work)}
 	f := e.failures[key]
-	f.until = now.Add(backoff(base, f.count))
+	f.until = now.Add(backoff(max(base, time.Second), f.count)) // zero must not make a busy loop
 	f.count++
 	e.failures[key] = f
 	delete(e.sessions, w.id)

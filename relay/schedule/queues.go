@@ -267,7 +267,7 @@ func (s *Scheduler) Undeliverable(name mailaddr.Domain, until time.Time) {
 
 // Waiting tells why nothing of the queue is in work, for people.
 type Waiting struct {
-	Reason string // "due", "resolve", "dns", "source", "backoff", "limit", "rate", "session", "" when it is being worked on
+	Reason string // due, resolve, dns, source, backoff, source-connections, relay-connections, sessions, rate, session; "": it is being worked on
 	Until  time.Time
 	Lane   Lane
 	Site   string

@@ -1,6 +1,10 @@
 package schedule
 
-import "time"
+import (
+	"time"
+
+	"github.com/relais-mta/relais/shared/ids"
+)
 
 type sessionState uint8
 
@@ -228,10 +232,9 @@ func (s *Scheduler) Stats() Stats {
 // LaneInfo describes a lane for people.
 type LaneInfo struct {
 	Lane     Lane
-	Pool     string
+	Pool     ids.Pool
 	Sessions int
-	Open     int
-	Waiting  int
+	Waiting  int // recipients due in the group
 }
 
 // Lanes lists the lanes of all groups.
@@ -243,7 +246,7 @@ func (s *Scheduler) Lanes() []LaneInfo {
 			waiting += st.backlog
 		}
 		for _, l := range g.lanes {
-			out = append(out, LaneInfo{Lane: l.key, Pool: key.pool.String(), Sessions: l.sessions, Waiting: waiting})
+			out = append(out, LaneInfo{Lane: l.key, Pool: key.pool, Sessions: l.sessions, Waiting: waiting})
 		}
 	}
 	return out

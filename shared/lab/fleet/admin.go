@@ -1,0 +1,80 @@
+package fleet
+
+import (
+	"context"
+	"encoding/json"
+	"io"
+	"net"
+	"net/http"
+	"path/filepath"
+	"strconv"
+
+	"github.com/relais-mta/relais/shared/fault"
+)
+
+// Event is one event of a relay, as its admin socket tells it.
+type Event struct {
+	Seq       uint64 `json:"seq"`
+	Type      string `json:"type"`
+	Message   string `json:"message"`
+	Recipient uint16 `json:"recipient"`
+	Address   string `json:"address"`
+	Provider  string `json:"provider"`
+	Class     string `json:"class"`
+	Reply     string `json:"reply"`
+}
+
+// Final reports whether the event ends its recipient.
+func (e *Event) Final() bool {
+	switch e.Type {
+	case "delivered", "bounced", "expired", "unknown":
+		return true
+	}
+	return false
+}
+
+// QueueSummary is a relay's queue in numbers.
+type QueueSummary struct {
+	Waiting  int64 `json:"waiting"` // recipients, those being delivered included
+	InFlight int64 `json:"in_flight"`
+}
+
+// Events returns the events behind after, oldest first, as many as one answer holds.
+func (r *Relay) Events(ctx context.Context, after uint64) ([]Event, error) {
+	var events []Event
+	err := r.ask(ctx, "/v1/events?after="+strconv.FormatUint(after, 10), &events)
+	return events, err
+}
+
+// Queue returns the queue in numbers.
+func (r *Relay) Queue(ctx context.Context) (QueueSummary, error) {
+	var s QueueSummary
+	err := r.ask(ctx, "/v1/queue/summary", &s)
+	return s, err
+}
+
+func (r *Relay) ask(ctx context.Context, path string, v any) error {
+	const op = "fleet.ask"
+	client := http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		var d net.Dialer
+		return d.DialContext(ctx, "unix", filepath.Join(r.Dir, "admin.sock"))
+	}}}
+	defer client.CloseIdleConnections()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://relay"+path, nil)
+	if err != nil {
+		return err
+	}
+	resp, err := client.Do(req)
+	if err != nil {
+		return fault.Wrap(err, fault.Unavailable, op, "%s does not answer on its admin socket", r.Name)
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(io.LimitReader(resp.Body, 16*maxOutputBytes))
+	if err != nil {
+		return fault.Wrap(err, fault.Internal, op, "%s broke off its answer", r.Name)
+	}
+	if resp.StatusCode != http.StatusOK {
+		return fault.New(fault.Internal, op, "%s answered %s: %.200s", r.Name, resp.Status, body)
+	}
+	return json.Unmarshal(body, v)
+}
