@@ -32,8 +32,7 @@ func TestNextHost(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			bad, good := tc.first, &peer{}
-			bad.start(t, "127.0.0.1", 0)
-			good.start(t, "127.0.0.2", bad.port)
+			startPair(t, &bad, good)
 			f := newFixture(t, bad.port)
 			s, failure := f.dialer.Dial(t.Context(), target("", hostsAt("127.0.0.1", "127.0.0.2")...))
 			if failure != nil {
@@ -49,8 +48,7 @@ func TestNextHost(t *testing.T) {
 
 func TestAllHostsRefuse(t *testing.T) {
 	silent, loud := &peer{greeting: closeNow}, &peer{greeting: "554 5.7.1 your address is not welcome"}
-	silent.start(t, "127.0.0.1", 0)
-	loud.start(t, "127.0.0.2", silent.port)
+	startPair(t, silent, loud)
 	f := newFixture(t, silent.port)
 	_, failure := f.dialer.Dial(t.Context(), target("", hostsAt("127.0.0.1", "127.0.0.2", "127.0.0.3")...))
 	if failure == nil {
@@ -63,8 +61,10 @@ func TestAllHostsRefuse(t *testing.T) {
 }
 
 func TestRefusingHostIsLeftAlone(t *testing.T) {
-	good := &peer{}
-	good.start(t, "127.0.0.2", 0)
+	// The first host resets every connection: nothing listens there.
+	gone, good := &peer{}, &peer{}
+	startPair(t, gone, good)
+	gone.stop()
 	f := newFixture(t, good.port)
 	hosts := hostsAt("127.0.0.1", "127.0.0.2")
 	dials := &countingEgress{}
@@ -183,7 +183,7 @@ func TestExtensions(t *testing.T) {
 
 func TestDialEndsWithContext(t *testing.T) {
 	p := &peer{greeting: hang}
-	p.start(t, "127.0.0.1", 0)
+	p.start(t)
 	f := newFixture(t, p.port)
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
 	defer cancel()
@@ -195,7 +195,7 @@ func TestDialEndsWithContext(t *testing.T) {
 
 func TestOpeningTimeouts(t *testing.T) {
 	for name, p := range map[string]*peer{"greeting": {greeting: hang}, "EHLO": {ehlo: hang}} {
-		p.start(t, "127.0.0.1", 0)
+		p.start(t)
 		f := newFixture(t, p.port)
 		f.policy.GreetingTimeout, f.policy.EHLOTimeout = short, short
 		_, failure := f.dialer.Dial(t.Context(), target("", hostsAt("127.0.0.1")...))
@@ -216,7 +216,7 @@ func TestRequiredTLSIsNeverClear(t *testing.T) {
 		"no handshake": {extensions: []string{"STARTTLS"}, starttls: "220 go\r\nthis is not TLS at all, sorry"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			p.start(t, "127.0.0.1", 0)
+			p.start(t)
 			f := newFixture(t, p.port)
 			s, failure := f.dialer.Dial(t.Context(), target(policy.TLSRequired, hostsAt("127.0.0.1")...))
 			if failure == nil {
@@ -242,7 +242,7 @@ func TestBrokenTLSFallsBackOnce(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			p := &peer{extensions: []string{"PIPELINING", "STARTTLS"}, starttls: reply}
-			p.start(t, "127.0.0.1", 0)
+			p.start(t)
 			f := newFixture(t, p.port)
 			for range 2 {
 				s, failure := f.dialer.Dial(t.Context(), target(policy.TLSOpportunistic, hostsAt("127.0.0.1")...))
@@ -270,7 +270,7 @@ func TestBrokenTLSFallsBackOnce(t *testing.T) {
 
 func TestTLSOff(t *testing.T) {
 	p := &peer{extensions: []string{"STARTTLS"}}
-	p.start(t, "127.0.0.1", 0)
+	p.start(t)
 	f := newFixture(t, p.port)
 	s, failure := f.dialer.Dial(t.Context(), target(policy.TLSOff, hostsAt("127.0.0.1")...))
 	if failure != nil {

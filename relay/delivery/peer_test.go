@@ -49,6 +49,7 @@ type peer struct {
 	stalled    <-chan struct{} // the data is not read before this is closed
 
 	port uint16
+	stop func() // listening
 	seen *record
 }
 
@@ -65,14 +66,41 @@ func (p *peer) got() (commands []string, messages [][]byte) {
 	return slices.Clone(p.seen.commands), slices.Clone(p.seen.messages)
 }
 
-// start listens on a loopback address; port 0 takes any.
-func (p *peer) start(t testing.TB, addr string, port uint16) {
+// start listens on 127.0.0.1.
+func (p *peer) start(t testing.TB) {
 	t.Helper()
-	l, err := net.Listen("tcp", net.JoinHostPort(addr, fmt.Sprint(port)))
+	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
+	p.on(t, l)
+}
+
+// startPair listens on 127.0.0.1 and 127.0.0.2 with one port, as all hosts of
+// a dialer have the same.
+func startPair(t testing.TB, one, two *peer) {
+	t.Helper()
+	var err error
+	for range 50 {
+		var first, second net.Listener
+		if first, err = net.Listen("tcp", "127.0.0.1:0"); err != nil {
+			t.Fatal(err)
+		}
+		_, port, _ := net.SplitHostPort(first.Addr().String())
+		if second, err = net.Listen("tcp", "127.0.0.2:"+port); err == nil {
+			one.on(t, first)
+			two.on(t, second)
+			return
+		}
+		first.Close()
+	}
+	t.Fatal(err)
+}
+
+func (p *peer) on(t testing.TB, l net.Listener) {
+	t.Helper()
 	p.seen = &record{}
+	p.stop = func() { l.Close() }
 	p.port = l.Addr().(*net.TCPAddr).AddrPort().Port()
 	var wg sync.WaitGroup
 	open := make(map[net.Conn]bool)
@@ -279,7 +307,7 @@ func target(mode policy.TLSMode, hosts ...resolve.Host) *Target {
 
 func dialPeer(t testing.TB, p *peer) (*fixture, *Session) {
 	t.Helper()
-	p.start(t, "127.0.0.1", 0)
+	p.start(t)
 	f := newFixture(t, p.port)
 	s, failure := f.dialer.Dial(t.Context(), target(policy.TLSOpportunistic, hostsAt("127.0.0.1")...))
 	if failure != nil {

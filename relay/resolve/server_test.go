@@ -32,14 +32,7 @@ func newZone(t testing.TB, records ...string) *zone {
 	t.Helper()
 	z := &zone{records: map[string][]dns.RR{}, faults: map[string]func(*dns.Msg, bool) *dns.Msg{}, asked: map[string]int{}}
 	z.add(t, records...)
-	pc, err := net.ListenPacket("udp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	l, err := net.Listen("tcp", pc.LocalAddr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
+	pc, l := bothPorts(t)
 	z.addr = netip.MustParseAddrPort(pc.LocalAddr().String())
 	for _, s := range []*dns.Server{
 		{PacketConn: pc, Handler: dns.HandlerFunc(func(w dns.ResponseWriter, q *dns.Msg) { z.serve(w, q, true) })},
@@ -58,6 +51,25 @@ func newZone(t testing.TB, records ...string) *zone {
 		})
 	}
 	return z
+}
+
+// bothPorts takes a port that is free for UDP and for TCP.
+func bothPorts(t testing.TB) (net.PacketConn, net.Listener) {
+	t.Helper()
+	var err error
+	for range 50 {
+		var pc net.PacketConn
+		if pc, err = net.ListenPacket("udp", "127.0.0.1:0"); err != nil {
+			t.Fatal(err)
+		}
+		var l net.Listener
+		if l, err = net.Listen("tcp", pc.LocalAddr().String()); err == nil {
+			return pc, l
+		}
+		pc.Close()
+	}
+	t.Fatal(err)
+	return nil, nil
 }
 
 func (z *zone) add(t testing.TB, records ...string) {
