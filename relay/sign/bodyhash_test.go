@@ -36,6 +36,8 @@ func TestBodyHasherCanonicalForm(t *testing.T) {
 		{"white space at the very end", "x \t", "x\r\n"},
 		{"control octets are kept", "a\x01\x7f\x0bb\r\n", "a\x01\x7f\x0bb\r\n"},
 		{"octets above 127 are kept", "caf\xc3\xa9  \xff\r\n", "caf\xc3\xa9 \xff\r\n"},
+		{"CR alone is kept", "a \rb\r\n\r\rc\r", "a \rb\r\n\r\rc\r\r\n"},
+		{"LF alone is kept", "a \n\tb\r\n", "a \n b\r\n"},
 		{"longer than the buffer", strings.Repeat("word  ", 1000) + "\r\n", strings.TrimSuffix(strings.Repeat("word ", 1000), " ") + "\r\n"},
 	}
 	h := NewBodyHasher()

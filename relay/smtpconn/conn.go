@@ -90,9 +90,6 @@ func (c *Conn) Remote() netip.Addr { return c.remote }
 // TLS returns the state of TLS, nil in clear text.
 func (c *Conn) TLS() *tls.ConnectionState { return c.tls }
 
-// Helo is the name the client gave in EHLO or HELO.
-func (c *Conn) Helo() string { return c.helo }
-
 // Argument is what followed the verb in the command that is being handled.
 func (c *Conn) Argument() string { return c.arg }
 

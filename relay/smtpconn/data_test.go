@@ -3,9 +3,14 @@ package smtpconn
 import (
 	"fmt"
 	"io"
+	"log/slog"
+	"net/netip"
 	"strings"
+	"sync"
 	"testing"
 	"time"
+
+	"github.com/emersion/go-smtp"
 )
 
 // Each sequence has been used to make one server see the end of a message where
@@ -207,4 +212,66 @@ func TestConnectionLimits(t *testing.T) {
 	if len(s.conns) != 2 || len(s.clients) != 1 {
 		t.Errorf("%d connections of %d clients are counted, want 2 of 1", len(s.conns), len(s.clients))
 	}
+}
+
+func TestClientOf(t *testing.T) {
+	for ip, want := range map[string]string{
+		"192.0.2.1":            "192.0.2.1",
+		"2001:db8:1:2:3:4:5:6": "2001:db8:1:2::",
+		"2001:db8:1:2::":       "2001:db8:1:2::",
+	} {
+		if got := ClientOf(netip.MustParseAddr(ip)); got != netip.MustParseAddr(want) {
+			t.Errorf("ClientOf(%s) = %v, want %s", ip, got, want)
+		}
+	}
+}
+
+// A defect in a session costs that session, and is logged.
+func TestPanicInSession(t *testing.T) {
+	var log lockedBuffer
+	_, backend, addr := start(t, OfferSTARTTLS, func(c *Config, _ *Limits) {
+		c.Logger = slog.New(slog.NewTextHandler(&log, nil))
+		inner := c.NewSession
+		c.NewSession = func(conn *Conn) smtp.Session { return panicking{inner(conn)} }
+	})
+	p := dial(t, addr)
+	p.do("EHLO c", "250-")
+	p.do("MAIL FROM:<panic@example.com>", "421 4.0.0")
+	p.expectEnd()
+	if !strings.Contains(log.String(), "a defect") {
+		t.Errorf("the log holds %q", log.String())
+	}
+	p = dial(t, addr)
+	p.begin()
+	p.send("x\r\n.\r\n")
+	p.expect("250")
+	if len(backend.got()) != 1 {
+		t.Error("the next session does not work")
+	}
+}
+
+type panicking struct{ smtp.Session }
+
+func (s panicking) Mail(from string, opts *smtp.MailOptions) error {
+	if strings.HasPrefix(from, "panic@") {
+		panic("a defect")
+	}
+	return s.Session.Mail(from, opts)
+}
+
+type lockedBuffer struct {
+	mu sync.Mutex
+	b  strings.Builder
+}
+
+func (l *lockedBuffer) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *lockedBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
 }

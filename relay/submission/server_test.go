@@ -24,6 +24,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
+
 	"github.com/relais-mta/relais/relay"
 	"github.com/relais-mta/relais/shared/fault"
 	"github.com/relais-mta/relais/shared/ids"
@@ -161,6 +163,7 @@ type world struct {
 	away       atomic.Bool // control is away
 	spool      *fakeSpool
 	server     *Server
+	registry   *prometheus.Registry
 	log        lockedBuffer
 	implicit   string
 	explicit   string
@@ -269,14 +272,14 @@ func (w *world) setView(change func(*policy.View)) {
 
 func newWorld(t testing.TB, change func(*policy.View)) *world {
 	t.Helper()
-	w := &world{t: t, spool: &fakeSpool{}, user: id[ids.Credential](1).String(), expired: id[ids.Credential](2).String(),
+	w := &world{t: t, spool: &fakeSpool{}, registry: prometheus.NewRegistry(), user: id[ids.Credential](1).String(), expired: id[ids.Credential](2).String(),
 		suspended: id[ids.Credential](3).String(), onlyRemote: id[ids.Credential](4).String()}
 	w.setView(change)
 	serverTLS, _ := testTLS()
 	var err error
 	w.server, err = New(Options{
 		Hostname: "mx.example", TLS: serverTLS, Policy: w.policy.Load, Connected: func() bool { return !w.away.Load() },
-		Spool: w.spool, DSN: true, Logger: slog.New(slog.NewJSONHandler(&w.log, &slog.HandlerOptions{Level: slog.LevelDebug})),
+		Spool: w.spool, DSN: true, Registerer: w.registry, Logger: slog.New(slog.NewJSONHandler(&w.log, &slog.HandlerOptions{Level: slog.LevelDebug})),
 	})
 	if err != nil {
 		t.Fatal(err)

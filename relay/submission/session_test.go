@@ -312,6 +312,51 @@ func TestStoreFailures(t *testing.T) {
 	p.mail(goodMessage, "250")
 }
 
+func TestMetrics(t *testing.T) {
+	w := newWorld(t, nil)
+	p := w.dial(t)
+	p.do("AUTH PLAIN "+plain(w.user, "wrong"), "535")
+	p.do("AUTH PLAIN "+plain(w.user, testSecret), "235")
+	p.mail(goodMessage, "250")
+	p.mail("From: a@other.example\n\n", "550")
+	families, err := w.registry.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := make(map[string]float64)
+	for _, f := range families {
+		for _, m := range f.GetMetric() {
+			name := f.GetName()
+			for _, l := range m.GetLabel() {
+				name += " " + l.GetValue()
+			}
+			got[name] = m.GetCounter().GetValue() + m.GetGauge().GetValue() + float64(m.GetHistogram().GetSampleCount())
+		}
+	}
+	want := map[string]float64{
+		"relais_relay_submission_connections":                1,
+		"relais_relay_submission_connections_total":          1,
+		"relais_relay_submission_tls_handshakes_total ok":    1,
+		"relais_relay_submission_auth_total bad":             1,
+		"relais_relay_submission_auth_total ok":              1,
+		"relais_relay_submission_refusals_total auth_failed": 1,
+		"relais_relay_submission_refusals_total from_domain": 1,
+		"relais_relay_submission_accepted_messages_total":    1,
+		"relais_relay_submission_accepted_recipients_total":  1,
+		"relais_relay_submission_accepted_bytes_total":       float64(len(w.spool.last(t).text)),
+		"relais_relay_submission_accept_seconds":             1,
+	}
+	for name, v := range want {
+		if got[name] != v {
+			t.Errorf("%s is %v, want %v", name, got[name], v)
+		}
+	}
+	opt := w.server.opt
+	if _, err := New(opt); !fault.Is(err, fault.Internal) {
+		t.Errorf("a second server on one registry: error %v, want internal", err)
+	}
+}
+
 func TestNewNamesWhatIsMissing(t *testing.T) {
 	_, err := New(Options{Hostname: "mx.example"})
 	if !fault.Is(err, fault.Invalid) {
