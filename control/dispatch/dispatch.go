@@ -55,6 +55,7 @@ type Nodes interface {
 	Generation() uint64
 
 	// NodeConnected, NodeReported and NodeGone tell what is heard of a relay.
+	// They do not block and do not call back.
 	NodeConnected(id ids.Node, hello Hello)
 	NodeReported(id ids.Node, report Report)
 	NodeGone(id ids.Node)
@@ -172,16 +173,17 @@ func (s *Server) enter(n *session) error {
 		close(old.replaced)
 	}
 	s.sessions[n.node] = n
+	s.config.Nodes.NodeConnected(n.node, n.hello) // under the lock: in order with NodeGone
 	return nil
 }
 
-// leave ends n's claim and reports whether it still was its node's session.
-func (s *Server) leave(n *session) bool {
+// leave ends n's claim, unless another session has taken it over.
+func (s *Server) leave(n *session) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.sessions[n.node] != n {
-		return false
+		return
 	}
 	delete(s.sessions, n.node)
-	return true
+	s.config.Nodes.NodeGone(n.node)
 }

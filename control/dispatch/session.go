@@ -43,12 +43,9 @@ func (s *Server) Link(ctx context.Context, conn link.Session) (link.Code, string
 		s.config.Logger.Warn("link refused", "node", n.node.String(), "remote", conn.RemoteAddr().String(), "error", err)
 		return n.refuse(err)
 	}
-	s.config.Nodes.NodeConnected(n.node, n.hello)
 	n.log.Info("relay linked", "version", n.hello.Version, "incarnation", n.hello.Incarnation, "held_revision", n.hello.Revision)
 	code, text := n.work(ctx)
-	if s.leave(n) {
-		s.config.Nodes.NodeGone(n.node)
-	}
+	s.leave(n)
 	n.log.Info("relay unlinked", "code", code.String(), "reason", text)
 	return code, text
 }

@@ -46,7 +46,7 @@ type JoinOptions struct {
 type JoinResult struct {
 	Cluster  ids.Cluster
 	Node     ids.Node
-	State    string // "active", or "pending" until an operator accepts the node; empty if Already
+	State    string // "active", "pending" until an operator accepts the node, or "member" if Already
 	Servers  []string
 	Server   string        // that answered
 	NotAfter time.Time     // end of the certificate; it is renewed long before
@@ -86,7 +86,7 @@ func Join(ctx context.Context, options JoinOptions) (JoinResult, error) {
 	defer dialer.Close()
 	config := pki.PinnedClientConfig(token.Pins, wire.ALPNJoin)
 	var failures []error
-	for _, address := range options.Servers {
+	for i, address := range options.Servers {
 		result, final, err := j.try(ctx, dialer, address, config)
 		if err == nil {
 			return result, nil
@@ -94,7 +94,9 @@ func Join(ctx context.Context, options JoinOptions) (JoinResult, error) {
 		if final || ctx.Err() != nil {
 			return JoinResult{}, err
 		}
-		options.Logger.Warn("cannot join here", "address", address, "error", err)
+		if i+1 < len(options.Servers) {
+			options.Logger.Warn("cannot join here, trying the next address", "address", address, "error", err)
+		}
 		failures = append(failures, err)
 	}
 	return JoinResult{}, summary(op, failures)
@@ -220,7 +222,7 @@ func (j *joiner) try(ctx context.Context, dialer *link.Dialer, address string, c
 	case errors.Is(err, errAlready):
 		notAfter, err := j.storedLeaf()
 		m := j.member
-		return JoinResult{Cluster: m.Cluster, Node: m.Node, Servers: m.Servers, Server: address, NotAfter: notAfter, Already: true, Skew: j.skew}, true, err
+		return JoinResult{Cluster: m.Cluster, Node: m.Node, State: "member", Servers: m.Servers, Server: address, NotAfter: notAfter, Already: true, Skew: j.skew}, true, err
 	case err != nil && !accepted:
 		return JoinResult{}, refusal != nil, err
 	case err != nil:
