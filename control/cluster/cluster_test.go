@@ -1,0 +1,366 @@
+package cluster
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/raft"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/testutil"
+
+	"github.com/relais-mta/relais/control"
+	"github.com/relais-mta/relais/control/ca"
+	"github.com/relais-mta/relais/control/command"
+	"github.com/relais-mta/relais/control/state"
+	"github.com/relais-mta/relais/shared/fault"
+	"github.com/relais-mta/relais/shared/ids"
+	"github.com/relais-mta/relais/shared/pki"
+	"github.com/relais-mta/relais/shared/wire"
+)
+
+const testTimeout = 30 * time.Second
+
+var quiet = slog.New(slog.DiscardHandler)
+
+func tenantPut(n int, name string) *command.TenantPut {
+	id := bytes.Repeat([]byte{byte(n), byte(n >> 8)}, 8)
+	return &command.TenantPut{Tenant: &command.Tenant{Id: id, Name: name, OwnershipToken: "own"}}
+}
+
+// open starts a server on a directory and waits until it leads.
+func open(t testing.TB, dir string) *Cluster {
+	t.Helper()
+	c, err := Open(Options{Dir: dir, ServerID: "s1", Address: "127.0.0.1:1", State: state.New(), Logger: quiet, Registerer: prometheus.NewRegistry(), Halt: func(err error) { panic(err) }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), testTimeout)
+	defer cancel()
+	if err := c.WaitReady(ctx); err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+func bootstrap(t testing.TB) string {
+	t.Helper()
+	dir := t.TempDir()
+	if err := Bootstrap(dir, "s1", "127.0.0.1:1", quiet); err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+func closeNow(t testing.TB, c *Cluster) {
+	t.Helper()
+	if err := c.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestBootstrapRefusesAnExistingCluster(t *testing.T) {
+	t.Parallel()
+	dir := bootstrap(t)
+	if err := Bootstrap(dir, "s1", "127.0.0.1:1", quiet); !fault.Is(err, fault.Invalid) || !strings.Contains(fault.Public(err), dir) {
+		t.Errorf("got %v", err)
+	}
+}
+
+func TestChangesSurviveARestart(t *testing.T) {
+	t.Parallel()
+	dir := bootstrap(t)
+	c := open(t, dir)
+	ctx := context.Background()
+	r, err := c.Propose(ctx, tenantPut(1, "acme"))
+	if err != nil || r.Row.(*control.Tenant).Revision != r.Index {
+		t.Fatalf("got %+v, %v", r, err)
+	}
+	if _, err := c.Propose(ctx, tenantPut(2, "acme")); !fault.Is(err, fault.Exists) {
+		t.Errorf("a rule's refusal came back as %v", err)
+	}
+	if _, err := c.Propose(ctx, tenantPut(3, "no good name")); !fault.Is(err, fault.Invalid) {
+		t.Errorf("a malformed command came back as %v", err)
+	}
+	if err := c.Snapshot(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.Propose(ctx, tenantPut(4, "after")); err != nil { // replayed from the log on top of the snapshot
+		t.Fatal(err)
+	}
+	want := c.state.Read().Hash()
+	closeNow(t, c)
+	if snaps, err := os.ReadDir(filepath.Join(dir, "raft", "snapshots")); err != nil || len(snaps) != 1 {
+		t.Errorf("%d snapshots on disk, %v", len(snaps), err)
+	}
+	c = open(t, dir)
+	defer closeNow(t, c)
+	if got := c.state.Read().Hash(); got != want {
+		t.Errorf("after a restart the state is %x, want %x", got, want)
+	}
+	if c.state.Read().TenantByName("after") == nil {
+		t.Error("a change after the snapshot is lost")
+	}
+}
+
+func TestWithoutALeaderNothingChanges(t *testing.T) {
+	t.Parallel()
+	c, err := Open(Options{Dir: t.TempDir(), ServerID: "s1", Address: "127.0.0.1:1", State: state.New(), Logger: quiet, Registerer: prometheus.NewRegistry(), Halt: func(err error) { panic(err) }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer closeNow(t, c)
+	_, err = c.Propose(context.Background(), tenantPut(1, "acme"))
+	if !errors.Is(err, control.ErrNoLeader) || !fault.Is(err, fault.Unavailable) || c.Ready() {
+		t.Errorf("got %v", err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	if err := c.WaitReady(ctx); !fault.Is(err, fault.Timeout) {
+		t.Errorf("waiting for a leader gave %v", err)
+	}
+}
+
+func TestErrorsAfterWhichTheOutcomeIsUnknown(t *testing.T) {
+	t.Parallel()
+	for _, tc := range []struct {
+		err     error
+		unknown bool
+	}{
+		{raft.ErrNotLeader, false}, {raft.ErrEnqueueTimeout, false}, {raft.ErrLeadershipTransferInProgress, false},
+		{raft.ErrLeadershipLost, true}, {raft.ErrRaftShutdown, true}, {raft.ErrAbortedByRestore, true}, {errors.New("disk"), true},
+	} {
+		err := translate(tc.err)
+		if errors.Is(err, control.ErrOutcomeUnknown) != tc.unknown || errors.Is(err, control.ErrNoLeader) == tc.unknown || !errors.Is(err, tc.err) || !fault.Is(err, fault.Unavailable) {
+			t.Errorf("%v becomes %v", tc.err, err)
+		}
+	}
+	c := open(t, bootstrap(t))
+	defer closeNow(t, c)
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	// The caller gave up: either it was told the result in time, or nothing is known.
+	if _, err := c.Propose(ctx, tenantPut(1, "acme")); err != nil && !errors.Is(err, control.ErrOutcomeUnknown) {
+		t.Errorf("got %v", err)
+	}
+}
+
+// TestStateHash drives a server past a checkpoint: its hash is committed, the
+// log is read back and compared, and a differing hash stops the server.
+func TestStateHash(t *testing.T) {
+	t.Parallel()
+	c := open(t, bootstrap(t))
+	defer closeNow(t, c)
+	ctx, cancel := context.WithTimeout(context.Background(), testTimeout)
+	defer cancel()
+	var writers sync.WaitGroup
+	for w := range 64 {
+		writers.Go(func() {
+			for i := range state.CheckpointEvery/64 + 1 {
+				n := 1 + w*1000 + i
+				if _, err := c.Propose(ctx, tenantPut(n, fmt.Sprint("t", n))); err != nil {
+					t.Error(err)
+					return
+				}
+			}
+		})
+	}
+	writers.Wait()
+	name := command.TypeStateHash.String()
+	waitFor(t, func() bool { return testutil.ToFloat64(c.metrics.proposals.WithLabelValues(name, "applied")) == 1 }, "the state hash to be committed")
+	waitFor(t, func() bool { return testutil.ToFloat64(c.metrics.verifiedEntries) >= state.CheckpointEvery/2 }, "the log to be verified")
+	if err := c.Health(); err != nil {
+		t.Fatal(err)
+	}
+	cp, ok := c.state.Read().LastCheckpoint()
+	if !ok {
+		t.Fatal("there is no checkpoint")
+	}
+	if _, err := c.Propose(ctx, &command.StateHash{Index: cp.Index, Hash: make([]byte, 32)}); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Health(); err == nil || !strings.Contains(err.Error(), "differs from the leader's") {
+		t.Errorf("a diverged server says %v", err)
+	}
+	waitFor(t, func() bool { return testutil.ToFloat64(c.metrics.divergences) == 1 }, "the divergence to be counted")
+}
+
+// waitFor polls a condition that no channel tells of.
+func waitFor(t *testing.T, cond func() bool, what string) {
+	t.Helper()
+	deadline := time.After(testTimeout)
+	tick := time.NewTicker(2 * time.Millisecond)
+	defer tick.Stop()
+	for !cond() {
+		select {
+		case <-deadline:
+			t.Fatalf("waited %s for %s", testTimeout, what)
+		case <-tick.C:
+		}
+	}
+}
+
+func TestADamagedLogIsNotServed(t *testing.T) {
+	t.Parallel()
+	dir := bootstrap(t)
+	c := open(t, dir)
+	if _, err := c.Propose(context.Background(), tenantPut(1, "acme")); err != nil {
+		t.Fatal(err)
+	}
+	closeNow(t, c)
+	logs, err := filepath.Glob(filepath.Join(dir, "raft", "log", "*.wal"))
+	if err != nil || len(logs) != 1 {
+		t.Fatalf("%v, %v", logs, err)
+	}
+	b, err := os.ReadFile(logs[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	at := bytes.Index(b, []byte("acme"))
+	if at < 0 {
+		t.Fatal("the entry is not in the log")
+	}
+	b[at] ^= 1
+	if err := os.WriteFile(logs[0], b, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c, err = Open(Options{Dir: dir, ServerID: "s1", Address: "127.0.0.1:1", State: state.New(), Logger: quiet, Registerer: prometheus.NewRegistry(), Halt: func(err error) { panic(err) }})
+	if err != nil {
+		return // refused: what we want
+	}
+	defer closeNow(t, c)
+	// The log may also take the damage for a write that was cut off and drop it,
+	// as it would after a power cut; it must never serve the changed entry.
+	ctx, cancel := context.WithTimeout(context.Background(), testTimeout)
+	defer cancel()
+	if err := c.WaitReady(ctx); err != nil {
+		t.Fatal(err)
+	}
+	for _, tenant := range c.state.Read().Tenants() {
+		if tenant.Name != "acme" {
+			t.Errorf("the damaged entry was served: %q", tenant.Name)
+		}
+	}
+}
+
+// TestPeersOverTLS joins a second server by hand: it must follow over the mTLS
+// transport, and a stranger must not get in.
+func TestPeersOverTLS(t *testing.T) {
+	t.Parallel()
+	now := time.Now()
+	clusterID := ids.Cluster{1}
+	authority := newAuthority(t, clusterID, now)
+	peer := pki.Peer{Cluster: clusterID, Role: pki.RoleControl}
+	servers := make([]*Cluster, 2)
+	addrs := make([]string, 2)
+	for i := range servers {
+		holder := pki.NewHolder(leaf(t, authority, pki.RoleControl, ids.Node{byte(i + 1)}, now), authority.Bundle())
+		stream, err := Listen("127.0.0.1:0", "", pki.ServerConfig(holder, peer, wire.ALPNRaft), pki.ClientConfig(holder, peer, wire.ALPNRaft))
+		if err != nil {
+			t.Fatal(err)
+		}
+		addrs[i] = stream.Listener.Addr().String()
+		stream.advertise = address(addrs[i])
+		dir, name := t.TempDir(), fmt.Sprint("s", i+1)
+		if i == 0 {
+			if err := Bootstrap(dir, name, addrs[i], quiet); err != nil {
+				t.Fatal(err)
+			}
+		}
+		servers[i], err = Open(Options{Dir: dir, ServerID: name, Address: addrs[i], Stream: stream, State: state.New(), Logger: quiet, Registerer: prometheus.NewRegistry(), Halt: func(err error) { panic(err) }})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer closeNow(t, servers[i])
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), testTimeout)
+	defer cancel()
+	if err := servers[0].WaitReady(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if err := servers[0].raft.AddNonvoter("s2", raft.ServerAddress(addrs[1]), 0, testTimeout).Error(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := servers[0].Propose(ctx, tenantPut(1, "acme")); err != nil {
+		t.Fatal(err)
+	}
+	waitFor(t, func() bool { return servers[1].state.Read().TenantByName("acme") != nil }, "the second server to follow")
+	if servers[0].state.Read().Hash() != servers[1].state.Read().Hash() {
+		t.Error("the servers have different states")
+	}
+	_, err := servers[1].Propose(ctx, tenantPut(2, "other"))
+	if !errors.Is(err, control.ErrNoLeader) || !strings.Contains(fault.Public(err), addrs[0]) {
+		t.Errorf("a follower answers %v, want the leader's address", err)
+	}
+	relay := pki.NewHolder(leaf(t, authority, pki.RoleRelay, ids.Node{9}, now), authority.Bundle())
+	stranger := &Stream{dial: pki.ClientConfig(relay, peer, wire.ALPNRaft)}
+	conn, err := stranger.Dial(raft.ServerAddress(addrs[0]), testTimeout)
+	if err == nil {
+		// TLS 1.3 tells the client of the refusal at its first read.
+		if err = conn.SetReadDeadline(time.Now().Add(testTimeout)); err == nil {
+			_, err = conn.Read(make([]byte, 1))
+		}
+		_ = conn.Close()
+	}
+	if err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("a relay's certificate opens the raft port: %v", err)
+	}
+}
+
+func newAuthority(t *testing.T, cluster ids.Cluster, now time.Time) *ca.Authority {
+	t.Helper()
+	material, kek, _, err := ca.Create(cluster, now)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a, err := ca.Open(material, cluster, pki.NewSealer(kek))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return a
+}
+
+func leaf(t *testing.T, a *ca.Authority, role pki.Role, node ids.Node, now time.Time) *tls.Certificate {
+	t.Helper()
+	key, err := pki.NewNodeKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cert, err := a.Issue(key, role, node, pki.Request{}, now)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return cert
+}
+
+// BenchmarkPropose tells how long one change takes on this machine's disk.
+func BenchmarkPropose(b *testing.B) {
+	c := open(b, bootstrap(b))
+	defer closeNow(b, c)
+	took := make([]time.Duration, 0, b.N)
+	row := tenantPut(1, "acme")
+	b.ResetTimer()
+	for range b.N {
+		row.Tenant.Suspended = !row.Tenant.Suspended
+		start := time.Now()
+		r, err := c.Propose(context.Background(), row)
+		if err != nil {
+			b.Fatal(err)
+		}
+		took = append(took, time.Since(start))
+		row.Expect = r.Row.(*control.Tenant).Revision
+	}
+	slices.Sort(took)
+	b.ReportMetric(float64(took[len(took)/2].Microseconds()), "p50-µs")
+	b.ReportMetric(float64(took[len(took)*99/100].Microseconds()), "p99-µs")
+}
