@@ -43,6 +43,8 @@ const (
 	barrierTimeout      = 10 * time.Second
 	enqueueTimeout      = 5 * time.Second
 	maxProposalsWaiting = 1024
+	maxReadAge          = 2 * heartbeatTimeout
+	maxReadLagEntries   = maxAppendEntries
 )
 
 // Options configure a server.
@@ -210,6 +212,20 @@ func (c *Cluster) WaitReady(ctx context.Context) error {
 
 // Ready reports whether this server leads and is up to date.
 func (c *Cluster) Ready() bool { return c.ready.Load() }
+
+// Fresh reports whether reading this server's state gives what the cluster
+// agreed on, give or take a moment: it leads, or it follows a leader it heard
+// from just now and has applied nearly all it knows to be committed. Right
+// after a start it is neither, and its state may be old or empty.
+func (c *Cluster) Fresh() bool {
+	if c.Ready() {
+		return true
+	}
+	if leader, _ := c.Leader(); leader == "" || c.raft.State() != raft.Follower {
+		return false
+	}
+	return time.Since(c.raft.LastContact()) < maxReadAge && c.raft.AppliedIndex()+maxReadLagEntries >= c.raft.CommitIndex()
+}
 
 // Leader returns the raft address and id of the leader; both are empty while
 // there is none.

@@ -121,7 +121,7 @@ func TestWithoutALeaderNothingChanges(t *testing.T) {
 	}
 	defer closeNow(t, c)
 	_, err = c.Propose(context.Background(), tenantPut(1, "acme"))
-	if !errors.Is(err, control.ErrNoLeader) || !fault.Is(err, fault.Unavailable) || c.Ready() {
+	if !errors.Is(err, control.ErrNoLeader) || !fault.Is(err, fault.Unavailable) || c.Ready() || c.Fresh() {
 		t.Errorf("got %v", err)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
@@ -295,6 +295,9 @@ func TestPeersOverTLS(t *testing.T) {
 		t.Fatal(err)
 	}
 	waitFor(t, func() bool { return servers[1].state.Read().TenantByName("acme") != nil }, "the second server to follow")
+	if !servers[0].Fresh() || !servers[1].Fresh() {
+		t.Errorf("leader fresh %t, follower fresh %t", servers[0].Fresh(), servers[1].Fresh())
+	}
 	if servers[0].state.Read().Hash() != servers[1].state.Read().Hash() {
 		t.Error("the servers have different states")
 	}

@@ -24,6 +24,7 @@ import (
 type Log interface {
 	Propose(context.Context, command.Command) (state.Result, error)
 	Ready() bool   // this server leads and is up to date
+	Fresh() bool   // what is read here is what the cluster agreed on
 	Health() error // why this server must not serve, or nil
 }
 
@@ -87,10 +88,22 @@ func (s *Service) enter(a Actor, need control.Role, op string) error {
 	if err := s.log.Health(); err != nil {
 		return fault.Wrap(err, fault.Unavailable, op, "this server does not serve because its state is not sound: ask another server and see this one's log")
 	}
+	if err := s.fresh(op); err != nil {
+		return err
+	}
 	if !a.Role.Allows(need) {
 		return fault.New(fault.Denied, op, "%s has the role %s, this needs %s: ask an admin", a.Name, a.Role, need)
 	}
 	return nil
+}
+
+// fresh refuses to answer from a state that is not up to date, as it is for a
+// moment after a start. Nothing was changed, so asking again is safe.
+func (s *Service) fresh(op string) error {
+	if s.log.Fresh() {
+		return nil
+	}
+	return fault.Wrap(control.ErrNoLeader, fault.Unavailable, op, "this server is not in touch with the cluster's leader now: try again in a few seconds, or ask another server")
 }
 
 // propose commits a command and returns the row it left.
@@ -137,6 +150,9 @@ func (s *Service) Authenticate(key string) (Actor, error) {
 	const op = "service.Authenticate"
 	id, hash, err := auth.ParseAPIKey(key)
 	if err != nil {
+		return Actor{}, err
+	}
+	if err := s.fresh(op); err != nil {
 		return Actor{}, err
 	}
 	r := s.state.Read()
