@@ -143,6 +143,9 @@ func (q *Queue) place(b *store.Batch, env *relay.Envelope, body *store.Body) (*p
 	for i := range env.Recipients {
 		q.envelopeEvent(&sc.ev, env, uint16(i), now)
 		sc.ev.Type, sc.ev.Size, sc.ev.Next = outbox.Accepted, ref.Length, time.UnixMilli(mail.firstDue)
+		if env.Internal {
+			sc.ev.Type = outbox.DSN
+		}
 		sc.event = q.ob.Add(b, &sc.ev, sc.event)
 	}
 	return mail, nil
