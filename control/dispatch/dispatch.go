@@ -69,7 +69,7 @@ type Hello struct {
 	Version     string
 	Incarnation uint64 // counts the starts of the relay
 	Remote      netip.AddrPort
-	Transport   string       // "quic"
+	Transport   string       // "quic", or "tcp" where UDP does not get through
 	Addresses   []netip.Addr // present on its host
 	Generation  uint64       // of the view it holds
 	Revision    uint64       // of the view it holds; 0: none

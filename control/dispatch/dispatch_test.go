@@ -158,11 +158,9 @@ func newWorld(t *testing.T) *world {
 			t.Error(err)
 		}
 	})
-	if w.dialer, err = link.NewDialer(link.DialerConfig{Local: netip.MustParseAddr("127.0.0.1")}); err != nil {
-		t.Fatal(err)
-	}
+	w.dialer = link.NewDialer(link.DialerConfig{Local: netip.MustParseAddr("127.0.0.1")})
 	t.Cleanup(func() {
-		_ = w.dialer.Close()
+		w.dialer.Close()
 		w.stop()
 	})
 	return w

@@ -154,11 +154,9 @@ func newWorld(t *testing.T) *world {
 	go func() {
 		ended <- listener.Serve(ctx, map[string]link.Handler{wire.ALPNJoin: w.server.Join, wire.ALPNRenew: w.server.Renew})
 	}()
-	if w.dialer, err = link.NewDialer(link.DialerConfig{Local: netip.MustParseAddr("127.0.0.1")}); err != nil {
-		t.Fatal(err)
-	}
+	w.dialer = link.NewDialer(link.DialerConfig{Local: netip.MustParseAddr("127.0.0.1")})
 	t.Cleanup(func() {
-		_ = w.dialer.Close()
+		w.dialer.Close()
 		stop()
 		if err := <-ended; err != nil {
 			t.Error(err)

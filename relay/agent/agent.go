@@ -52,6 +52,7 @@ type Load struct {
 type Health struct {
 	Connected   bool
 	Server      string        // that we are or were connected to
+	Transport   string        // of that connection: "quic", or "tcp" where UDP does not get through
 	LastContact time.Time     // zero: none since the start
 	Generation  uint64        // of the view in use
 	Revision    uint64        // of the view in use; 0: none
@@ -66,6 +67,7 @@ type Agent struct {
 	key         *pki.NodeKey
 	holder      *pki.Holder
 	store       *viewStore
+	dialer      *link.Dialer
 	lock        *os.File
 	incarnation uint64
 	bootNonce   [16]byte
@@ -77,6 +79,7 @@ type Agent struct {
 	member      Membership
 	subscribers []chan struct{}
 	server      string
+	transport   string
 	connected   bool
 	lastContact time.Time
 	offset      time.Duration
@@ -131,6 +134,7 @@ func Open(options Options) (_ *Agent, err error) {
 		return nil, fault.Wrap(err, fault.Invalid, op, "key and certificate in %s do not belong together: run relais-relay join again", filepath.Join(options.Dir, identityDir))
 	}
 	a.holder = pki.NewHolder(cert, bundle)
+	a.dialer = link.NewDialer(link.DialerConfig{Local: options.Local, ResetKey: a.key.Derive(resetPurpose), Timeout: options.DialTimeout})
 	if a.incarnation, err = nextIncarnation(options.Dir); err != nil {
 		return nil, err
 	}
@@ -162,6 +166,7 @@ func lockDir(dir string) (*os.File, error) {
 
 // Close lets another process open the directory. Run must have returned.
 func (a *Agent) Close() error {
+	a.dialer.Close()
 	a.metrics.unregister(a.options.Registerer)
 	return fault.Wrap(a.lock.Close(), fault.Internal, "agent.Close", "cannot release the lock")
 }
@@ -354,7 +359,7 @@ func (a *Agent) Health() Health {
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	h.Connected, h.Server, h.LastContact = a.connected, a.server, a.lastContact
+	h.Connected, h.Server, h.Transport, h.LastContact = a.connected, a.server, a.transport, a.lastContact
 	for _, problem := range []string{a.viewProblem, a.linkProblem, a.renewDue} {
 		if problem != "" {
 			h.Problem = problem

@@ -79,10 +79,7 @@ func Join(ctx context.Context, options JoinOptions) (JoinResult, error) {
 	if err := j.prepare(); err != nil {
 		return JoinResult{}, err
 	}
-	dialer, err := link.NewDialer(link.DialerConfig{Local: options.Local, ResetKey: j.key.Derive(resetPurpose), Timeout: options.DialTimeout})
-	if err != nil {
-		return JoinResult{}, err
-	}
+	dialer := link.NewDialer(link.DialerConfig{Local: options.Local, ResetKey: j.key.Derive(resetPurpose), Timeout: options.DialTimeout})
 	defer dialer.Close()
 	config := pki.PinnedClientConfig(token.Pins, wire.ALPNJoin)
 	var failures []error

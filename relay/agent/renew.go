@@ -57,16 +57,11 @@ func (a *Agent) renew(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	dialer, err := link.NewDialer(link.DialerConfig{Local: a.options.Local, ResetKey: a.key.Derive(resetPurpose), Timeout: a.options.DialTimeout})
-	if err != nil {
-		return err
-	}
-	defer dialer.Close()
 	member := a.Membership()
 	config := pki.ClientConfig(a.holder, pki.Peer{Cluster: member.Cluster, Role: pki.RoleControl}, wire.ALPNRenew)
 	var last error
 	for _, address := range a.servers() {
-		session, err := dialer.Dial(ctx, address, config)
+		session, err := a.dialer.Dial(ctx, address, config)
 		if err != nil {
 			last = err
 			continue

@@ -123,13 +123,9 @@ type session struct {
 // run opens the session and works on it until it ends; the error says why.
 func (s *session) run(ctx context.Context) error {
 	a := s.agent
-	dialer, err := link.NewDialer(link.DialerConfig{Local: a.options.Local, ResetKey: a.key.Derive(resetPurpose), Timeout: a.options.DialTimeout})
-	if err != nil {
-		return err
-	}
-	defer dialer.Close()
 	peer := pki.Peer{Cluster: a.Membership().Cluster, Role: pki.RoleControl}
-	if s.link, err = dialer.Dial(ctx, s.address, pki.ClientConfig(a.holder, peer, wire.ALPNLink)); err != nil {
+	var err error
+	if s.link, err = a.dialer.Dial(ctx, s.address, pki.ClientConfig(a.holder, peer, wire.ALPNLink)); err != nil {
 		return err
 	}
 	err = s.work(ctx)
@@ -258,10 +254,10 @@ func (s *session) welcome(m *wire.Welcome) {
 	s.interval = min(max(time.Duration(m.GetReportIntervalMs())*time.Millisecond, minReportInterval), maxReportInterval)
 	a.noteServers(m.GetServers())
 	a.mu.Lock()
-	a.connected, a.server, a.lastContact, a.linkProblem = true, s.address, time.Now(), ""
+	a.connected, a.server, a.transport, a.lastContact, a.linkProblem = true, s.address, s.link.Transport(), time.Now(), ""
 	a.mu.Unlock()
 	a.metrics.sessions.Inc()
-	a.options.Logger.Info("linked to control", "server", s.address, "state", m.GetState())
+	a.options.Logger.Info("linked to control", "server", s.address, "transport", s.link.Transport(), "state", m.GetState())
 }
 
 func (s *session) redirected(m *wire.Redirect) error {

@@ -3,9 +3,11 @@ package link
 import (
 	"context"
 	"crypto/tls"
+	"errors"
 	"net"
 	"net/netip"
 	"strconv"
+	"sync"
 	"time"
 
 	"github.com/quic-go/quic-go"
@@ -15,39 +17,36 @@ import (
 
 const (
 	resolveTimeout     = 5 * time.Second
-	maxAddressesByName = 4 // of one host name that are tried
+	maxAddressesByName = 4               // of one host name that are tried
+	raceDelay          = 2 * time.Second // the first transport's start over the second
+	tcpMemory          = time.Hour       // QUIC is tried second for so long after it failed
+	maxRemembered      = 256             // targets
+	closeLinger        = time.Second     // a closed QUIC connection answers stragglers
 )
 
 // DialerConfig configures a Dialer.
 type DialerConfig struct {
 	Local    netip.Addr    // address to connect from; zero: the kernel chooses
 	ResetKey [32]byte      // from the node's key (RFC 9000 section 10.3)
-	Timeout  time.Duration // for one address; 0: DefaultDialTimeout
+	Timeout  time.Duration // for one address and transport; 0: DefaultDialTimeout
 }
 
-// Dialer opens sessions to servers, all from one UDP socket of its own.
+// Dialer opens sessions to servers: over QUIC or, where UDP does not get
+// through, over TCP. It remembers what worked. It is safe for concurrent use.
 type Dialer struct {
-	transport *quic.Transport
-	socket    *net.UDPConn
-	timeout   time.Duration
+	config DialerConfig
+
+	mu       sync.Mutex
+	byTCP    map[netip.AddrPort]time.Time // when TCP had to be used
+	sessions map[Session]struct{}         // that have not ended
 }
 
-// NewDialer opens the socket.
-func NewDialer(config DialerConfig) (*Dialer, error) {
-	local := &net.UDPAddr{}
-	if config.Local.IsValid() {
-		local = net.UDPAddrFromAddrPort(netip.AddrPortFrom(config.Local, 0))
+// NewDialer returns a dialer.
+func NewDialer(config DialerConfig) *Dialer {
+	if config.Timeout == 0 {
+		config.Timeout = DefaultDialTimeout
 	}
-	socket, err := net.ListenUDP("udp", local)
-	if err != nil {
-		return nil, fault.Wrap(err, fault.Unavailable, "link.NewDialer", "cannot open a UDP socket on %s", local.IP)
-	}
-	key := quic.StatelessResetKey(config.ResetKey)
-	timeout := config.Timeout
-	if timeout == 0 {
-		timeout = DefaultDialTimeout
-	}
-	return &Dialer{transport: &quic.Transport{Conn: socket, StatelessResetKey: &key}, socket: socket, timeout: timeout}, nil
+	return &Dialer{config: config, byTCP: make(map[netip.AddrPort]time.Time), sessions: make(map[Session]struct{})}
 }
 
 // Dial opens a session to address, "host:port". When it returns, the server has
@@ -60,30 +59,184 @@ func (d *Dialer) Dial(ctx context.Context, address string, config *tls.Config) (
 	}
 	for _, target := range targets {
 		var session Session
-		if session, err = d.dialOne(ctx, address, target, config); err == nil || ctx.Err() != nil {
-			return session, err
+		if session, err = d.race(ctx, address, target, config); err == nil {
+			d.keep(session)
+			return session, nil
+		}
+		if ctx.Err() != nil {
+			break
 		}
 	}
 	return nil, err
 }
 
-func (d *Dialer) dialOne(ctx context.Context, name string, target netip.AddrPort, config *tls.Config) (Session, error) {
-	ctx, cancel := context.WithTimeout(ctx, d.timeout)
-	defer cancel()
-	conn, err := d.transport.Dial(ctx, net.UDPAddrFromAddrPort(target), config, quicConfig(d.timeout))
-	if err != nil {
-		return nil, explain(err, "link.Dial", name, d.timeout.String())
+// keep remembers a session until it ends.
+func (d *Dialer) keep(session Session) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for old := range d.sessions {
+		if old.Err() != nil {
+			delete(d.sessions, old)
+		}
 	}
+	d.sessions[session] = struct{}{}
+}
+
+// attempt is the result of one transport.
+type attempt struct {
+	over    int // overQUIC or overTCP
+	session Session
+	err     error
+}
+
+const (
+	overQUIC = 0
+	overTCP  = 1
+)
+
+// race tries the better transport first and the other when the first has failed
+// or kept us waiting. What a server says about identity is final: it would say
+// the same over the other transport.
+func (d *Dialer) race(ctx context.Context, name string, target netip.AddrPort, config *tls.Config) (Session, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	results := make(chan attempt, 2)
+	start := func(over int) {
+		dial := d.dialQUIC
+		if over == overTCP {
+			dial = d.dialTCP
+		}
+		session, err := dial(ctx, name, target, config)
+		results <- attempt{over, session, err}
+	}
+	first := overQUIC
+	if d.prefersTCP(target) {
+		first = overTCP
+	}
+	go start(first)
+	pending, both := 1, false
+	delay := time.NewTimer(min(raceDelay, d.config.Timeout/2))
+	defer delay.Stop()
+	var failures [2]error
+	for {
+		select {
+		case <-delay.C:
+		case result := <-results:
+			pending--
+			if result.err == nil {
+				d.won(target, result.session)
+				go closeLosers(results, pending)
+				return result.session, nil
+			}
+			failures[result.over] = result.err
+			if ctx.Err() != nil || fault.Is(result.err, fault.Denied) {
+				go closeLosers(results, pending)
+				return nil, result.err
+			}
+		}
+		if !both {
+			both = true
+			pending++
+			go start(1 - first)
+		}
+		if pending == 0 {
+			return nil, fault.Wrap(errors.Join(failures[:]...), fault.KindOf(failures[overQUIC]), "link.Dial", "%s; %s", fault.Public(failures[overQUIC]), fault.Public(failures[overTCP]))
+		}
+	}
+}
+
+// closeLosers ends sessions that came second.
+func closeLosers(results <-chan attempt, n int) {
+	for range n {
+		if late := <-results; late.err == nil {
+			late.session.Close(CodeDone, "another transport was faster")
+		}
+	}
+}
+
+func (d *Dialer) prefersTCP(target netip.AddrPort) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	since, ok := d.byTCP[target]
+	return ok && time.Since(since) < tcpMemory
+}
+
+// won remembers the transport that worked.
+func (d *Dialer) won(target netip.AddrPort, session Session) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	_, known := d.byTCP[target]
+	switch {
+	case session.Transport() == "quic":
+		delete(d.byTCP, target)
+	case !known && len(d.byTCP) < maxRemembered:
+		d.byTCP[target] = time.Now()
+	case known && time.Since(d.byTCP[target]) >= tcpMemory: // QUIC was tried first and failed again
+		d.byTCP[target] = time.Now()
+	}
+}
+
+// dialQUIC opens a session over QUIC, on a UDP socket of its own.
+func (d *Dialer) dialQUIC(ctx context.Context, name string, target netip.AddrPort, config *tls.Config) (Session, error) {
+	const op = "link.Dial"
+	local := &net.UDPAddr{}
+	if d.config.Local.IsValid() {
+		local = net.UDPAddrFromAddrPort(netip.AddrPortFrom(d.config.Local, 0))
+	}
+	socket, err := net.ListenUDP("udp", local)
+	if err != nil {
+		return nil, fault.Wrap(err, fault.Unavailable, op, "cannot open a UDP socket on %s", local.IP)
+	}
+	key := quic.StatelessResetKey(d.config.ResetKey)
+	transport := &quic.Transport{Conn: socket, StatelessResetKey: &key}
+	release := func() {
+		_ = transport.Close() // nothing is left to lose
+		_ = socket.Close()
+	}
+	limited, cancel := context.WithTimeout(ctx, d.config.Timeout)
+	defer cancel()
+	conn, err := transport.Dial(limited, net.UDPAddrFromAddrPort(target), config, quicConfig(d.config.Timeout))
+	if err != nil {
+		release()
+		return nil, explain(err, op, name, d.config.Timeout.String())
+	}
+	context.AfterFunc(conn.Context(), func() { time.AfterFunc(closeLinger, release) })
 	return quicSession{conn}, nil
 }
 
-// Close ends every session of the dialer and closes its socket.
-func (d *Dialer) Close() error {
-	err := d.transport.Close()
-	if closeErr := d.socket.Close(); err == nil {
-		err = closeErr
+// dialTCP opens a session over TLS on TCP.
+func (d *Dialer) dialTCP(ctx context.Context, name string, target netip.AddrPort, config *tls.Config) (Session, error) {
+	const op = "link.Dial"
+	ctx, cancel := context.WithTimeout(ctx, d.config.Timeout)
+	defer cancel()
+	dialer := net.Dialer{}
+	if d.config.Local.IsValid() {
+		dialer.LocalAddr = net.TCPAddrFromAddrPort(netip.AddrPortFrom(d.config.Local, 0))
 	}
-	return fault.Wrap(err, fault.Internal, "link.Dialer.Close", "cannot close the UDP socket")
+	socket, err := dialer.DialContext(ctx, "tcp", target.String())
+	if err != nil {
+		kind, what := fault.Unavailable, "takes no TCP connections"
+		if isTimeout(err) {
+			kind, what = fault.Timeout, "does not answer on TCP"
+		}
+		return nil, fault.Wrap(err, kind, op, "%s %s", name, what)
+	}
+	conn := tls.Client(socket, config)
+	if err := conn.HandshakeContext(ctx); err != nil {
+		_ = socket.Close() // the first error is the one worth telling
+		return nil, explainHandshake(err, op, name)
+	}
+	return newMuxSession(conn, true), nil
+}
+
+// Close ends every session of the dialer.
+func (d *Dialer) Close() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for session := range d.sessions {
+		session.Close(CodeDone, "")
+	}
+	clear(d.sessions)
 }
 
 // CheckAddress reports whether address is of the form "host:port".

@@ -1,6 +1,7 @@
 // Package link connects nodes: authenticated sessions of several streams over
-// QUIC. It hides the transport behind Session and Stream, so that callers speak
-// of peers and streams only, and it is the one package that knows QUIC.
+// QUIC or, where UDP does not get through, over TLS on TCP. It hides the
+// transport behind Session and Stream, so that callers speak of peers and
+// streams only, and it is the one package that knows QUIC.
 package link
 
 import (
@@ -28,13 +29,14 @@ const (
 // Session is a connection to one authenticated peer. Its methods are safe for
 // concurrent use.
 type Session interface {
-	// OpenStream opens a stream. The peer learns of it with the first byte written.
+	// OpenStream opens a stream. The peer learns of it with the first byte
+	// written at the latest.
 	OpenStream(ctx context.Context) (Stream, error)
 	// AcceptStream waits for a stream of the peer's.
 	AcceptStream(ctx context.Context) (Stream, error)
 	// Protocol is the application protocol agreed on (ALPN).
 	Protocol() string
-	// Transport is "quic".
+	// Transport is "quic" or "tcp".
 	Transport() string
 	// PeerCertificate is the verified leaf of the peer, nil if it has none.
 	PeerCertificate() *x509.Certificate

@@ -84,15 +84,8 @@ func startServer(t *testing.T, ca *pkitest.CA, maxSessions int) *server {
 
 func dialer(t *testing.T, timeout time.Duration) *Dialer {
 	t.Helper()
-	d, err := NewDialer(DialerConfig{Local: netip.MustParseAddr("127.0.0.1"), Timeout: timeout})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := d.Close(); err != nil {
-			t.Error(err)
-		}
-	})
+	d := NewDialer(DialerConfig{Local: netip.MustParseAddr("127.0.0.1"), Timeout: timeout})
+	t.Cleanup(d.Close)
 	return d
 }
 

@@ -129,11 +129,14 @@ func isTimeout(err error) bool {
 }
 
 func addrPort(address net.Addr) netip.AddrPort {
-	if udp, ok := address.(*net.UDPAddr); ok {
-		ap := udp.AddrPort()
-		return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
+	var ap netip.AddrPort
+	switch a := address.(type) {
+	case *net.UDPAddr:
+		ap = a.AddrPort()
+	case *net.TCPAddr:
+		ap = a.AddrPort()
 	}
-	return netip.AddrPort{}
+	return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
 }
 
 // quicStream is Stream over QUIC.
