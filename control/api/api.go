@@ -37,6 +37,10 @@ type Options struct {
 	Local *service.Actor
 }
 
+// The library makes its own errors, such as a body that does not fit the
+// schema, through this hook; they become the same documents as ours.
+func init() { huma.NewError = libraryProblem }
+
 type server struct {
 	svc    *service.Service
 	logger *slog.Logger
@@ -225,6 +229,31 @@ var statuses = map[fault.Kind]int{
 	fault.Unavailable:     http.StatusServiceUnavailable,
 	fault.Timeout:         http.StatusGatewayTimeout,
 	fault.TooLarge:        http.StatusRequestEntityTooLarge,
+}
+
+// libraryProblem words an error of the library: the first detail names the field.
+func libraryProblem(status int, text string, errs ...error) huma.StatusError {
+	p := &Problem{Type: "about:blank", Title: http.StatusText(status), Status: status, Detail: text, Kind: fault.Invalid.String()}
+	for _, err := range errs {
+		if err == nil {
+			continue
+		}
+		var d huma.ErrorDetailer
+		if !errors.As(err, &d) {
+			p.Detail += "; " + err.Error()
+			continue
+		}
+		detail := d.ErrorDetail()
+		field := strings.TrimPrefix(detail.Location, "body.")
+		if p.Field == "" {
+			p.Field = field
+		}
+		p.Detail += "; " + field + ": " + detail.Message
+	}
+	if status >= http.StatusInternalServerError {
+		p.Kind, p.Detail = fault.Internal.String(), fault.Public(errors.New(text))
+	}
+	return p
 }
 
 // problemOf is the one place where errors become HTTP.

@@ -47,9 +47,6 @@ type tenantPath struct {
 }
 
 func (s *server) registerTenants(a huma.API) {
-	type nameBody struct {
-		Name string `json:"name" doc:"Letters, digits, '.', '-' and '_'"`
-	}
 	handle(s, a, route{method: http.MethodGet, path: "/tenants", id: "list-tenants", summary: "List tenants"},
 		func(ctx context.Context, _ *struct{}) (*List[Tenant], error) {
 			rows, err := s.svc.Tenants(actorOf(ctx))
@@ -58,7 +55,9 @@ func (s *server) registerTenants(a huma.API) {
 	handle(s, a, route{method: http.MethodPost, path: "/tenants", id: "add-tenant", summary: "Add a tenant and its default project", status: http.StatusCreated},
 		func(ctx context.Context, in *struct {
 			Precondition
-			Body nameBody
+			Body struct {
+				Name string `json:"name" doc:"Letters, digits, '.', '-' and '_'"`
+			}
 		}) (*Out[Tenant], error) {
 			row, err := s.svc.AddTenant(ctx, actorOf(ctx), in.Body.Name, service.Change{Reason: in.Reason})
 			if err != nil {
@@ -102,7 +101,7 @@ func (s *server) registerTenants(a huma.API) {
 			Precondition
 			Body struct {
 				Tenant string `json:"tenant" doc:"Id or name"`
-				nameBody
+				Name   string `json:"name" doc:"Letters, digits, '.', '-' and '_'"`
 			}
 		}) (*Out[Project], error) {
 			row, err := s.svc.AddProject(ctx, actorOf(ctx), in.Body.Tenant, in.Body.Name, service.Change{Reason: in.Reason})

@@ -187,19 +187,9 @@ func (c *client) once(ctx context.Context, endpoint string, req call, out any) (
 
 // refusal turns a problem document back into an error.
 func refusal(status int, text []byte) (retry bool, err error) {
-	var p struct {
-		api.Problem
-		Errors []struct {
-			Message  string `json:"message"`
-			Location string `json:"location"`
-		} `json:"errors"`
-	}
+	var p api.Problem
 	if err := json.Unmarshal(text, &p); err != nil || p.Detail == "" {
 		return false, fault.New(fault.Internal, "relais-control", "the server answered %d %s", status, http.StatusText(status))
 	}
-	detail := p.Detail
-	for _, e := range p.Errors {
-		detail += fmt.Sprintf("; %s: %s", e.Location, e.Message)
-	}
-	return status == http.StatusServiceUnavailable && p.Retry, errors.New(detail)
+	return status == http.StatusServiceUnavailable && p.Retry, errors.New(p.Detail)
 }
