@@ -383,3 +383,20 @@ func TestCSRNames(t *testing.T) {
 		t.Errorf("%v, %v", csr, err)
 	}
 }
+
+// FuzzParseJoinToken holds that what is taken as a token says the same again.
+func FuzzParseJoinToken(f *testing.F) {
+	token := pki.NewJoinToken(pki.RoleRelay, ids.Token(ids.NewMessage(time.UnixMilli(1_700_000_000_000))), pki.Pin{1}, pki.Pin{2})
+	f.Add(token.String())
+	f.Add("ct1." + strings.Repeat("a", 52) + ".tok_x.y")
+	f.Fuzz(func(t *testing.T, text string) {
+		token, err := pki.ParseJoinToken(text)
+		if err != nil {
+			return
+		}
+		again, err := pki.ParseJoinToken(token.String())
+		if err != nil || again.String() != token.String() {
+			t.Errorf("%q became %q, %v", text, token, err)
+		}
+	})
+}
