@@ -287,6 +287,9 @@ func (q *Queue) finished(end *ending, err error) {
 		}
 		r := &end.results[next]
 		next++
+		if h := w.held[i]; h.waits {
+			q.keyGone(w.wq, pos{h.due, m.id, r.Index})
+		}
 		q.metrics.results[min(r.State.State, relay.StateUnknown)].Inc()
 		switch {
 		case r.State.State.Final():

@@ -190,19 +190,39 @@ func (q *Queue) mergePage(wq *workQueue, items []item, complete, failed bool) {
 			continue
 		}
 		if m := q.live[it.id]; m != nil {
+			if m.isAloft(it.index) {
+				continue // taken before the window was cut to end in front of it
+			}
 			m.refs++
 			it.msg = m
 		}
 		q.enqueue(wq, it)
 	}
 	for _, it := range late {
-		if wq != q.deadlines {
-			q.enqueue(wq, it)
-		} else if wq.complete || it.less(wq.end) {
-			wq.win.insert(it)
+		// What was given back while the page was read is in the page as well.
+		covered := wq.complete || it.less(wq.end)
+		inserted := covered && wq.win.insert(it)
+		switch {
+		case wq == q.deadlines:
+		case inserted:
+			q.inMemory++
+		default:
+			q.forget(it)
 		}
 	}
 	q.trim()
+}
+
+// keyGone notes that a recipient's waiting key was deleted, for a page that is
+// being read and may hold it. Call with the lock held.
+func (q *Queue) keyGone(wq *workQueue, p pos) {
+	if !wq.paging || p.less(wq.pageEnd) {
+		return
+	}
+	if wq.gone == nil {
+		wq.gone = make(map[pos]struct{})
+	}
+	wq.gone[p] = struct{}{}
 }
 
 // leave takes a recipient that stops waiting, without having been taken from
@@ -215,19 +235,13 @@ func (q *Queue) leave(wq *workQueue, p pos) {
 		}
 		return
 	}
-	if !wq.paging {
-		return
-	}
 	at := slices.IndexFunc(wq.late, func(it item) bool { return it.pos == p })
 	if at >= 0 {
 		q.forget(wq.late[at])
 		wq.late = slices.Delete(wq.late, at, at+1)
 		return
 	}
-	if wq.gone == nil {
-		wq.gone = make(map[pos]struct{})
-	}
-	wq.gone[p] = struct{}{}
+	q.keyGone(wq, p)
 }
 
 // trim cuts the longest windows when memory holds more recipients than policy

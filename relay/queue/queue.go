@@ -15,6 +15,7 @@ import (
 	"log/slog"
 	"net/netip"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -192,6 +193,7 @@ type Queue struct {
 	done     sync.WaitGroup
 	pending  sync.WaitGroup // commits under way
 	closed   bool
+	broken   atomic.Bool // a panic left the lock held
 }
 
 // SetPolicy changes schedule and bounds while the queue runs.
@@ -205,6 +207,9 @@ func (q *Queue) SetPolicy(p policy.Queue, maxInbound int64) {
 // Close refuses new mail, waits for the commits under way and stops reading.
 // Work still in flight is found again at the next start.
 func (q *Queue) Close() error {
+	if q.broken.Load() {
+		return nil
+	}
 	q.mu.Lock()
 	if q.closed {
 		q.mu.Unlock()
@@ -247,6 +252,7 @@ func (q *Queue) violation(text string, args ...any) error {
 	q.metrics.violations.Inc()
 	q.log.Error("queue invariant broken: "+text, args...)
 	if q.cfg.Strict {
+		q.broken.Store(true)
 		panic("queue invariant broken: " + text)
 	}
 	return fault.New(fault.Internal, "queue", "%s", text)
