@@ -1,14 +1,9 @@
 package service
 
 import (
-	"context"
 	"crypto/hmac"
-	"crypto/rsa"
 	"crypto/sha256"
-	"crypto/x509"
-	"encoding/base64"
 	"errors"
-	"log/slog"
 	"net/netip"
 	"slices"
 	"strings"
@@ -17,124 +12,12 @@ import (
 
 	"github.com/relais-mta/relais/control"
 	"github.com/relais-mta/relais/control/auth"
-	"github.com/relais-mta/relais/control/ca"
 	"github.com/relais-mta/relais/control/command"
-	"github.com/relais-mta/relais/control/state"
 	"github.com/relais-mta/relais/shared/fault"
 	"github.com/relais-mta/relais/shared/ids"
 	"github.com/relais-mta/relais/shared/pki"
 	"github.com/relais-mta/relais/shared/policy"
 )
-
-// localLog is a log of one server without raft: commands go through their
-// bytes into the state at once.
-type localLog struct {
-	state   *state.Store
-	index   uint64
-	bytes   []byte // everything that was ever logged
-	stale   bool
-	unsound error
-}
-
-func (l *localLog) Propose(_ context.Context, c command.Command) (state.Result, error) {
-	if err := c.Validate(); err != nil {
-		return state.Result{}, err
-	}
-	b, err := command.Encode(c, time.Now(), 1)
-	if err != nil {
-		return state.Result{}, err
-	}
-	l.bytes = append(l.bytes, b...)
-	e, err := command.Decode(b)
-	if err != nil {
-		return state.Result{}, err
-	}
-	l.index++
-	r := l.state.Apply(l.index, e)
-	return r, r.Err
-}
-
-func (l *localLog) Ready() bool   { return !l.stale }
-func (l *localLog) Fresh() bool   { return !l.stale }
-func (l *localLog) Health() error { return l.unsound }
-
-var (
-	ctx      = context.Background()
-	admin    = Actor{Name: "ann", Role: control.RoleAdmin}
-	operator = Actor{Name: "olga", Role: control.RoleOperator}
-	viewer   = Actor{Name: "vic", Role: control.RoleViewer}
-)
-
-type fixture struct {
-	*Service
-	log    *localLog
-	init   InitResult
-	sealer *pki.Sealer
-	pin    pki.Pin
-}
-
-func newFixture(t testing.TB) *fixture {
-	t.Helper()
-	st := state.New()
-	log := &localLog{state: st}
-	var req InitRequest
-	stamp(&req.Cluster, time.Now())
-	material, kek, _, err := ca.Create(req.Cluster, time.Now())
-	if err != nil {
-		t.Fatal(err)
-	}
-	sealer := pki.NewSealer(kek)
-	s := New(Options{State: st, Log: log, Sealer: sealer, Logger: slog.New(slog.DiscardHandler), Version: "1.2.3"})
-	req.CABundle, req.CASealed, req.KEKID, req.RecoverySealed = material.Bundle, material.Sealed, material.KEKID, material.RecoverySealed
-	req.Server = control.Server{Name: "c1", LinkAddress: "10.0.0.1:7443", State: control.NodeActive}
-	stamp(&req.Server.ID, time.Now())
-	result, err := s.Init(ctx, req)
-	if err != nil {
-		t.Fatal(err)
-	}
-	authority, err := ca.Open(material, req.Cluster, sealer)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return &fixture{Service: s, log: log, init: result, sealer: sealer, pin: authority.Pin()}
-}
-
-// refused checks an error's kind and field, and that the state is as before.
-func (f *fixture) refused(t *testing.T, kind fault.Kind, field string, fn func() error) {
-	t.Helper()
-	before := f.state.Read().Hash()
-	err := fn()
-	var e *fault.Error
-	if !errors.As(err, &e) || fault.KindOf(err) != kind || e.Field != field {
-		t.Errorf("got %v, want %v about %q", err, kind, field)
-	}
-	if f.state.Read().Hash() != before {
-		t.Errorf("%v: something was half applied", err)
-	}
-}
-
-func must[T any](t *testing.T) func(T, error) T {
-	return func(v T, err error) T {
-		t.Helper()
-		if err != nil {
-			t.Fatal(err)
-		}
-		return v
-	}
-}
-
-func (f *fixture) join(t *testing.T, name string) ids.Node {
-	t.Helper()
-	row, _, err := f.CreateToken(ctx, admin, TokenRequest{Role: control.NodeRelay}, Change{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	node, _, err := f.RedeemToken(ctx, RedeemRequest{TokenID: row.ID, CSRHash: sha256.Sum256([]byte(name)), Role: "relay", Name: name, RemoteAddr: netip.MustParseAddr("198.51.100.7")})
-	if err != nil {
-		t.Fatal(err)
-	}
-	return node
-}
 
 func TestInit(t *testing.T) {
 	t.Parallel()
@@ -282,118 +165,6 @@ func TestTokens(t *testing.T) {
 		t.Errorf("got %+v", r)
 	}
 	f.refused(t, fault.NotFound, "token", func() error { _, err := f.RevokeToken(ctx, operator, "tok_x", Change{}); return err })
-}
-
-func TestDomain(t *testing.T) {
-	t.Parallel()
-	f := newFixture(t)
-	acme := must[*control.Tenant](t)(f.AddTenant(ctx, operator, "acme", Change{}))
-	rival := must[*control.Tenant](t)(f.AddTenant(ctx, operator, "rival", Change{}))
-	node := f.join(t, "edge-1")
-	must[*control.Pool](t)(f.AddPool(ctx, operator, "own", "", "acme", Change{}))
-	must[*control.Pool](t)(f.AddPool(ctx, operator, "theirs", "", "rival", Change{}))
-	for _, ip := range []IPRequest{
-		{Bind: netip.MustParseAddr("10.0.0.1"), Public: netip.MustParseAddr("198.51.100.1"), EHLO: "MTA1.example.net.", Node: "edge-1", Pool: "default"},
-		{Bind: netip.MustParseAddr("2001:db8::1"), EHLO: "mta2.example.net", Node: node.String(), Pool: "own"},
-		{Bind: netip.MustParseAddr("198.51.100.3"), EHLO: "mta3.example.net", Pool: "theirs"},
-		{Bind: netip.MustParseAddr("198.51.100.4"), EHLO: "mta4.example.net"},
-	} {
-		must[*control.Source](t)(f.AddIP(ctx, operator, ip, Change{}))
-	}
-	d := must[DomainView](t)(f.AddDomain(ctx, operator, DomainRequest{Tenant: "acme", Name: "Example.COM."}, Change{}))
-	zone := make([]string, len(d.Records))
-	for i, r := range d.Records {
-		zone[i] = r.Zone()
-	}
-	all := strings.Join(zone, "\n")
-	for _, want := range []string{
-		`_relais.example.com. 3600 IN TXT "relais-verify=` + acme.OwnershipToken + `"`,
-		`rp.example.com. 3600 IN MX 10 mta1.example.net.`,
-		`rp.example.com. 3600 IN MX 10 mta2.example.net.`,
-		`rp.example.com. 3600 IN TXT "v=spf1 ip4:198.51.100.1 ip6:2001:db8::1 -all"`,
-		`_dmarc.example.com. 3600 IN TXT "v=DMARC1; p=none"`,
-		`1.100.51.198.in-addr.arpa. 3600 IN PTR mta1.example.net.`,
-		`mta1.example.net. 3600 IN A 198.51.100.1`,
-		`1.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.8.b.d.0.1.0.0.2.ip6.arpa. 3600 IN PTR mta2.example.net.`,
-		`mta2.example.net. 3600 IN AAAA 2001:db8::1`,
-	} {
-		if !slices.Contains(zone, want) {
-			t.Errorf("missing %s in\n%s", want, all)
-		}
-	}
-	if strings.Contains(all, "mta3") || strings.Contains(all, "mta4") || strings.Contains(all, "10.0.0.1") {
-		t.Errorf("addresses that are not the tenant's are published:\n%s", all)
-	}
-	checkDKIM(t, f, d, node)
-
-	f.refused(t, fault.Denied, "domain", func() error {
-		_, err := f.AddDomain(ctx, operator, DomainRequest{Tenant: "rival", Name: "mail.example.com"}, Change{})
-		return err
-	})
-	f.refused(t, fault.Denied, "return_path", func() error {
-		_, err := f.AddDomain(ctx, operator, DomainRequest{Tenant: rival.ID.String(), Name: "rival.net", ReturnPath: "rp.example.com"}, Change{})
-		return err
-	})
-	f.refused(t, fault.Exists, "", func() error {
-		_, err := f.AddDomain(ctx, operator, DomainRequest{Tenant: "acme", Name: "example.com"}, Change{})
-		return err
-	})
-	f.refused(t, fault.Invalid, "domain", func() error {
-		_, err := f.AddDomain(ctx, operator, DomainRequest{Tenant: "acme", Name: "-x.com"}, Change{})
-		return err
-	})
-	f.refused(t, fault.Invalid, "selector", func() error {
-		_, err := f.AddDomain(ctx, operator, DomainRequest{Tenant: "acme", Name: "example.org", Selector: "A b"}, Change{})
-		return err
-	})
-	if got := must[[]DomainView](t)(f.Domains(viewer, "acme")); len(got) != 1 || got[0].TenantName != "acme" {
-		t.Errorf("got %+v", got)
-	}
-}
-
-// checkDKIM: the published public key belongs to the private key of the view,
-// and that private key is nowhere in the log in clear.
-func checkDKIM(t *testing.T, f *fixture, d DomainView, node ids.Node) {
-	t.Helper()
-	i := slices.IndexFunc(d.Records, func(r DNSRecord) bool { return strings.Contains(r.Name, "._domainkey.") })
-	published := strings.Join(d.Records[i].Values, "")
-	for _, s := range d.Records[i].Values {
-		if len(s) > 255 {
-			t.Errorf("a character-string has %d bytes", len(s))
-		}
-	}
-	v := must[*policy.View](t)(f.ViewFor(ctx, node))
-	key, err := x509.ParsePKCS8PrivateKey(v.Domains[0].DKIM[0].Private)
-	if err != nil {
-		t.Fatal(err)
-	}
-	public, err := x509.MarshalPKIXPublicKey(&key.(*rsa.PrivateKey).PublicKey)
-	if err != nil || published != "v=DKIM1; k=rsa; p="+base64.StdEncoding.EncodeToString(public) {
-		t.Errorf("published %s, %v", published, err)
-	}
-	if d.Records[i].Name != v.Domains[0].DKIM[0].Selector+"._domainkey.example.com" {
-		t.Errorf("the record is at %s", d.Records[i].Name)
-	}
-	if strings.Contains(string(f.log.bytes), string(key.(*rsa.PrivateKey).D.Bytes())) {
-		t.Error("the private key is in the log in clear")
-	}
-}
-
-func TestDomainWithoutAddressesSaysSo(t *testing.T) {
-	t.Parallel()
-	f := newFixture(t)
-	must[*control.Tenant](t)(f.AddTenant(ctx, operator, "acme", Change{}))
-	d := must[DomainView](t)(f.AddDomain(ctx, operator, DomainRequest{Tenant: "acme", Name: "example.com"}, Change{}))
-	if !strings.Contains(strings.Join(d.Notes, "\n"), "not complete") {
-		t.Errorf("got notes %q", d.Notes)
-	}
-	if _, err := f.PutPolicy(ctx, operator, map[string]string{"inbound": "hosts = [\"in.example.net\"]\n"}, nil, Change{}); err != nil {
-		t.Fatal(err)
-	}
-	d = must[DomainView](t)(f.Domain(viewer, "example.com"))
-	if !slices.ContainsFunc(d.Records, func(r DNSRecord) bool { return r.Type == "MX" && r.Values[0] == "10 in.example.net." }) {
-		t.Errorf("the inbound hosts of the policy are not published: %+v", d.Records)
-	}
 }
 
 func TestCredentials(t *testing.T) {
@@ -590,17 +361,5 @@ func TestViewsCompileAndAreSharedPerRevision(t *testing.T) {
 	}
 	if len(a.ReturnPathKeys) != 1 || a.ReturnPathKeys[0].Key == [32]byte{} || a.Generation != 1 {
 		t.Errorf("got %+v", a.ReturnPathKeys)
-	}
-}
-
-// TestSealedSecretsDoNotMove: ciphertext that is copied to another row or
-// cluster does not open there.
-func TestSealedSecretsDoNotMove(t *testing.T) {
-	t.Parallel()
-	f := newFixture(t)
-	must[*control.Tenant](t)(f.AddTenant(ctx, operator, "acme", Change{}))
-	d := must[DomainView](t)(f.AddDomain(ctx, operator, DomainRequest{Tenant: "acme", Name: "example.com"}, Change{}))
-	if _, err := f.sealer.Open(d.DKIM[0].PrivateSealed, state.DKIMPurpose("example.org", d.DKIM[0].Selector)); err == nil {
-		t.Error("a signing key opens for another domain")
 	}
 }
