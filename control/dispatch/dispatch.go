@@ -19,8 +19,9 @@ import (
 	"github.com/relais-mta/relais/shared/policy"
 )
 
-// DefaultReportInterval is how often a relay reports.
-const DefaultReportInterval = 10 * time.Second
+// DefaultReportInterval is how often a relay reports. It is also how soon a
+// relay finds out that a server was restarted without a goodbye.
+const DefaultReportInterval = 5 * time.Second
 
 const (
 	helloTimeout      = 10 * time.Second // for the exchange that opens a session

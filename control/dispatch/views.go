@@ -126,7 +126,7 @@ func (n *session) offer(stream link.Stream, conn *wire.Conn, view offer, noticed
 		return fault.Wrap(err, fault.Unavailable, op, "%s gave no answer to revision %d", n.node, view.revision)
 	}
 	took := time.Since(noticed)
-	log := n.log.With("generation", view.generation, "revision", view.revision, "bytes", len(view.encoded), "took", took)
+	log := n.log.With("generation", view.generation, "revision", view.revision, "bytes", len(view.encoded), "took", took.String())
 	switch m := answer.(type) {
 	case *wire.Ack:
 		if got := m.GetRevision(); got.GetIndex() != view.revision || got.GetGeneration() != view.generation {

@@ -27,7 +27,7 @@ func (a *Agent) renewLoop(ctx context.Context) {
 		if wait <= 0 {
 			if err := a.renew(ctx); err != nil {
 				a.noteRenewal("the certificate is due for renewal: " + describe(err))
-				a.options.Logger.Warn("cannot renew the certificate", "error", err, "ends", a.holder.Leaf().NotAfter, "retry_in", retry)
+				a.options.Logger.Warn("cannot renew the certificate", "error", err, "ends", a.holder.Leaf().NotAfter, "retry_in", retry.String())
 				wait, retry = jitter(retry), min(2*retry, maxRenewRetry)
 			} else {
 				a.noteRenewal("")

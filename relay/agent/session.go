@@ -58,7 +58,7 @@ func (a *Agent) linkLoop(ctx context.Context) {
 			backoff = maxBackoff // nothing changes until an operator acts
 		}
 		wait := jitter(backoff)
-		a.options.Logger.Warn("no link to control", "server", address, "error", err, "retry_in", wait)
+		a.options.Logger.Warn("no link to control", "server", address, "error", err, "retry_in", wait.String())
 		pause := time.NewTimer(wait)
 		select {
 		case <-pause.C:

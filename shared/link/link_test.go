@@ -327,3 +327,43 @@ func TestHandshakeGate(t *testing.T) {
 		t.Error("the next second starts full")
 	}
 }
+
+func TestRestartedServerResetsOldSessions(t *testing.T) {
+	ca := pkitest.New(t)
+	config := ServerConfig{Address: netip.MustParseAddrPort("127.0.0.1:0"), ResetKey: [32]byte{7}, TLS: pki.OpenServerConfig(ca.Node(pki.RoleControl, pkitest.NewNode()), alpnOpen)}
+	listener, err := Listen(config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, stop := context.WithCancel(context.Background())
+	defer stop()
+	ended := make(chan error, 2)
+	serve := func(l *Listener) { ended <- l.Serve(ctx, map[string]Handler{alpnOpen: echo}) }
+	go serve(listener)
+	session, err := dialer(t, 0).Dial(ctx, listener.Addr().String(), pki.PinnedClientConfig([]pki.Pin{ca.Pin()}, alpnOpen))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := say(t, session, "hello"); err != nil {
+		t.Fatal(err)
+	}
+	config.Address = listener.Addr()
+	if err := errors.Join(listener.socket.Close(), listener.tcp.Close()); err != nil { // as kill -9 would
+		t.Fatal(err)
+	}
+	<-ended
+	if listener, err = Listen(config); err != nil {
+		t.Fatal(err)
+	}
+	go serve(listener)
+	start := time.Now()
+	_, _ = say(t, session, strings.Repeat("x", 64)) // any packet that is large enough
+	<-session.Done()
+	if took := time.Since(start); took > 5*time.Second || !strings.Contains(fault.Public(session.Err()), "was restarted") {
+		t.Errorf("after %v: %v", took, session.Err())
+	}
+	stop()
+	if err := <-ended; err != nil {
+		t.Error(err)
+	}
+}
