@@ -32,7 +32,7 @@ type clock struct {
 	now time.Time
 }
 
-func newClock() *clock { return &clock{now: time.UnixMilli(1_800_000_000_000)} }
+func newClock() *clock { return &clock{now: time.UnixMilli(1_800_000_000_000).UTC()} }
 
 func (c *clock) Now() time.Time {
 	c.mu.Lock()

@@ -17,7 +17,7 @@ const classInDoubt = "in-doubt"
 
 // recover resolves the attempts that were journalled and never ended: the
 // remote side may have taken the mail. Each recipient is tried once more after
-// policy's delay; one that is in doubt for the second time ends as unknown.
+// policy's delay; one that is in doubt more often than the policy retries ends as unknown.
 // Every entry is resolved and removed in one transaction, so a crash here
 // changes nothing.
 func (q *Queue) recover(ctx context.Context) error {
@@ -117,7 +117,8 @@ func (q *Queue) resolve(b *store.Batch, j journalEntry) (again, unknown int, err
 }
 
 // doubt changes the state of a recipient whose last attempt may have
-// succeeded: one more try after the delay, before the deadline, or the end.
+// succeeded: one more try after the delay, before the deadline, or the end
+// when the policy's retries are used up.
 func (q *Queue) doubt(s *relay.RecipientState, now, deadline time.Time) {
 	s.InDoubt++
 	s.Attempts++
@@ -127,7 +128,7 @@ func (q *Queue) doubt(s *relay.RecipientState, now, deadline time.Time) {
 	if !next.Before(deadline) {
 		next = deadline.Add(-lastTryMargin)
 	}
-	if s.InDoubt > 1 || next.Before(now) {
+	if int(s.InDoubt) > q.policy.InDoubtRetries || next.Before(now) {
 		s.State, s.Next = relay.StateUnknown, time.Time{}
 		return
 	}

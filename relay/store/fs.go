@@ -44,6 +44,9 @@ type Space struct {
 	ReadOnly   bool
 }
 
+// OS returns the operating system's file system.
+func OS() FileSystem { return osFS{} }
+
 type osFS struct{}
 
 func (osFS) Create(path string) (File, error) {
