@@ -486,12 +486,13 @@ func (x *ServerUpsert) GetServer() *Server {
 }
 
 type TenantPut struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Meta          *Meta                  `protobuf:"bytes,1,opt,name=meta,proto3" json:"meta,omitempty"`
-	Expect        uint64                 `protobuf:"varint,2,opt,name=expect,proto3" json:"expect,omitempty"`
-	Tenant        *Tenant                `protobuf:"bytes,3,opt,name=tenant,proto3" json:"tenant,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	Meta           *Meta                  `protobuf:"bytes,1,opt,name=meta,proto3" json:"meta,omitempty"`
+	Expect         uint64                 `protobuf:"varint,2,opt,name=expect,proto3" json:"expect,omitempty"`
+	Tenant         *Tenant                `protobuf:"bytes,3,opt,name=tenant,proto3" json:"tenant,omitempty"`
+	DefaultProject []byte                 `protobuf:"bytes,4,opt,name=default_project,json=defaultProject,proto3" json:"default_project,omitempty"` // id for the project that a new tenant starts with
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *TenantPut) Reset() {
@@ -541,6 +542,13 @@ func (x *TenantPut) GetExpect() uint64 {
 func (x *TenantPut) GetTenant() *Tenant {
 	if x != nil {
 		return x.Tenant
+	}
+	return nil
+}
+
+func (x *TenantPut) GetDefaultProject() []byte {
+	if x != nil {
+		return x.DefaultProject
 	}
 	return nil
 }
@@ -842,6 +850,8 @@ type IPPut struct {
 	Meta          *Meta                  `protobuf:"bytes,1,opt,name=meta,proto3" json:"meta,omitempty"`
 	Expect        uint64                 `protobuf:"varint,2,opt,name=expect,proto3" json:"expect,omitempty"`
 	Source        *Source                `protobuf:"bytes,3,opt,name=source,proto3" json:"source,omitempty"`
+	Node          []byte                 `protobuf:"bytes,4,opt,name=node,proto3" json:"node,omitempty"` // of a new address: its owner; may be empty
+	Pool          []byte                 `protobuf:"bytes,5,opt,name=pool,proto3" json:"pool,omitempty"` // of a new address: its pool; may be empty
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -893,6 +903,20 @@ func (x *IPPut) GetExpect() uint64 {
 func (x *IPPut) GetSource() *Source {
 	if x != nil {
 		return x.Source
+	}
+	return nil
+}
+
+func (x *IPPut) GetNode() []byte {
+	if x != nil {
+		return x.Node
+	}
+	return nil
+}
+
+func (x *IPPut) GetPool() []byte {
+	if x != nil {
+		return x.Pool
 	}
 	return nil
 }
@@ -1372,11 +1396,12 @@ const file_control_command_commands_proto_rawDesc = "" +
 	"\fServerUpsert\x12+\n" +
 	"\x04meta\x18\x01 \x01(\v2\x17.relais.control.v1.MetaR\x04meta\x12\x16\n" +
 	"\x06expect\x18\x02 \x01(\x04R\x06expect\x121\n" +
-	"\x06server\x18\x03 \x01(\v2\x19.relais.control.v1.ServerR\x06server\"\x83\x01\n" +
+	"\x06server\x18\x03 \x01(\v2\x19.relais.control.v1.ServerR\x06server\"\xac\x01\n" +
 	"\tTenantPut\x12+\n" +
 	"\x04meta\x18\x01 \x01(\v2\x17.relais.control.v1.MetaR\x04meta\x12\x16\n" +
 	"\x06expect\x18\x02 \x01(\x04R\x06expect\x121\n" +
-	"\x06tenant\x18\x03 \x01(\v2\x19.relais.control.v1.TenantR\x06tenant\"\x87\x01\n" +
+	"\x06tenant\x18\x03 \x01(\v2\x19.relais.control.v1.TenantR\x06tenant\x12'\n" +
+	"\x0fdefault_project\x18\x04 \x01(\fR\x0edefaultProject\"\x87\x01\n" +
 	"\n" +
 	"ProjectPut\x12+\n" +
 	"\x04meta\x18\x01 \x01(\v2\x17.relais.control.v1.MetaR\x04meta\x12\x16\n" +
@@ -1400,11 +1425,13 @@ const file_control_command_commands_proto_rawDesc = "" +
 	"\aPoolPut\x12+\n" +
 	"\x04meta\x18\x01 \x01(\v2\x17.relais.control.v1.MetaR\x04meta\x12\x16\n" +
 	"\x06expect\x18\x02 \x01(\x04R\x06expect\x12+\n" +
-	"\x04pool\x18\x03 \x01(\v2\x17.relais.control.v1.PoolR\x04pool\"\x7f\n" +
+	"\x04pool\x18\x03 \x01(\v2\x17.relais.control.v1.PoolR\x04pool\"\xa7\x01\n" +
 	"\x05IPPut\x12+\n" +
 	"\x04meta\x18\x01 \x01(\v2\x17.relais.control.v1.MetaR\x04meta\x12\x16\n" +
 	"\x06expect\x18\x02 \x01(\x04R\x06expect\x121\n" +
-	"\x06source\x18\x03 \x01(\v2\x19.relais.control.v1.SourceR\x06source\"\xb8\x01\n" +
+	"\x06source\x18\x03 \x01(\v2\x19.relais.control.v1.SourceR\x06source\x12\x12\n" +
+	"\x04node\x18\x04 \x01(\fR\x04node\x12\x12\n" +
+	"\x04pool\x18\x05 \x01(\fR\x04pool\"\xb8\x01\n" +
 	"\bIPAssign\x12+\n" +
 	"\x04meta\x18\x01 \x01(\v2\x17.relais.control.v1.MetaR\x04meta\x12\x16\n" +
 	"\x06expect\x18\x02 \x01(\x04R\x06expect\x12\x16\n" +

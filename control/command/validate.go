@@ -214,7 +214,7 @@ func (c *TenantPut) Validate() error {
 		return missing("tenant")
 	}
 	_, err := r.Row()
-	return first(checkMeta(c.GetMeta()), err, CheckName("name", r.GetName()), CheckName("ownership_token", r.GetOwnershipToken()))
+	return first(checkMeta(c.GetMeta()), err, CheckName("name", r.GetName()), CheckName("ownership_token", r.GetOwnershipToken()), checkOptionalID("default_project", c.GetDefaultProject()))
 }
 
 // Validate implements Command.
@@ -326,7 +326,8 @@ func (c *IPPut) Validate() error {
 	if err != nil || ehlo.IsLiteral() || string(ehlo) != row.EHLO || !strings.Contains(row.EHLO, ".") {
 		return fault.Field(opValidate, "ehlo", "%q is not a full host name in lower case, such as mta1.example.com", row.EHLO)
 	}
-	return first(checkMeta(c.GetMeta()), checkText("ptr", row.PTR), oneOf("state", r.GetState(), string(control.SourceFree), string(control.SourceAssigned)))
+	return first(checkMeta(c.GetMeta()), checkText("ptr", row.PTR), oneOf("state", r.GetState(), string(control.SourceFree), string(control.SourceAssigned)),
+		checkOptionalID("node", c.GetNode()), checkOptionalID("pool", c.GetPool()))
 }
 
 func checkOptionalID(field string, b []byte) error {

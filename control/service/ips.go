@@ -97,8 +97,8 @@ type IPRequest struct {
 	Pool     string
 }
 
-// AddIP makes a source address and assigns it if node or pool are named. Both
-// are looked up before anything is changed.
+// AddIP makes a source address and, in the same change, assigns it if node or
+// pool are named.
 func (s *Service) AddIP(ctx context.Context, a Actor, req IPRequest, c Change) (*control.Source, error) {
 	const op = "service.AddIP"
 	if err := s.enter(a, control.RoleOperator, op); err != nil {
@@ -117,11 +117,7 @@ func (s *Service) AddIP(ctx context.Context, a Actor, req IPRequest, c Change) (
 	at := now()
 	row := control.Source{Bind: req.Bind.Unmap(), Public: req.Public.Unmap(), EHLO: strings.TrimSuffix(strings.ToLower(req.EHLO), "."), PTR: req.PTR, Pinned: !req.Floating, State: control.SourceFree, CreatedAt: at}
 	stamp(&row.ID, at)
-	out, err := propose[control.Source](ctx, s, &command.IPPut{Meta: c.meta(a), Source: command.SourceRecord(&row)})
-	if err != nil || node == nil && pool == nil {
-		return out, err
-	}
-	return propose[control.Source](ctx, s, &command.IPAssign{Meta: c.meta(a), Expect: out.Revision, Source: out.ID[:], Node: node, Pool: pool})
+	return propose[control.Source](ctx, s, &command.IPPut{Meta: c.meta(a), Source: command.SourceRecord(&row), Node: node, Pool: pool})
 }
 
 // placeOf looks up a node and a pool; either may be empty.

@@ -49,6 +49,9 @@ type Seen struct {
 	RefusedWhy  string
 }
 
+// maxCertTries bounds how often a certificate is recorded anew after a conflict.
+const maxCertTries = 4
+
 // maxRefusalBytes bounds what is kept of a relay's refusal.
 const maxRefusalBytes = 1024
 
@@ -68,14 +71,19 @@ func (s *Service) SetNodeCert(ctx context.Context, id ids.Node, serial string, s
 	if err := s.enter(System, control.RoleAdmin, "service.SetNodeCert"); err != nil {
 		return err
 	}
-	old := s.state.Read().Node(id)
-	if old == nil {
-		return notFound("node", "node", id.String())
+	for try := 1; ; try++ {
+		old := s.state.Read().Node(id)
+		if old == nil {
+			return notFound("node", "node", id.String())
+		}
+		row := *old
+		row.CertSerial, row.CertSPKI, row.CertNotAfter = serial, spki, notAfter.UTC().Truncate(time.Millisecond)
+		_, err := propose[control.Node](ctx, s, &command.NodeUpsert{Meta: &command.Meta{Actor: "ca", Reason: "certificate"}, Expect: old.Revision, Node: command.NodeRecord(&row)})
+		// An operator may have changed another field of the row meanwhile.
+		if !fault.Is(err, fault.Conflict) || try == maxCertTries {
+			return err
+		}
 	}
-	row := *old
-	row.CertSerial, row.CertSPKI, row.CertNotAfter = serial, spki, notAfter.UTC().Truncate(time.Millisecond)
-	_, err := propose[control.Node](ctx, s, &command.NodeUpsert{Meta: &command.Meta{Actor: "ca", Reason: "certificate"}, Expect: old.Revision, Node: command.NodeRecord(&row)})
-	return err
 }
 
 // heard returns the memory of a node, making it if the node exists.
@@ -236,4 +244,26 @@ func (s *Service) Generation() uint64 {
 		return c.Generation
 	}
 	return 0
+}
+
+// AnnounceServer records where this server is reached and what it runs, if that
+// changed since it was recorded.
+func (s *Service) AnnounceServer(ctx context.Context, id ids.Node, link, https, version string) error {
+	const op = "service.AnnounceServer"
+	if err := s.enter(System, control.RoleAdmin, op); err != nil {
+		return err
+	}
+	for _, old := range s.state.Read().Servers() {
+		if old.ID != id {
+			continue
+		}
+		row := *old
+		row.LinkAddress, row.HTTPAddress, row.Version, row.MaxFSMVersion = link, https, version, command.FSMVersion
+		if row.LinkAddress == old.LinkAddress && row.HTTPAddress == old.HTTPAddress && row.Version == old.Version && row.MaxFSMVersion == old.MaxFSMVersion {
+			return nil
+		}
+		_, err := propose[control.Server](ctx, s, &command.ServerUpsert{Meta: &command.Meta{Actor: System.Name, Reason: "start"}, Expect: old.Revision, Server: command.ServerRecord(&row)})
+		return err
+	}
+	return fault.New(fault.NotFound, op, "server %s is not a member of this cluster", id)
 }

@@ -106,7 +106,7 @@ func TestTenantsAndProjects(t *testing.T) {
 		t.Errorf("got %+v", s)
 	}
 	tail := must[[]*control.AuditEntry](t)(f.Audit(operator, 3))
-	if tail[0].Actor != "olga" || !strings.Contains(tail[0].After, "suspended=true") || tail[2].Reason != "contract 7" {
+	if tail[0].Actor != "olga" || !strings.Contains(tail[0].After, "suspended=true") || tail[1].Reason != "contract 7" {
 		t.Errorf("the audit tail says %+v", tail)
 	}
 }
@@ -275,6 +275,16 @@ func TestNodes(t *testing.T) {
 	if got := must[[]string](t)(f.LinkServers(ctx)); len(got) != 1 || got[0] != "10.0.0.1:7443" {
 		t.Errorf("got %v", got)
 	}
+	server := f.state.Read().Servers()[0].ID
+	for range 2 { // the second time nothing is left to record
+		if err := f.AnnounceServer(ctx, server, "10.0.0.1:9443", "10.0.0.1:8443", "2"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if s := f.state.Read().Servers()[0]; s.LinkAddress != "10.0.0.1:9443" || s.Version != "2" || s.Revision != f.log.index {
+		t.Errorf("got %+v at index %d", s, f.log.index)
+	}
+	f.refused(t, fault.NotFound, "", func() error { return f.AnnounceServer(ctx, ids.Node{9}, "a:1", "b:1", "2") })
 }
 
 func TestPolicy(t *testing.T) {

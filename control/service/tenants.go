@@ -19,12 +19,9 @@ func (s *Service) AddTenant(ctx context.Context, a Actor, name string, c Change)
 	at := now()
 	row := control.Tenant{Name: name, OwnershipToken: auth.NewOwnershipToken(), CreatedAt: at}
 	stamp(&row.ID, at)
-	tenant, err := propose[control.Tenant](ctx, s, &command.TenantPut{Meta: c.meta(a), Tenant: command.TenantRecord(&row)})
-	if err != nil {
-		return nil, err
-	}
-	_, err = s.AddProject(ctx, a, tenant.ID.String(), control.DefaultProject, c)
-	return tenant, err
+	var project ids.Project
+	stamp(&project, at)
+	return propose[control.Tenant](ctx, s, &command.TenantPut{Meta: c.meta(a), Tenant: command.TenantRecord(&row), DefaultProject: project[:]})
 }
 
 // SuspendTenant stops or resumes a tenant: while it is suspended its

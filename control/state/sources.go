@@ -75,12 +75,21 @@ func (a *applier) sourcePut(c *command.IPPut) (any, error) {
 		}
 		if old == nil {
 			old = &control.Source{State: control.SourceFree}
+			if err := unplaced(row, old); err != nil {
+				return err
+			}
+			return a.place(old, row, &command.IPAssign{Node: c.GetNode(), Pool: c.GetPool()})
 		}
-		if row.Owner != old.Owner || row.Pool != old.Pool || row.Epoch != old.Epoch || row.State != old.State {
-			return fault.Field(op, "owner", "owner and pool change by assignment only")
-		}
-		return nil
+		return unplaced(row, old)
 	}})
+}
+
+// unplaced refuses a row whose placement differs from the old one's.
+func unplaced(row, old *control.Source) error {
+	if row.Owner != old.Owner || row.Pool != old.Pool || row.Epoch != old.Epoch || row.State != old.State {
+		return fault.Field(op, "owner", "owner and pool change by assignment only")
+	}
+	return nil
 }
 
 // addressFree refuses an address that another source has, on either side of a NAT.
@@ -106,26 +115,32 @@ func (a *applier) sourceAssign(c *command.IPAssign) (any, error) {
 		return nil, fault.New(fault.NotFound, op, "there is no such address")
 	}
 	row := *old
-	if len(c.GetPool()) > 0 {
-		pool := get(a.txn, poolsTable, "id", c.GetPool())
-		if pool == nil {
-			return nil, fault.Field(op, "pool", "there is no such pool")
-		}
-		if err := a.poolChangeAllowed(old, pool); err != nil {
-			return nil, err
-		}
-		row.Pool = pool.ID
-	}
-	if len(c.GetNode()) > 0 {
-		if err := a.newOwner(old, &row, c); err != nil {
-			return nil, err
-		}
+	if err := a.place(old, &row, c); err != nil {
+		return nil, err
 	}
 	expect := c.GetExpect()
 	if expect == 0 {
 		expect = old.Revision
 	}
 	return putRow(a, sourcesTable, &row, change[control.Source]{what: "address " + row.Bind.String(), object: row.Bind.String(), expect: expect})
+}
+
+// place gives row the pool and the owner that an assignment names.
+func (a *applier) place(old, row *control.Source, c *command.IPAssign) error {
+	if len(c.GetPool()) > 0 {
+		pool := get(a.txn, poolsTable, "id", c.GetPool())
+		if pool == nil {
+			return fault.Field(op, "pool", "there is no such pool")
+		}
+		if err := a.poolChangeAllowed(old, pool); err != nil {
+			return err
+		}
+		row.Pool = pool.ID
+	}
+	if len(c.GetNode()) > 0 {
+		return a.newOwner(old, row, c)
+	}
+	return nil
 }
 
 // newOwner hands the address to a node under a new epoch. A2: the epoch is the

@@ -58,6 +58,20 @@ func TestNamesAreTaken(t *testing.T) {
 	w.refused(&command.CredentialPut{Credential: &command.Credential{Id: id(9), Tenant: id(1), Project: id(4), SecretHash: sum(1)}}, fault.Invalid, "project")
 }
 
+func TestTenantStartsWithAProject(t *testing.T) {
+	w := newWorld(t)
+	put := &command.TenantPut{Tenant: &command.Tenant{Id: id(1), Name: "acme", OwnershipToken: "x"}, DefaultProject: id(2)}
+	w.ok(put)
+	w.ok(put) // again, as after an unknown outcome
+	if p := w.store.Read().Projects(*ofTenant(1)); len(p) != 1 || p[0].Name != control.DefaultProject {
+		t.Errorf("got %+v", p)
+	}
+	put = &command.TenantPut{Tenant: &command.Tenant{Id: id(3), Name: "acme", OwnershipToken: "x"}, DefaultProject: id(4)}
+	w.refused(put, fault.Exists, "name") // and its project is not made either
+	put.Tenant.Name, put.DefaultProject = "other", id(2)
+	w.refused(put, fault.Exists, "")
+}
+
 func TestDomainOwnership(t *testing.T) {
 	w := newWorld(t)
 	w.tenant(1, "acme")
@@ -110,6 +124,14 @@ func TestAddresses(t *testing.T) {
 	owned := sourcePut(7, 2)
 	owned.Source.Owner, owned.Source.State = id(4), "assigned"
 	w.refused(owned, fault.Invalid, "owner")
+
+	placed := sourcePut(70, 70)
+	placed.Node, placed.Pool = id(4), id(99)
+	w.refused(placed, fault.Invalid, "pool") // and the address is not added either
+	placed.Pool = id(3)
+	if s := w.ok(placed).(*control.Source); s.Epoch != w.index || s.Owner != [16]byte(id(4)) || s.Pool != [16]byte(id(3)) {
+		t.Errorf("an address added with its place: %+v", s)
+	}
 
 	w.refused(&command.IPAssign{Source: id(6), Node: id(99)}, fault.Invalid, "node")
 	w.refused(&command.IPAssign{Source: id(6), Pool: id(99)}, fault.Invalid, "pool")

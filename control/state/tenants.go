@@ -42,6 +42,11 @@ func (a *applier) tenantPut(c *command.TenantPut) (any, error) {
 		return nil, err
 	}
 	return putRow(a, tenantsTable, row, change[control.Tenant]{what: quoted("tenant", row.Name), object: row.ID.String(), expect: c.GetExpect(), check: func(old *control.Tenant) error {
+		if old == nil && len(c.GetDefaultProject()) > 0 {
+			if err := a.defaultProject(row, c.GetDefaultProject()); err != nil {
+				return err
+			}
+		}
 		if other := get(a.txn, tenantsTable, "name", text(row.Name)); other != nil && other.ID != row.ID {
 			return taken("name", "tenant", row.Name)
 		}
@@ -50,6 +55,19 @@ func (a *applier) tenantPut(c *command.TenantPut) (any, error) {
 		}
 		return nil
 	}})
+}
+
+// defaultProject makes the project that a new tenant starts with, in the same
+// entry, so that there is never a tenant without it.
+func (a *applier) defaultProject(t *control.Tenant, id []byte) error {
+	p := &control.Project{Tenant: t.ID, Name: control.DefaultProject, CreatedAt: t.CreatedAt}
+	if err := readID(&p.ID, id); err != nil {
+		return err
+	}
+	if get(a.txn, projectsTable, "id", p.ID[:]) != nil {
+		return fault.New(fault.Exists, op, "project %s exists already", p.ID)
+	}
+	return put(a, projectsTable, p)
 }
 
 // taken is the error for a name that another row has.

@@ -42,9 +42,7 @@ type serverFile struct {
 	Cluster   ids.Cluster `toml:"cluster"`
 	Server    ids.Node    `toml:"server"`
 	Advertise string      `toml:"advertise"` // host or address that others reach this server at
-	HTTPS     string      `toml:"https"`     // host:port
-	Link      string      `toml:"link"`      // host:port
-	Raft      string      `toml:"raft"`      // host:port
+	Raft      string      `toml:"raft"`      // host:port that peers know this server by; it never changes
 }
 
 const serverFileFormat = 1

@@ -164,7 +164,7 @@ func initialise(ctx context.Context, p paths, advertise string, conf config.Conf
 		return out, fault.Wrap(err, fault.Internal, "relais-control.init", "the directory %s cannot be made", p.identity())
 	}
 	now := time.Now()
-	f := serverFile{Format: serverFileFormat, Advertise: advertise, HTTPS: hostPort(advertise, conf.Listen.HTTPS), Link: hostPort(advertise, conf.Listen.Link), Raft: hostPort(advertise, conf.Listen.Raft)}
+	f := serverFile{Format: serverFileFormat, Advertise: advertise, Raft: hostPort(advertise, conf.Listen.Raft)}
 	newID(&f.Cluster, now)
 	newID(&f.Server, now)
 	material, kek, recovery, err := ca.Create(f.Cluster, now)
@@ -175,7 +175,7 @@ func initialise(ctx context.Context, p paths, advertise string, conf config.Conf
 		return out, err
 	}
 	sealer := pki.NewSealer(kek)
-	result, err := firstEntries(ctx, p, f, material, sealer)
+	result, err := firstEntries(ctx, p, f, conf, material, sealer)
 	if err != nil {
 		return out, err
 	}
@@ -186,7 +186,7 @@ func initialise(ctx context.Context, p paths, advertise string, conf config.Conf
 	if _, err := issueOwn(p, authority, f, conf); err != nil {
 		return out, err
 	}
-	out = initOutput{Cluster: f.Cluster.String(), Server: f.Server.String(), Endpoint: "https://" + f.HTTPS, CAPin: authority.Pin().String(), CAFile: p.ca(), CLIFile: p.cli(),
+	out = initOutput{Cluster: f.Cluster.String(), Server: f.Server.String(), Endpoint: "https://" + hostPort(advertise, conf.Listen.HTTPS), CAPin: authority.Pin().String(), CAFile: p.ca(), CLIFile: p.cli(),
 		Admin: result.AdminName, Password: result.AdminPassword, RecoveryKey: recovery}
 	if err := pki.WriteFile(p.ca(), pki.EncodeCertificates([]*x509.Certificate{authority.Root()}), 0o644); err != nil {
 		return out, err
@@ -200,7 +200,7 @@ func initialise(ctx context.Context, p paths, advertise string, conf config.Conf
 func newID[K ids.Kind](id *ids.ID[K], now time.Time) { *id = ids.New[K](now) }
 
 // firstEntries bootstraps raft and commits what a new cluster begins with.
-func firstEntries(ctx context.Context, p paths, f serverFile, material ca.Material, sealer *pki.Sealer) (result service.InitResult, err error) {
+func firstEntries(ctx context.Context, p paths, f serverFile, conf config.Config, material ca.Material, sealer *pki.Sealer) (result service.InitResult, err error) {
 	quiet := slog.New(slog.DiscardHandler)
 	if err := cluster.Bootstrap(p.dir, f.Server.String(), f.Raft, quiet); err != nil {
 		return result, err
@@ -225,7 +225,7 @@ func firstEntries(ctx context.Context, p paths, f serverFile, material ca.Materi
 	}
 	return svc.Init(ctx, service.InitRequest{
 		Cluster: f.Cluster, CABundle: material.Bundle, CASealed: material.Sealed, KEKID: material.KEKID, RecoverySealed: material.RecoverySealed,
-		Server: control.Server{ID: f.Server, Name: hostname, RaftAddress: f.Raft, LinkAddress: f.Link, HTTPAddress: f.HTTPS, Version: buildinfo.Version(), MaxFSMVersion: command.FSMVersion, State: control.NodeActive},
+		Server: control.Server{ID: f.Server, Name: hostname, RaftAddress: f.Raft, LinkAddress: hostPort(f.Advertise, conf.Listen.Link), HTTPAddress: hostPort(f.Advertise, conf.Listen.HTTPS), Version: buildinfo.Version(), MaxFSMVersion: command.FSMVersion, State: control.NodeActive},
 	})
 }
 

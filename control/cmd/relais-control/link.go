@@ -69,7 +69,7 @@ func (s *server) serveLink(ctx context.Context, group *errgroup.Group, authority
 	if err != nil {
 		return err
 	}
-	views, err := dispatch.New(dispatch.Config{Cluster: s.file.Cluster, Nodes: relays{s.service}, Address: s.file.Link, Version: buildinfo.Version(), Logger: s.logger, Registerer: s.registry})
+	views, err := dispatch.New(dispatch.Config{Cluster: s.file.Cluster, Nodes: relays{s.service}, Address: hostPort(s.file.Advertise, s.conf.Listen.Link), Version: buildinfo.Version(), Logger: s.logger, Registerer: s.registry})
 	if err != nil {
 		return err
 	}

@@ -239,6 +239,9 @@ func (s *server) whenReady(ctx context.Context, group *errgroup.Group) error {
 	if row.ID != s.file.Cluster {
 		return fault.New(fault.Invalid, "relais-control.serve", "the state in %s is of cluster %s, server.toml names %s: the directory is mixed up, restore it from a backup", s.paths.dir, row.ID, s.file.Cluster)
 	}
+	if err := s.service.AnnounceServer(ctx, s.file.Server, hostPort(s.file.Advertise, s.conf.Listen.Link), hostPort(s.file.Advertise, s.conf.Listen.HTTPS), buildinfo.Version()); err != nil {
+		return err
+	}
 	authority, err := openCA(row, s.sealer)
 	if err != nil {
 		return err
