@@ -64,7 +64,7 @@ func (s *settlement) add(env *relay.Envelope, a *relay.Attempt, st relay.Recipie
 		r.Event = outbox.Delivered
 	case relay.InDoubt:
 		st.LastClass = classBadConnection
-		if st.InDoubt++; st.InDoubt > 1 {
+		if st.InDoubt++; int(st.InDoubt) > q.InDoubtRetries {
 			st.State, r.Event = relay.StateUnknown, outbox.Unknown
 			break
 		}

@@ -23,7 +23,7 @@ var testStorage = policy.Storage{
 var testPolicy = policy.Queue{
 	Retry:        []policy.Duration{policy.Duration(5 * time.Minute), policy.Duration(10 * time.Minute)},
 	RetryMax:     policy.Duration(4 * time.Hour),
-	InDoubtRetry: policy.Duration(time.Hour), MaxMemoryRecipients: 100_000,
+	InDoubtRetry: policy.Duration(time.Hour), InDoubtRetries: 1, MaxMemoryRecipients: 100_000,
 }
 
 // clock is a wall clock that tests move by hand.

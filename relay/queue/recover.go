@@ -16,10 +16,10 @@ import (
 const classInDoubt = "in-doubt"
 
 // recover resolves the attempts that were journalled and never ended: the
-// remote side may have taken the mail. Each recipient is tried once more after
-// policy's delay; one that is in doubt more often than the policy retries ends as unknown.
-// Every entry is resolved and removed in one transaction, so a crash here
-// changes nothing.
+// remote side may have taken the mail. Each recipient is tried again after the
+// policy's delay; one that is in doubt more often than the policy retries ends
+// as unknown. Every entry is resolved and removed in one transaction, so a
+// crash here changes nothing.
 func (q *Queue) recover(ctx context.Context) error {
 	type entry struct {
 		id    ids.Message

@@ -76,7 +76,8 @@ type Queue struct {
 	ExpireBulk          Duration   `toml:"expire_bulk"`           // after acceptance
 	ExpireTransactional Duration   `toml:"expire_transactional"`  // after acceptance
 	DelayNotice         Duration   `toml:"delay_notice"`          // transactional mail waiting this long is reported once; 0 = never
-	InDoubtRetry        Duration   `toml:"in_doubt_retry"`        // wait before the one retry of an attempt whose end a crash hid
+	InDoubtRetry        Duration   `toml:"in_doubt_retry"`        // wait before the retry of an attempt whose end a crash hid
+	InDoubtRetries      int        `toml:"in_doubt_retries"`      // retries of a recipient in doubt; then it ends as unknown
 	MaxMemoryRecipients int        `toml:"max_memory_recipients"` // recipients held in memory, all queues; the others wait on disk
 }
 

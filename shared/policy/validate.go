@@ -121,6 +121,7 @@ func (s *Queue) validate(p *problems) {
 		p.lasts(in+"delay_notice", s.DelayNotice, second, maxExpiry)
 	}
 	p.lasts(in+"in_doubt_retry", s.InDoubtRetry, second, 7*day)
+	p.between(in+"in_doubt_retries", int64(s.InDoubtRetries), 0, 200)
 	p.between(in+"max_memory_recipients", int64(s.MaxMemoryRecipients), 1_000, maxCount)
 }
 

@@ -270,8 +270,8 @@ func (f *Fleet) joinRelay(ctx context.Context, i int, token string) (*Relay, err
 	listen := func(port uint16) string { return netip.AddrPortFrom(r.Addr, port).String() }
 	text := fmt.Sprintf("hostname = %q\n[listen]\nsubmissions = [%q]\nsubmission = [%q]\ninbound = [%q]\nmetrics = %q\n[dns]\nresolvers = [%q]\n[lab]\nsmtp_port = %d\nallow_private = true\n",
 		name+".relais.test", listen(portSubmissions), listen(portSubmission), listen(portSMTP), listen(portMetrics), f.Lab.DNSAddr(), portSMTP)
-	if err := os.WriteFile(filepath.Join(r.Dir, "relay.toml"), []byte(text), 0o600); err != nil {
-		return nil, fault.Wrap(err, fault.Internal, "fleet.joinRelay", "relay.toml cannot be written")
+	if err := writeSynced(r.Dir, "relay.toml", text); err != nil {
+		return nil, err
 	}
 	var joined struct {
 		Node string `json:"node"`
@@ -292,6 +292,28 @@ func (f *Fleet) joinRelay(ctx context.Context, i int, token string) (*Relay, err
 		r.Sources = append(r.Sources, addr)
 	}
 	return r, nil
+}
+
+// writeSynced writes a file so that it survives the power cuts of tests.
+func writeSynced(dir, name, text string) error {
+	const op = "fleet.writeSynced"
+	f, err := os.Create(filepath.Join(dir, name))
+	if err != nil {
+		return fault.Wrap(err, fault.Internal, op, "%s cannot be made", name)
+	}
+	defer f.Close()
+	if _, err = f.WriteString(text); err == nil {
+		err = f.Sync()
+	}
+	if err != nil {
+		return fault.Wrap(err, fault.Internal, op, "%s cannot be written", name)
+	}
+	parent, err := os.Open(dir)
+	if err != nil {
+		return fault.Wrap(err, fault.Internal, op, "%s cannot be opened", dir)
+	}
+	defer parent.Close()
+	return parent.Sync()
 }
 
 // publish adds the sending domain, puts its records into the lab's DNS, and
@@ -392,11 +414,11 @@ func (f *Fleet) Close() error {
 		}
 	}
 	for _, r := range f.Relays {
-		if r.Process != nil && r.PID() != 0 && r.running() {
+		if r.Process != nil && r.Alive() {
 			keep(r.Stop())
 		}
 	}
-	if f.Control != nil && f.Control.PID() != 0 && f.Control.running() {
+	if f.Control != nil && f.Control.Alive() {
 		keep(f.Control.Stop())
 	}
 	if f.Lab != nil {

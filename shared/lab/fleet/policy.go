@@ -10,6 +10,7 @@ func labPolicy(open, dkim bool) map[string]string {
 retry_max = "5s"
 greylist_retry = "1s"
 in_doubt_retry = "2s"
+in_doubt_retries = 100
 `,
 		"delivery": fmt.Sprintf(`connect_timeout = "3s"
 greeting_timeout = "10s"

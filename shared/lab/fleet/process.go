@@ -203,3 +203,6 @@ func runJSON(ctx context.Context, v any, bin string, args ...string) error {
 	}
 	return nil
 }
+
+// Alive reports whether the process was started and has not ended.
+func (p *Process) Alive() bool { return p.PID() != 0 && p.running() }
