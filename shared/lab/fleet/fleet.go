@@ -429,3 +429,6 @@ func (f *Fleet) Close() error {
 	}
 	return first
 }
+
+// LinkAddr is where relays join and link.
+func (f *Fleet) LinkAddr() string { return f.addrPort(placeControl, portLink) }
