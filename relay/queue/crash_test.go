@@ -108,7 +108,7 @@ func crashDeliver(q *Queue, w *Work, say func(string, ids.Message)) {
 func TestNothingAcknowledgedIsLostWhenKilled(t *testing.T) {
 	dir := t.TempDir()
 	accepted, tried, done := map[string]int{}, map[string]int{}, map[string]int{}
-	for range 6 {
+	for range 4 {
 		runAndKill(t, dir, time.Duration(100+rand.IntN(400))*time.Millisecond, accepted, tried, done)
 	}
 	f := newFixtureIn(t, dir)

@@ -15,7 +15,7 @@ func TestMain(m *testing.M) {
 	flag.Parse()
 	set := map[string]bool{}
 	flag.Visit(func(f *flag.Flag) { set[f.Name] = true })
-	for name, value := range map[string]string{"rapid.checks": "12", "rapid.steps": "120"} {
+	for name, value := range map[string]string{"rapid.checks": "8", "rapid.steps": "80"} {
 		if set[name] {
 			continue
 		}

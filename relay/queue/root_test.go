@@ -169,7 +169,7 @@ func TestAFullDiskRefusesMailInTimeAndLosesNothing(t *testing.T) {
 	}
 	f.mustRefuse(t, store)
 	// Deliveries go on and are recorded, long enough to rotate the index's logs.
-	for i := 0; len(kept) > 100 || i < 20_000; i++ {
+	for i := 0; len(kept) > 100 || i < 8_000; i++ {
 		w := f.take(1)
 		if len(kept) > 100 && i%40 == 0 {
 			f.delivered(w, f.begin(w))

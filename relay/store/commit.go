@@ -336,6 +336,7 @@ func (s *Store) afterCommit(g *group) {
 		s.wakeReclaim()
 	}
 	s.prepareMemtable()
+	s.measureSpace(false)
 }
 
 func (s *Store) answer(g *group, err error) {

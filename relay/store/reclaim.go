@@ -41,6 +41,9 @@ func (s *Store) reclaimLoop(snap *Snapshot) {
 		case <-s.stop:
 			return
 		case <-s.reclaimWake:
+			if s.freeBytes.Load() < s.lowWater() {
+				s.keepBallast()
+			}
 		case <-ticker.C:
 			s.keepBallast()
 			s.prepareMemtableSoon.Store(true)

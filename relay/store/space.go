@@ -110,7 +110,9 @@ func (s *Store) keepBallast() {
 	case have > want:
 		s.shrinkBallast(want)
 	case free < s.lowWater() && have > 0:
-		s.shrinkBallast(max(have-slice, 0))
+		// Whole slices, enough to be above the mark again.
+		give := (s.lowWater() - free + slice - 1) / slice * slice
+		s.shrinkBallast(max(have-give, 0))
 		s.log.Warn("disk nearly full: gave up a part of the reserve", "free_bytes", free, "reserve_bytes", s.ballastBytes.Load())
 	case have < want && free > s.limits().MinFreeBytes+slice:
 		s.growBallast(min(have+min(slice*ballastSlices, free-s.limits().MinFreeBytes-slice), want))
