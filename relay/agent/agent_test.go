@@ -232,7 +232,7 @@ func TestRedirect(t *testing.T) {
 	dir, _ := c.joined()
 	a, _ := running(t, dir)
 	s := c.next()
-	if err := s.control.Send(&wire.Redirect{Servers: []string{second.address}, Reason: "stopping"}); err != nil {
+	if err := s.say(&wire.Redirect{Servers: []string{second.address}, Reason: "stopping"}); err != nil {
 		t.Fatal(err)
 	}
 	second.next()

@@ -56,6 +56,14 @@ type relaySession struct {
 	reports chan *wire.Report
 	over    chan struct{} // closed by the test: the handler returns
 	code    link.Code
+	sending sync.Mutex // of control
+}
+
+// say sends a message on the control stream.
+func (s *relaySession) say(message proto.Message) error {
+	s.sending.Lock()
+	defer s.sending.Unlock()
+	return s.control.Send(message)
 }
 
 func startControl(t *testing.T, ca *pkitest.CA) *controlServer {
@@ -245,7 +253,7 @@ func (s *relaySession) answerReports() {
 			return
 		}
 		if report, ok := message.(*wire.Report); ok {
-			if s.control.Send(&wire.Pong{Nonce: report.GetNonce(), ServerTimeMs: time.Now().Add(time.Hour).UnixMilli()}) != nil {
+			if s.say(&wire.Pong{Nonce: report.GetNonce(), ServerTimeMs: time.Now().Add(time.Hour).UnixMilli()}) != nil {
 				return
 			}
 			s.reports <- report

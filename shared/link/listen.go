@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
+	"io"
 	"net"
 	"net/netip"
 	"sync"
@@ -180,10 +181,10 @@ func (l *Listener) serveTCP(ctx context.Context, running *sync.WaitGroup, handle
 			continue
 		}
 		running.Go(func() {
+			defer func() { <-l.handshakes }()
 			conn, err := l.handshake(ctx, socket)
-			<-l.handshakes
 			if err != nil {
-				_ = socket.Close() // not a node
+				hangUp(socket) // not a node
 				return
 			}
 			l.start(ctx, running, newMuxSession(conn, false), handlers)
@@ -196,6 +197,16 @@ func (l *Listener) handshake(ctx context.Context, socket net.Conn) (*tls.Conn, e
 	defer cancel()
 	conn := tls.Server(socket, l.tls)
 	return conn, conn.HandshakeContext(ctx)
+}
+
+// hangUp closes a socket after a refusal. What the client has sent meanwhile is
+// read first: unread bytes would make the kernel reset the connection, and the
+// client would not learn why.
+func hangUp(socket net.Conn) {
+	if tcp, ok := socket.(*net.TCPConn); ok && tcp.CloseWrite() == nil && tcp.SetReadDeadline(time.Now().Add(muxCloseTimeout)) == nil {
+		_, _ = io.CopyN(io.Discard, tcp, muxWindow) // until the client closes, too
+	}
+	_ = socket.Close()
 }
 
 // continueAfter waits for d or the end of ctx.

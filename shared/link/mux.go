@@ -57,6 +57,7 @@ type muxSession struct {
 	peers    int // streams of the map that the peer opened
 	nextID   uint32
 	lastPeer uint32 // highest number of the peer's
+	dying    bool   // writing failed: the reader looks for the reason
 	err      error
 }
 
@@ -165,7 +166,7 @@ func (s *muxSession) Close(code Code, text string) {
 func (s *muxSession) extend() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.err != nil {
+	if s.err != nil || s.dying {
 		return nil
 	}
 	return s.conn.SetReadDeadline(time.Now().Add(maxIdleTime))
@@ -185,6 +186,11 @@ func (s *muxSession) end(err error) bool {
 
 // fail ends the session because of the transport.
 func (s *muxSession) fail(err error) {
+	s.mu.Lock()
+	if s.dying && isTimeout(err) {
+		err = io.ErrUnexpectedEOF // no reason was found
+	}
+	s.mu.Unlock()
 	s.end(explainTCP(err, "link.Session", s.RemoteAddr().String()))
 	_ = s.conn.NetConn().Close() // nothing can be said any more
 }
@@ -201,14 +207,23 @@ func (s *muxSession) write(kind byte, id uint32, payload []byte) error {
 	s.out = binary.BigEndian.AppendUint32(s.out, uint32(len(payload)))
 	s.out = append(s.out, payload...)
 	if err := s.conn.SetWriteDeadline(time.Now().Add(muxWriteTimeout)); err != nil {
-		return err
+		return s.writeFailed()
 	}
-	_, err := s.conn.Write(s.out)
-	if err != nil {
-		s.fail(err)
-		return s.Err()
+	if _, err := s.conn.Write(s.out); err != nil {
+		return s.writeFailed()
 	}
 	return nil
+}
+
+// writeFailed ends a session that takes no more bytes. The peer may have said
+// why before it closed, so the reader gets a moment to find it.
+func (s *muxSession) writeFailed() error {
+	s.mu.Lock()
+	s.dying = true
+	_ = s.conn.SetReadDeadline(time.Now().Add(muxCloseTimeout)) // wakes the reader in any case
+	s.mu.Unlock()
+	<-s.done
+	return s.Err()
 }
 
 // keepAlive lets the peer know that we are there.
