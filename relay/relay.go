@@ -76,6 +76,7 @@ type Envelope struct {
 	ClientIP   netip.Addr
 	EnvID      string // RFC 3461 section 4.4 ENVID, xtext-encoded
 	RetFull    bool   // RET=FULL was asked for
+	Tag        string // the client's own mark, such as a campaign; printable ASCII
 	AcceptedAt time.Time
 	NotBefore  time.Time // zero: at once
 	ExpiresAt  time.Time // no attempt starts at or after it

@@ -172,6 +172,7 @@ type Message struct {
 	ID         string      `json:"id"`
 	Tenant     string      `json:"tenant"`
 	Stream     string      `json:"stream"`
+	Tag        string      `json:"tag,omitempty"`
 	Pool       string      `json:"pool"`
 	Sender     string      `json:"sender"`
 	Bytes      int64       `json:"bytes"`
@@ -183,7 +184,7 @@ type Message struct {
 func (s *Server) message(m *queue.MessageInfo, why bool) Message {
 	env := m.Env
 	out := Message{
-		ID: env.ID.String(), Tenant: env.Tenant.String(), Stream: env.Stream, Pool: env.Pool.String(), Sender: env.Sender.String(),
+		ID: env.ID.String(), Tenant: env.Tenant.String(), Stream: env.Stream, Tag: env.Tag, Pool: env.Pool.String(), Sender: env.Sender.String(),
 		Bytes: env.Body.Length, Accepted: env.AcceptedAt, Expires: env.ExpiresAt,
 	}
 	for i := range env.Recipients {
@@ -277,6 +278,7 @@ type Event struct {
 	Message   string    `json:"message"`
 	Recipient uint16    `json:"recipient"`
 	Address   string    `json:"address"`
+	Tag       string    `json:"tag,omitempty"`
 	Source    string    `json:"source,omitempty"`
 	Provider  string    `json:"provider,omitempty"`
 	MX        string    `json:"mx,omitempty"`
@@ -299,7 +301,7 @@ func (s *Server) events(r *http.Request) (any, error) {
 	for i := range events {
 		ev := &events[i]
 		e := Event{
-			Seq: ev.Seq, Type: ev.Type.String(), At: ev.At, Message: ev.Message.String(), Recipient: ev.Index, Address: ev.Address,
+			Seq: ev.Seq, Type: ev.Type.String(), At: ev.At, Message: ev.Message.String(), Recipient: ev.Index, Address: ev.Address, Tag: ev.Tag,
 			Provider: ev.Provider, MX: ev.MX, Phase: ev.Phase.String(), Class: ev.Class, Reply: replyText(&ev.Reply), Attempts: ev.Attempts,
 		}
 		if ev.SourceIP.IsValid() {

@@ -59,6 +59,7 @@ type Event struct {
 	Tenant  ids.Tenant
 	Project ids.Project
 	Stream  string
+	Tag     string // of the client
 	Pool    ids.Pool
 
 	Address string // of the recipient
@@ -116,6 +117,7 @@ const (
 	fieldNext       protowire.Number = 25
 	fieldAttempts   protowire.Number = 26
 	fieldRevision   protowire.Number = 27
+	fieldTag        protowire.Number = 28
 )
 
 // eventHeaderBytes are in front of the fields: schema and type.
@@ -150,7 +152,8 @@ func (e *Event) Append(b []byte) []byte {
 	b = appendTime(b, fieldEndedAt, e.EndedAt)
 	b = appendTime(b, fieldNext, e.Next)
 	b = appendUint(b, fieldAttempts, uint64(e.Attempts))
-	return appendUint(b, fieldRevision, e.Revision)
+	b = appendUint(b, fieldRevision, e.Revision)
+	return appendString(b, fieldTag, e.Tag)
 }
 
 func appendUint(b []byte, n protowire.Number, v uint64) []byte {
@@ -278,6 +281,8 @@ func (e *Event) setBytes(n protowire.Number, v []byte) {
 		copy(e.Source[:], v)
 	case fieldStream:
 		e.Stream = string(v)
+	case fieldTag:
+		e.Tag = string(v)
 	case fieldAddress:
 		e.Address = string(v)
 	case fieldSourceIP:

@@ -154,7 +154,7 @@ func (q *Queue) place(b *store.Batch, env *relay.Envelope, body *store.Body) (*p
 // envelopeEvent fills in what every event about a recipient says.
 func (q *Queue) envelopeEvent(e *outbox.Event, env *relay.Envelope, index uint16, now time.Time) {
 	*e = outbox.Event{
-		At: now, Message: env.ID, Index: index, Tenant: env.Tenant, Project: env.Project, Stream: env.Stream, Pool: env.Pool,
+		At: now, Message: env.ID, Index: index, Tenant: env.Tenant, Project: env.Project, Stream: env.Stream, Tag: env.Tag, Pool: env.Pool,
 		Address: env.Recipients[index].Address.String(), Size: env.Body.Length, AcceptedAt: env.AcceptedAt, Revision: env.Revision,
 	}
 }

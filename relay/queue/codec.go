@@ -44,6 +44,7 @@ const (
 	envExpiresAt  protowire.Number = 15
 	envRevision   protowire.Number = 16
 	envFirstDue   protowire.Number = 17
+	envTag        protowire.Number = 18
 )
 
 // Fields of a recipient in an envelope.
@@ -163,6 +164,7 @@ func appendEnvelope(b []byte, e *relay.Envelope, body relay.BodyRef, firstDueMS 
 	b = putUint(b, envFlags, envelopeFlags(e))
 	b = putAddr(b, envClientIP, e.ClientIP)
 	b = putString(b, envEnvID, e.EnvID)
+	b = putString(b, envTag, e.Tag)
 	b = putTime(b, envAcceptedAt, e.AcceptedAt)
 	b = putTime(b, envNotBefore, e.NotBefore)
 	b = putTime(b, envExpiresAt, e.ExpiresAt)
@@ -259,6 +261,8 @@ func setEnvelopeField(e *relay.Envelope, n protowire.Number, v uint64, text []by
 		e.ClientIP = toAddr(text)
 	case envEnvID:
 		e.EnvID = string(text)
+	case envTag:
+		e.Tag = string(text)
 	case envAcceptedAt:
 		e.AcceptedAt = fromMS(v)
 	case envNotBefore:

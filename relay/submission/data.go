@@ -106,6 +106,7 @@ func (s *session) applyRules(env *relay.Envelope, now time.Time) (header, error)
 	env.Stream, env.Kind, env.Pool = stream.Name, stream.Kind, stream.Pool
 	env.From = h.from
 	env.ClientDKIM = h.clientDKIM
+	env.Tag = h.options.tag
 	env.NotBefore = h.options.sendAt
 	if !env.NotBefore.After(now) {
 		env.NotBefore = time.Time{}

@@ -93,7 +93,7 @@ func TestOptionsReachTheEnvelope(t *testing.T) {
 	sendAt := time.Now().Add(48 * time.Hour).Truncate(time.Second).UTC()
 	p.mail("X-Relais-Stream: bulk\nX-Relais-Tag: spring sale\nX-Relais-Send-At: "+sendAt.Format(time.RFC3339)+"\n"+goodMessage, "250")
 	env := w.spool.last(t).env
-	if env.Stream != "bulk" || env.Kind != policy.Bulk || !env.NotBefore.Equal(sendAt) || env.ExpiresAt.Sub(sendAt) != 108*time.Hour {
+	if env.Tag != "spring sale" || env.Stream != "bulk" || env.Kind != policy.Bulk || !env.NotBefore.Equal(sendAt) || env.ExpiresAt.Sub(sendAt) != 108*time.Hour {
 		t.Errorf("stream %s, not before %v, expires %v", env.Stream, env.NotBefore, env.ExpiresAt)
 	}
 	if !strings.Contains(w.log.String(), `"tag":"spring sale"`) {

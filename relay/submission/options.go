@@ -22,7 +22,7 @@ const (
 // options is what the X-Relais fields of a message say.
 type options struct {
 	stream      string        // X-Relais-Stream: name of a stream of the credential's project
-	tag         string        // X-Relais-Tag: the client's own mark, kept with the message's log
+	tag         string        // X-Relais-Tag: the client's own mark, kept with the message and its events
 	sendAt      time.Time     // X-Relais-Send-At: RFC 3339, at most 30 days ahead; zero or past: at once
 	expireAfter time.Duration // X-Relais-Expire as a duration, counted from sendAt or acceptance
 	expireAt    time.Time     // X-Relais-Expire as an RFC 3339 time
