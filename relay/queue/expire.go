@@ -54,6 +54,7 @@ func (q *Queue) PopExpired(now time.Time, most int) []*Work {
 		}
 		it := d.win.popFirst()
 		m := q.messageFor(it.id)
+		q.leaving[it.id] = it.due
 		q.mu.Unlock()
 		out = append(out, q.expire(m, it)...)
 	}
@@ -69,6 +70,9 @@ func (q *Queue) expire(m *message, deadline item) []*Work {
 		q.mu.Unlock()
 		read, err := q.readMessage(m.id, env)
 		q.mu.Lock()
+		if err != nil || m.version == version || m.gone || m.removing {
+			delete(q.leaving, m.id)
+		}
 		switch {
 		case m.gone || m.removing:
 			q.unref(m, 1)
@@ -100,6 +104,7 @@ func (q *Queue) expire(m *message, deadline item) []*Work {
 		return work
 	}
 	q.mu.Lock()
+	delete(q.leaving, m.id)
 	q.deadlines.win.insert(deadline)
 	q.unref(m, 1)
 	q.mu.Unlock()

@@ -329,12 +329,14 @@ func (q *Queue) cleanUp(m *message) {
 		return
 	}
 	m.removing = true
+	q.leaving[m.id] = store.Milliseconds(m.env.ExpiresAt)
 	sc := scratchPool.Get().(*scratch)
 	b := q.st.NewBatch()
 	q.writeRemoval(b, m.env, true, sc)
 	scratchPool.Put(sc)
 	q.st.CommitAsync(b, func(err error) {
 		q.mu.Lock()
+		delete(q.leaving, m.id)
 		if err == nil {
 			q.removed(m)
 		} else {

@@ -361,7 +361,9 @@ func TestQueueEqualsItsModel(t *testing.T) {
 
 // With next to no memory every window is cut and read again all the time.
 func TestQueueEqualsItsModelWithHardlyAnyMemory(t *testing.T) {
-	rapid.Check(t, func(r *rapid.T) { runModel(t, r, sizes{minMemory: 4, minPage: 2, maxPage: 3, maxDeadlines: 4}) })
+	rapid.Check(t, func(r *rapid.T) {
+		runModel(t, r, sizes{minMemory: 4, minPage: 2, maxPage: 3, maxDeadlines: 4, floorEvery: 2})
+	})
 }
 
 func runModel(outer *testing.T, t *rapid.T, sz sizes) {

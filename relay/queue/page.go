@@ -1,6 +1,7 @@
 package queue
 
 import (
+	"math"
 	"slices"
 	"time"
 
@@ -22,17 +23,14 @@ type sizes struct {
 	minPage      int // one read from disk
 	maxPage      int
 	maxDeadlines int
+	floorEvery   int // keys deleted before a floor is stored again
 }
 
-var defaultSizes = sizes{minMemory: 1_000, minPage: 32, maxPage: 1024, maxDeadlines: 32_768}
+var defaultSizes = sizes{minMemory: 1_000, minPage: 32, maxPage: 1024, maxDeadlines: 32_768, floorEvery: 4096}
 
 // floorMargin is what a floor stays below the earliest place in use: longer
 // than any commit takes, plus maxClockLag.
 const floorMargin = 10 * time.Minute
-
-// floorEvery is how many waiting keys are deleted before the floor is stored
-// again.
-const floorEvery = 4096
 
 func floorBefore(ms int64) int64 { return max(ms-floorMargin.Milliseconds(), 0) }
 
@@ -297,23 +295,42 @@ func (q *Queue) floorOf(wq *workQueue) int64 {
 	if !wq.complete {
 		earliest = min(earliest, wq.end.due)
 	}
+	if wq == q.deadlines {
+		for _, due := range q.leaving {
+			earliest = min(earliest, due)
+		}
+	}
 	for w := range q.flights {
-		for i, h := range w.held {
-			switch {
-			case wq == q.deadlines:
-				earliest = min(earliest, store.Milliseconds(w.Env.ExpiresAt))
-			case w.wq == wq && h.waits && i < len(w.Recipients):
-				earliest = min(earliest, h.due)
-			}
+		switch {
+		case wq != q.deadlines:
+			earliest = min(earliest, w.earliestFrom(wq))
+		case w.Env == nil:
+			return wq.floor // it is being read: its deadline is not known yet
+		default:
+			earliest = min(earliest, store.Milliseconds(w.Env.ExpiresAt))
 		}
 	}
 	return max(floorBefore(earliest), wq.floor)
 }
 
+// earliestFrom is the earliest waiting key that the work holds of a queue.
+func (w *Work) earliestFrom(wq *workQueue) int64 {
+	earliest := int64(math.MaxInt64)
+	if w.wq != wq {
+		return earliest
+	}
+	for _, h := range w.held {
+		if h.waits {
+			earliest = min(earliest, h.due)
+		}
+	}
+	return earliest
+}
+
 // storeFloor adds a queue's floor to a batch now and then. Call with the lock
 // held.
 func (q *Queue) storeFloor(b *store.Batch, wq *workQueue, sc *scratch) {
-	if wq.removed < floorEvery {
+	if wq.removed < q.sizes.floorEvery {
 		return
 	}
 	wq.removed = 0
@@ -328,7 +345,7 @@ func (q *Queue) lowerFloor(b *store.Batch, wq *workQueue, due int64, sc *scratch
 		return
 	}
 	wq.floor = floorBefore(due)
-	wq.removed = floorEvery // a floor computed before may be stored after this one: store it again soon
+	wq.removed = q.sizes.floorEvery // a floor computed before may be stored after this one: store it again soon
 	q.putFloor(b, wq, sc)
 }
 

@@ -180,8 +180,9 @@ type Queue struct {
 	deadlines  *workQueue // the deadline index, handled like a work queue
 	live       map[ids.Message]*message
 	flights    map[*Work]struct{}
-	inMemory   int // items in the windows of work queues
-	inFlight   int // recipients owned by callers
+	leaving    map[ids.Message]int64 // deadlines that are on disk and in no window, of messages without flight
+	inMemory   int                   // items in the windows of work queues
+	inFlight   int                   // recipients owned by callers
 	inbound    int64
 	waiting    int64 // waiting keys written minus deleted since start
 	base       int64 // waiting keys at start
@@ -312,7 +313,7 @@ func Open(ctx context.Context, st *store.Store, ob *outbox.Outbox, cfg Config) (
 		st: st, ob: ob, cfg: cfg, log: cfg.Logger, metrics: newMetrics(), sizes: cfg.sizes,
 		policy: cfg.Policy, maxInbound: cfg.MaxInbound,
 		byKey: make(map[Key]*workQueue), byNumber: make(map[Number]*workQueue), nextNumber: 1,
-		deadlines: &workQueue{}, live: make(map[ids.Message]*message), flights: make(map[*Work]struct{}),
+		deadlines: &workQueue{}, live: make(map[ids.Message]*message), flights: make(map[*Work]struct{}), leaving: make(map[ids.Message]int64),
 		pageWake: make(chan struct{}, 1), stop: make(chan struct{}),
 	}
 	if q.sizes == (sizes{}) {

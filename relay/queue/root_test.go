@@ -171,7 +171,7 @@ func TestAFullDiskRefusesMailInTimeAndLosesNothing(t *testing.T) {
 	// Deliveries go on and are recorded, long enough to rotate the index's logs.
 	for i := 0; len(kept) > 100 || i < 8_000; i++ {
 		w := f.take(1)
-		if len(kept) > 100 && i%40 == 0 {
+		if len(kept) > 100 && i%15 == 0 {
 			f.delivered(w, f.begin(w))
 			delete(kept, w.Env.ID)
 			continue

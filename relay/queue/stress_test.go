@@ -21,7 +21,7 @@ import (
 func TestEveryRecipientEndsOnceUnderConcurrency(t *testing.T) {
 	const clients, messages, workers = 4, 120, 4
 	f := newFixture(t)
-	f.sizes = sizes{minMemory: 10, minPage: 2, maxPage: 5, maxDeadlines: 8}
+	f.sizes = sizes{minMemory: 10, minPage: 2, maxPage: 5, maxDeadlines: 8, floorEvery: 3}
 	f.policy.MaxMemoryRecipients = 10
 	f.clock.now = time.Now()
 	f.open()

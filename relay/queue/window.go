@@ -189,12 +189,3 @@ func (w *window) shrink(keep int, drop func(item)) (end pos, dropped bool) {
 	}
 	return end, false
 }
-
-// all calls f for every item in order.
-func (w *window) all(f func(item)) {
-	for _, chunk := range w.chunks {
-		for _, it := range chunk {
-			f(it)
-		}
-	}
-}

@@ -31,7 +31,7 @@ const (
 // indexOptions are Badger's settings. Each that differs from the default has
 // its reason in DESIGN.md.
 func indexOptions(dir string, memTableBytes int64, log *slog.Logger) badger.Options {
-	return badger.DefaultOptions(dir).
+	opt := badger.DefaultOptions(dir).
 		WithSyncWrites(true).
 		WithDetectConflicts(false).
 		WithMetricsEnabled(false).
@@ -39,7 +39,7 @@ func indexOptions(dir string, memTableBytes int64, log *slog.Logger) badger.Opti
 		WithNumMemtables(memTables).
 		WithNumCompactors(2).
 		WithNumGoroutines(2).
-		WithBaseTableSize(4 << 20).
+		WithBaseTableSize(2 << 20).
 		WithValueThreshold(min(valueThreshold, memTableBytes/8)).
 		WithValueLogFileSize(valueLogBytes).
 		WithCompression(options.None).
@@ -47,6 +47,8 @@ func indexOptions(dir string, memTableBytes int64, log *slog.Logger) badger.Opti
 		WithIndexCacheSize(0).
 		WithCompactL0OnClose(false).
 		WithLogger(&badgerLog{log: log.With("part", "badger")})
+	opt.TableSizeMultiplier = 1
+	return opt
 }
 
 // badgerLog passes Badger's messages on; what it says in passing is for
