@@ -128,17 +128,23 @@ type result struct {
 	Seed           uint64  `json:"seed"`
 	Lab            string  `json:"lab"`
 	DKIM           bool    `json:"dkim"`
-	RelayLogs      string  `json:"logs"`
 	FirstDelivery  float64 `json:"first_delivery_s"`
 }
 
-func run(ctx context.Context, o *options) (bool, error) {
+func run(ctx context.Context, o *options) (good bool, err error) {
 	if o.dir == "" {
 		dir, err := os.MkdirTemp("", "relais-run-")
 		if err != nil {
 			return false, err
 		}
 		o.dir = dir
+		defer func() {
+			// What went wrong has to be found in the logs; what went well
+			// would only fill the disk.
+			if good {
+				_ = os.RemoveAll(dir)
+			}
+		}()
 	}
 	say := func(text string, args ...any) { fmt.Fprintf(os.Stderr, text+"\n", args...) }
 	say("data      %s", o.dir)
@@ -241,7 +247,6 @@ func account(ctx context.Context, f *fleet.Fleet, o *options, submitted []fleet.
 	res := &result{
 		DSN: rep.NullSender, Duplicated: rep.Duplicated - rep.DuplicatedExcused, DKIMPass: rep.DKIM.Pass, DKIMFail: rep.DKIM.Fail + rep.DKIM.None,
 		LimitBreaches: rep.LimitBreaches, ProtocolFaults: len(rep.ProtocolFaults), MessageBytes: o.size, Seed: o.seed, Lab: string(rep.Mode), DKIM: o.dkim,
-		RelayLogs: o.dir,
 	}
 	if !o.dkim {
 		res.DKIMFail = 0
