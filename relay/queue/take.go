@@ -56,8 +56,9 @@ func (q *Queue) Take(n Number, now time.Time, maxRecipients int) (*Work, bool) {
 		q.mu.Unlock()
 		return w, true
 	}
+	env := m.env
 	q.mu.Unlock()
-	return q.loadWork(w)
+	return q.loadWork(w, env)
 }
 
 // takeHead moves the recipients of the head message from the window into the
@@ -135,10 +136,11 @@ func (m *message) setFlying(index uint16, on bool) bool {
 	return true
 }
 
-// loadWork reads from disk what memory does not have about taken work.
-func (q *Queue) loadWork(w *Work) (*Work, bool) {
+// loadWork reads from disk what memory does not have about taken work; env is
+// nil if that includes the envelope.
+func (q *Queue) loadWork(w *Work, env *relay.Envelope) (*Work, bool) {
 	m := w.msg
-	read, err := q.readMessage(m.id, m.env)
+	read, err := q.readMessage(m.id, env)
 	if fault.Is(err, fault.NotFound) {
 		q.dropOrphans(w)
 		return nil, false

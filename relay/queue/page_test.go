@@ -1,0 +1,79 @@
+package queue
+
+import (
+	"testing"
+	"time"
+
+	"github.com/relais-mta/relais/relay"
+	"github.com/relais-mta/relais/relay/outbox"
+	"github.com/relais-mta/relais/relay/store"
+)
+
+// TestWhatHappensWhileAPageIsReadIsInTheWindow holds a page between its
+// snapshot and its arrival and lets mail come, go and come back meanwhile.
+func TestWhatHappensWhileAPageIsReadIsInTheWindow(t *testing.T) {
+	f := newFixture(t).open()
+	stays := f.accept("a@one.example")
+	f.clock.Add(time.Millisecond)
+	ends := f.accept("b@one.example")
+	f.clock.Add(time.Millisecond)
+	returns := f.accept("c@one.example")
+	var wq *workQueue
+	var works []*Work
+	for range 3 {
+		works = append(works, f.take(1))
+	}
+	f.q.Return(works[0])
+	// The window is cut to nothing, as it is when memory is short.
+	var snap *store.Snapshot
+	if err := f.st.Barrier(func() {
+		f.q.mu.Lock()
+		defer f.q.mu.Unlock()
+		wq = works[0].wq
+		wq.end, _ = wq.win.shrink(0, func(it item) {
+			f.q.inMemory--
+			f.q.forget(it)
+		})
+		wq.complete, wq.paging, wq.wanted, wq.pageEnd = false, true, true, wq.end
+		snap = f.st.Snapshot()
+	}); err != nil {
+		t.Fatal(err)
+	}
+	f.delivered(works[1], nil)
+	f.q.Return(works[2])
+	f.clock.Add(time.Millisecond)
+	comes := f.accept("d@one.example")
+	f.q.readPage(snap, wq, 100)
+	snap.Close()
+	var got []string
+	for {
+		w, ok := f.q.Take(wq.number, f.clock.Now(), 10)
+		if !ok {
+			break
+		}
+		got = append(got, w.Env.ID.String())
+		f.finish(w, nil, all(w, relay.StateDelivered, outbox.Delivered, time.Time{}))
+	}
+	want := []string{stays.ID.String(), returns.ID.String(), comes.ID.String()}
+	if len(got) != 3 || got[0] != want[0] || got[1] != want[1] || got[2] != want[2] {
+		t.Errorf("the window gave %v, want %v (ended meanwhile: %s)", got, want, ends.ID)
+	}
+	f.empty()
+}
+
+func TestFairLengthFillsTheTotal(t *testing.T) {
+	for _, tc := range []struct {
+		lengths     []int
+		total, want int
+	}{
+		{[]int{10, 10, 10}, 30, 30},
+		{[]int{100, 10, 10}, 60, 40},
+		{[]int{100, 100, 1}, 51, 25},
+		{[]int{5, 5, 5}, 1, 1},
+		{nil, 10, 10},
+	} {
+		if got := fairLength(tc.lengths, tc.total); got != tc.want {
+			t.Errorf("fairLength(%v, %d) = %d, want %d", tc.lengths, tc.total, got, tc.want)
+		}
+	}
+}
