@@ -77,3 +77,54 @@ func TestFairLengthFillsTheTotal(t *testing.T) {
 		}
 	}
 }
+
+// A floor must stay below what is in flight: a crash makes that wait again.
+func TestFloorsStayBelowWhatIsInFlight(t *testing.T) {
+	f := newFixture(t)
+	f.sizes.floorEvery = 2
+	f.open()
+	slow := f.envelope("slow@one.example")
+	slow.ExpiresAt = slow.AcceptedAt.Add(2 * time.Hour)
+	if err := f.q.Accept(t.Context(), slow, f.body("x")); err != nil {
+		t.Fatal(err)
+	}
+	if w := f.take(1); w.Env.ID != slow.ID {
+		t.Fatalf("took %s", w.Env.ID)
+	}
+	f.clock.Add(4 * time.Hour)
+	if got := f.q.PopExpired(f.clock.Now(), 10); len(got) != 0 {
+		t.Fatalf("%s expired in flight", got[0].Env.ID)
+	}
+	for range 10 {
+		f.accept("quick@one.example")
+		f.delivered(f.take(1), nil)
+	}
+	f.reopen()
+	f.loaded()
+	if due, ok := f.q.NextDeadline(); !ok || !due.Equal(slow.ExpiresAt) {
+		t.Errorf("the deadline of what was in flight is %v, %v, want %v", due, ok, slow.ExpiresAt)
+	}
+	if w := f.take(1); w.Env.ID != slow.ID {
+		t.Errorf("took %s, want what was in flight", w.Env.ID)
+	}
+}
+
+// When the clock is set back, new work is due before the floor.
+func TestAClockSetBackHidesNoMail(t *testing.T) {
+	f := newFixture(t)
+	f.sizes.floorEvery = 2
+	f.open()
+	for range 10 {
+		f.accept("quick@one.example")
+		f.delivered(f.take(1), nil)
+	}
+	f.clock.Add(-30 * 24 * time.Hour)
+	late := f.accept("late@one.example")
+	f.reopen()
+	if w := f.take(1); w.Env.ID != late.ID {
+		t.Errorf("took %s, want %s", w.Env.ID, late.ID)
+	}
+	if due, ok := f.q.NextDeadline(); !ok || !due.Equal(late.ExpiresAt) {
+		t.Errorf("the next deadline is %v, %v, want %v", due, ok, late.ExpiresAt)
+	}
+}
