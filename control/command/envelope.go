@@ -24,7 +24,7 @@ import (
 )
 
 // FSMVersion is the newest command version this program can apply.
-const FSMVersion uint16 = 1
+const FSMVersion uint16 = 2
 
 // headerBytes is the length of the envelope in front of the body.
 const headerBytes = 1 + 2 + 8 + 8
@@ -56,7 +56,7 @@ func Encode(c Command, now time.Time, term uint64) ([]byte, error) {
 	}
 	b := make([]byte, headerBytes, headerBytes+proto.Size(c))
 	b[0] = byte(typ)
-	binary.BigEndian.PutUint16(b[1:], FSMVersion)
+	binary.BigEndian.PutUint16(b[1:], Since(typ)) // so that older servers apply what they know
 	binary.BigEndian.PutUint64(b[3:], uint64(now.UnixMilli()))
 	binary.BigEndian.PutUint64(b[11:], term)
 	b, err := marshal.MarshalAppend(b, c)
@@ -94,6 +94,10 @@ func Decode(b []byte) (Envelope, error) {
 	e.Body = reg.make()
 	if err := proto.Unmarshal(b[headerBytes:], e.Body); err != nil {
 		return e, fault.Wrap(fmt.Errorf("%w: %w", ErrUnknown, err), fault.Internal, op, "the body of a %s command cannot be read", e.Type)
+	}
+	if set, ok := e.Body.(*FSMVersionSet); ok && set.GetVersion() > uint32(FSMVersion) {
+		return e, fault.Wrap(ErrUnknown, fault.Internal, op,
+			"the cluster works at version %d of the commands, this program knows %d: this directory was written by a newer release, install that or a newer one", set.GetVersion(), FSMVersion)
 	}
 	return e, nil
 }

@@ -32,6 +32,8 @@ const (
 	TypeAPIKeyPut        Type = 18
 	TypeReturnPathKeyPut Type = 19
 	TypeFSMVersionSet    Type = 20
+	TypeClusterRecover   Type = 50
+	TypeRecoveryEnd      Type = 51
 	TypeStateHash        Type = 1 | IgnorableBit // says nothing that changes the state
 )
 
@@ -71,6 +73,8 @@ var registry = []registration{
 	{TypeAPIKeyPut, "api-key.put", func() Command { return new(APIKeyPut) }},
 	{TypeReturnPathKeyPut, "return-path-key.put", func() Command { return new(ReturnPathKeyPut) }},
 	{TypeFSMVersionSet, "fsm-version.set", func() Command { return new(FSMVersionSet) }},
+	{TypeClusterRecover, "cluster.recover", func() Command { return new(ClusterRecover) }},
+	{TypeRecoveryEnd, "recovery.end", func() Command { return new(RecoveryEnd) }},
 	{TypeStateHash, "state-hash", func() Command { return new(StateHash) }},
 }
 
@@ -132,6 +136,10 @@ func TypeOf(c Command) Type {
 		return TypeReturnPathKeyPut
 	case *FSMVersionSet:
 		return TypeFSMVersionSet
+	case *ClusterRecover:
+		return TypeClusterRecover
+	case *RecoveryEnd:
+		return TypeRecoveryEnd
 	case *StateHash:
 		return TypeStateHash
 	}

@@ -4,6 +4,7 @@
 package fsm
 
 import (
+	"errors"
 	"fmt"
 	"io"
 
@@ -53,9 +54,13 @@ func (f *FSM) ApplyBatch(logs []*raft.Log) []any {
 // Snapshot implements raft.FSM. It takes pointers only; Persist does the work.
 func (f *FSM) Snapshot() (raft.FSMSnapshot, error) { return snapshot{f.state.Read()}, nil }
 
-// Restore implements raft.FSM.
+// Restore implements raft.FSM. A snapshot of a newer release halts the server:
+// raft would otherwise try an older snapshot, and say nothing useful at the end.
 func (f *FSM) Restore(r io.ReadCloser) error {
 	err := f.state.Restore(r)
+	if errors.Is(err, command.ErrUnknown) {
+		f.halt(err)
+	}
 	if closeErr := r.Close(); err == nil {
 		err = closeErr
 	}

@@ -27,6 +27,7 @@ const (
 	sectionAPIKeys        = 14
 	sectionReturnPathKeys = 15
 	sectionAudit          = 16
+	sectionRecovery       = 24
 	maxSections           = 32
 )
 
@@ -73,6 +74,7 @@ var sections = []interface {
 }{
 	clusterTable, serversTable, nodesTable, tokensTable, tenantsTable, projectsTable, domainsTable, credentialsTable,
 	poolsTable, sourcesTable, policyTable, operatorsTable, apiKeysTable, returnPathKeysTable, auditTable,
+	recoveryTable,
 }
 
 // apply dispatches an entry to the function of its command.
@@ -120,6 +122,10 @@ func (a *applier) apply(body command.Command) (any, error) {
 		return a.returnPathKeyPut(c)
 	case *command.FSMVersionSet:
 		return a.fsmVersionSet(c)
+	case *command.ClusterRecover:
+		return a.clusterRecover(c)
+	case *command.RecoveryEnd:
+		return a.recoveryEnd(c)
 	case *command.StateHash:
 		return nil, nil // compared by Store.Apply
 	}

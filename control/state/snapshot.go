@@ -138,7 +138,7 @@ func (s *Store) Restore(r io.Reader) error {
 		return fault.New(fault.Invalid, op, "this is not a snapshot of a control plane")
 	}
 	if v := binary.BigEndian.Uint16(head[len(snapshotMagic):]); v != snapshotFormat {
-		return fault.New(fault.Invalid, op, "the snapshot has format %d, this program reads %d: install a newer release", v, snapshotFormat)
+		return fault.Wrap(command.ErrUnknown, fault.Invalid, op, "the snapshot has format %d, this program reads %d: install a newer release", v, snapshotFormat)
 	}
 	db := newDB()
 	a := &applier{txn: db.Txn(true)}
@@ -171,6 +171,9 @@ func (s *Store) Restore(r io.Reader) error {
 	if want.hash != a.progress.hash {
 		return fault.New(fault.Invalid, op, "the rows of the snapshot do not add up to its state hash: take another snapshot")
 	}
+	if c := get(a.txn, clusterTable, "id", singleton); c != nil && c.FSMVersion > command.FSMVersion {
+		return fault.Wrap(command.ErrUnknown, fault.Invalid, op, "the cluster works at version %d of the commands, this program knows %d: this directory was written by a newer release, install that or a newer one", c.FSMVersion, command.FSMVersion)
+	}
 	want.counts = a.progress.counts
 	writeProgress(a.txn, want)
 	a.txn.Commit()
@@ -192,7 +195,7 @@ func (a *applier) loadSection(kind uint16, rows [][]byte) error {
 		}
 		return nil
 	}
-	return fault.New(fault.Invalid, "state.Restore", "the snapshot holds a section of unknown type %d: install a newer release", kind)
+	return fault.Wrap(command.ErrUnknown, fault.Invalid, "state.Restore", "the snapshot holds a section of unknown type %d: install a newer release", kind)
 }
 
 func readSection(r io.Reader) (kind uint16, rows [][]byte, err error) {
@@ -209,7 +212,7 @@ func readSection(r io.Reader) (kind uint16, rows [][]byte, err error) {
 	}
 	kind = binary.BigEndian.Uint16(head[0:])
 	if v := binary.BigEndian.Uint16(head[2:]); v != sectionVersion {
-		return 0, nil, fault.New(fault.Invalid, op, "section %d of the snapshot has version %d, this program reads %d: install a newer release", kind, v, sectionVersion)
+		return 0, nil, fault.Wrap(command.ErrUnknown, fault.Invalid, op, "section %d of the snapshot has version %d, this program reads %d: install a newer release", kind, v, sectionVersion)
 	}
 	count, length := binary.BigEndian.Uint32(head[4:]), binary.BigEndian.Uint32(head[8:])
 	if length > maxSectionBytes {

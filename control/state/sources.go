@@ -157,6 +157,9 @@ func (a *applier) newOwner(old, row *control.Source, c *command.IPAssign) error 
 	if old.Owner == node.ID {
 		return nil
 	}
+	if err := a.recovering(); err != nil {
+		return err
+	}
 	if !old.Owner.IsZero() && !c.GetOldOwnerIsOff() {
 		e := fault.New(fault.Conflict, op, "%s is assigned to node %s: switch that machine off and say so with --old-owner-is-off", old.Bind, old.Owner)
 		e.Field = "node"

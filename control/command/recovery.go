@@ -1,0 +1,33 @@
+package command
+
+import "github.com/relais-mta/relais/control"
+
+// firstTypes is the last type number of version 1 of the commands. What was
+// added later is logged only when every server of the cluster knows it.
+const firstTypes = 20
+
+// Since returns the first version of the commands that has the type.
+func Since(t Type) uint16 {
+	if t&^IgnorableBit <= firstTypes {
+		return 1
+	}
+	return 2
+}
+
+// RecoveryRecord returns the record of the row.
+func RecoveryRecord(r *control.Recovery) *Recovery {
+	return &Recovery{Generation: r.Generation, SinceMs: millis(r.Since), Cause: string(r.Cause)}
+}
+
+// Row returns the row of the record.
+func (r *Recovery) Row() (*control.Recovery, error) {
+	return &control.Recovery{Generation: r.GetGeneration(), Since: fromMillis(r.GetSinceMs()), Cause: control.RecoveryCause(r.GetCause())}, nil
+}
+
+// Validate implements Command.
+func (c *ClusterRecover) Validate() error {
+	return first(checkMeta(c.GetMeta()), oneOf("cause", c.GetCause(), string(control.CauseRestore), string(control.CauseRecover)), (&ServerUpsert{Server: c.GetServer()}).Validate())
+}
+
+// Validate implements Command.
+func (c *RecoveryEnd) Validate() error { return checkMeta(c.GetMeta()) }
