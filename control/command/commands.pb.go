@@ -1009,7 +1009,8 @@ type PolicyPut struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Meta          *Meta                  `protobuf:"bytes,1,opt,name=meta,proto3" json:"meta,omitempty"`
 	Expect        uint64                 `protobuf:"varint,2,opt,name=expect,proto3" json:"expect,omitempty"`
-	Sections      []*PolicySection       `protobuf:"bytes,3,rep,name=sections,proto3" json:"sections,omitempty"` // an empty text goes back to the shipped default
+	Sections      []*PolicySection       `protobuf:"bytes,3,rep,name=sections,proto3" json:"sections,omitempty"`                              // an empty text goes back to the shipped default
+	KeepVersions  uint32                 `protobuf:"varint,4,opt,name=keep_versions,json=keepVersions,proto3" json:"keep_versions,omitempty"` // versions kept for comparison and rollback, this one included; 0: none is added
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1063,6 +1064,13 @@ func (x *PolicyPut) GetSections() []*PolicySection {
 		return x.Sections
 	}
 	return nil
+}
+
+func (x *PolicyPut) GetKeepVersions() uint32 {
+	if x != nil {
+		return x.KeepVersions
+	}
+	return 0
 }
 
 type OperatorPut struct {
@@ -1438,11 +1446,12 @@ const file_control_command_commands_proto_rawDesc = "" +
 	"\x06source\x18\x03 \x01(\fR\x06source\x12\x12\n" +
 	"\x04node\x18\x04 \x01(\fR\x04node\x12\x12\n" +
 	"\x04pool\x18\x05 \x01(\fR\x04pool\x12'\n" +
-	"\x10old_owner_is_off\x18\x06 \x01(\bR\roldOwnerIsOff\"\x8e\x01\n" +
+	"\x10old_owner_is_off\x18\x06 \x01(\bR\roldOwnerIsOff\"\xb3\x01\n" +
 	"\tPolicyPut\x12+\n" +
 	"\x04meta\x18\x01 \x01(\v2\x17.relais.control.v1.MetaR\x04meta\x12\x16\n" +
 	"\x06expect\x18\x02 \x01(\x04R\x06expect\x12<\n" +
-	"\bsections\x18\x03 \x03(\v2 .relais.control.v1.PolicySectionR\bsections\"\x8b\x01\n" +
+	"\bsections\x18\x03 \x03(\v2 .relais.control.v1.PolicySectionR\bsections\x12#\n" +
+	"\rkeep_versions\x18\x04 \x01(\rR\fkeepVersions\"\x8b\x01\n" +
 	"\vOperatorPut\x12+\n" +
 	"\x04meta\x18\x01 \x01(\v2\x17.relais.control.v1.MetaR\x04meta\x12\x16\n" +
 	"\x06expect\x18\x02 \x01(\x04R\x06expect\x127\n" +

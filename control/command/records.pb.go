@@ -889,6 +889,7 @@ type Domain struct {
 	ReturnPath    string                 `protobuf:"bytes,3,opt,name=return_path,json=returnPath,proto3" json:"return_path,omitempty"`
 	Dkim          []*DKIMKey             `protobuf:"bytes,4,rep,name=dkim,proto3" json:"dkim,omitempty"`
 	CreatedMs     int64                  `protobuf:"varint,5,opt,name=created_ms,json=createdMs,proto3" json:"created_ms,omitempty"`
+	VerifiedMs    int64                  `protobuf:"varint,6,opt,name=verified_ms,json=verifiedMs,proto3" json:"verified_ms,omitempty"` // when its ownership record was first seen; 0: never
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -958,19 +959,28 @@ func (x *Domain) GetCreatedMs() int64 {
 	return 0
 }
 
+func (x *Domain) GetVerifiedMs() int64 {
+	if x != nil {
+		return x.VerifiedMs
+	}
+	return 0
+}
+
 type Credential struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Id            []byte                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	Tenant        []byte                 `protobuf:"bytes,2,opt,name=tenant,proto3" json:"tenant,omitempty"`
-	Project       []byte                 `protobuf:"bytes,3,opt,name=project,proto3" json:"project,omitempty"`
-	Name          string                 `protobuf:"bytes,4,opt,name=name,proto3" json:"name,omitempty"`
-	SecretHash    []byte                 `protobuf:"bytes,5,opt,name=secret_hash,json=secretHash,proto3" json:"secret_hash,omitempty"`
-	Stream        string                 `protobuf:"bytes,6,opt,name=stream,proto3" json:"stream,omitempty"`
-	NotAfterMs    int64                  `protobuf:"varint,7,opt,name=not_after_ms,json=notAfterMs,proto3" json:"not_after_ms,omitempty"`
-	Revoked       bool                   `protobuf:"varint,8,opt,name=revoked,proto3" json:"revoked,omitempty"`
-	CreatedMs     int64                  `protobuf:"varint,9,opt,name=created_ms,json=createdMs,proto3" json:"created_ms,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state           protoimpl.MessageState `protogen:"open.v1"`
+	Id              []byte                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Tenant          []byte                 `protobuf:"bytes,2,opt,name=tenant,proto3" json:"tenant,omitempty"`
+	Project         []byte                 `protobuf:"bytes,3,opt,name=project,proto3" json:"project,omitempty"`
+	Name            string                 `protobuf:"bytes,4,opt,name=name,proto3" json:"name,omitempty"`
+	SecretHash      []byte                 `protobuf:"bytes,5,opt,name=secret_hash,json=secretHash,proto3" json:"secret_hash,omitempty"`
+	Stream          string                 `protobuf:"bytes,6,opt,name=stream,proto3" json:"stream,omitempty"`
+	NotAfterMs      int64                  `protobuf:"varint,7,opt,name=not_after_ms,json=notAfterMs,proto3" json:"not_after_ms,omitempty"`
+	Revoked         bool                   `protobuf:"varint,8,opt,name=revoked,proto3" json:"revoked,omitempty"`
+	CreatedMs       int64                  `protobuf:"varint,9,opt,name=created_ms,json=createdMs,proto3" json:"created_ms,omitempty"`
+	PreviousHash    []byte                 `protobuf:"bytes,10,opt,name=previous_hash,json=previousHash,proto3" json:"previous_hash,omitempty"`             // of the secret before the last rotation
+	PreviousUntilMs int64                  `protobuf:"varint,11,opt,name=previous_until_ms,json=previousUntilMs,proto3" json:"previous_until_ms,omitempty"` // the previous secret is good until then
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *Credential) Reset() {
@@ -1066,6 +1076,20 @@ func (x *Credential) GetCreatedMs() int64 {
 	return 0
 }
 
+func (x *Credential) GetPreviousHash() []byte {
+	if x != nil {
+		return x.PreviousHash
+	}
+	return nil
+}
+
+func (x *Credential) GetPreviousUntilMs() int64 {
+	if x != nil {
+		return x.PreviousUntilMs
+	}
+	return 0
+}
+
 type Pool struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            []byte                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -1155,6 +1179,10 @@ type Source struct {
 	Pinned        bool                   `protobuf:"varint,9,opt,name=pinned,proto3" json:"pinned,omitempty"`
 	State         string                 `protobuf:"bytes,10,opt,name=state,proto3" json:"state,omitempty"`
 	CreatedMs     int64                  `protobuf:"varint,11,opt,name=created_ms,json=createdMs,proto3" json:"created_ms,omitempty"`
+	Reverse       string                 `protobuf:"bytes,12,opt,name=reverse,proto3" json:"reverse,omitempty"`                                  // verdict on its reverse DNS; empty: not checked yet
+	ReverseDetail string                 `protobuf:"bytes,13,opt,name=reverse_detail,json=reverseDetail,proto3" json:"reverse_detail,omitempty"` // what the check found
+	ReverseMs     int64                  `protobuf:"varint,14,opt,name=reverse_ms,json=reverseMs,proto3" json:"reverse_ms,omitempty"`            // when the verdict was reached
+	Overridden    bool                   `protobuf:"varint,15,opt,name=overridden,proto3" json:"overridden,omitempty"`                           // an operator uses it without confirmed reverse DNS
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1266,6 +1294,34 @@ func (x *Source) GetCreatedMs() int64 {
 	return 0
 }
 
+func (x *Source) GetReverse() string {
+	if x != nil {
+		return x.Reverse
+	}
+	return ""
+}
+
+func (x *Source) GetReverseDetail() string {
+	if x != nil {
+		return x.ReverseDetail
+	}
+	return ""
+}
+
+func (x *Source) GetReverseMs() int64 {
+	if x != nil {
+		return x.ReverseMs
+	}
+	return 0
+}
+
+func (x *Source) GetOverridden() bool {
+	if x != nil {
+		return x.Overridden
+	}
+	return false
+}
+
 type PolicySection struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -1362,6 +1418,84 @@ func (x *Policy) GetSections() []*PolicySection {
 	return nil
 }
 
+// PolicyVersion is a policy that was put, kept so that it can be compared with
+// and gone back to.
+type PolicyVersion struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Revision      uint64                 `protobuf:"varint,1,opt,name=revision,proto3" json:"revision,omitempty"` // of the policy
+	TimeMs        int64                  `protobuf:"varint,2,opt,name=time_ms,json=timeMs,proto3" json:"time_ms,omitempty"`
+	Actor         string                 `protobuf:"bytes,3,opt,name=actor,proto3" json:"actor,omitempty"`
+	Reason        string                 `protobuf:"bytes,4,opt,name=reason,proto3" json:"reason,omitempty"`
+	Sections      []*PolicySection       `protobuf:"bytes,5,rep,name=sections,proto3" json:"sections,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PolicyVersion) Reset() {
+	*x = PolicyVersion{}
+	mi := &file_control_command_records_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PolicyVersion) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PolicyVersion) ProtoMessage() {}
+
+func (x *PolicyVersion) ProtoReflect() protoreflect.Message {
+	mi := &file_control_command_records_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PolicyVersion.ProtoReflect.Descriptor instead.
+func (*PolicyVersion) Descriptor() ([]byte, []int) {
+	return file_control_command_records_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *PolicyVersion) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+func (x *PolicyVersion) GetTimeMs() int64 {
+	if x != nil {
+		return x.TimeMs
+	}
+	return 0
+}
+
+func (x *PolicyVersion) GetActor() string {
+	if x != nil {
+		return x.Actor
+	}
+	return ""
+}
+
+func (x *PolicyVersion) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *PolicyVersion) GetSections() []*PolicySection {
+	if x != nil {
+		return x.Sections
+	}
+	return nil
+}
+
 type Operator struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            []byte                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -1376,7 +1510,7 @@ type Operator struct {
 
 func (x *Operator) Reset() {
 	*x = Operator{}
-	mi := &file_control_command_records_proto_msgTypes[16]
+	mi := &file_control_command_records_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1388,7 +1522,7 @@ func (x *Operator) String() string {
 func (*Operator) ProtoMessage() {}
 
 func (x *Operator) ProtoReflect() protoreflect.Message {
-	mi := &file_control_command_records_proto_msgTypes[16]
+	mi := &file_control_command_records_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1401,7 +1535,7 @@ func (x *Operator) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Operator.ProtoReflect.Descriptor instead.
 func (*Operator) Descriptor() ([]byte, []int) {
-	return file_control_command_records_proto_rawDescGZIP(), []int{16}
+	return file_control_command_records_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Operator) GetId() []byte {
@@ -1461,7 +1595,7 @@ type APIKey struct {
 
 func (x *APIKey) Reset() {
 	*x = APIKey{}
-	mi := &file_control_command_records_proto_msgTypes[17]
+	mi := &file_control_command_records_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1473,7 +1607,7 @@ func (x *APIKey) String() string {
 func (*APIKey) ProtoMessage() {}
 
 func (x *APIKey) ProtoReflect() protoreflect.Message {
-	mi := &file_control_command_records_proto_msgTypes[17]
+	mi := &file_control_command_records_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1486,7 +1620,7 @@ func (x *APIKey) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use APIKey.ProtoReflect.Descriptor instead.
 func (*APIKey) Descriptor() ([]byte, []int) {
-	return file_control_command_records_proto_rawDescGZIP(), []int{17}
+	return file_control_command_records_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *APIKey) GetId() []byte {
@@ -1549,7 +1683,7 @@ type ReturnPathKey struct {
 
 func (x *ReturnPathKey) Reset() {
 	*x = ReturnPathKey{}
-	mi := &file_control_command_records_proto_msgTypes[18]
+	mi := &file_control_command_records_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1561,7 +1695,7 @@ func (x *ReturnPathKey) String() string {
 func (*ReturnPathKey) ProtoMessage() {}
 
 func (x *ReturnPathKey) ProtoReflect() protoreflect.Message {
-	mi := &file_control_command_records_proto_msgTypes[18]
+	mi := &file_control_command_records_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1574,7 +1708,7 @@ func (x *ReturnPathKey) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReturnPathKey.ProtoReflect.Descriptor instead.
 func (*ReturnPathKey) Descriptor() ([]byte, []int) {
-	return file_control_command_records_proto_rawDescGZIP(), []int{18}
+	return file_control_command_records_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ReturnPathKey) GetId() uint32 {
@@ -1608,7 +1742,7 @@ type Checkpoint struct {
 
 func (x *Checkpoint) Reset() {
 	*x = Checkpoint{}
-	mi := &file_control_command_records_proto_msgTypes[19]
+	mi := &file_control_command_records_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1620,7 +1754,7 @@ func (x *Checkpoint) String() string {
 func (*Checkpoint) ProtoMessage() {}
 
 func (x *Checkpoint) ProtoReflect() protoreflect.Message {
-	mi := &file_control_command_records_proto_msgTypes[19]
+	mi := &file_control_command_records_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1633,7 +1767,7 @@ func (x *Checkpoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Checkpoint.ProtoReflect.Descriptor instead.
 func (*Checkpoint) Descriptor() ([]byte, []int) {
-	return file_control_command_records_proto_rawDescGZIP(), []int{19}
+	return file_control_command_records_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Checkpoint) GetIndex() uint64 {
@@ -1664,7 +1798,7 @@ type Progress struct {
 
 func (x *Progress) Reset() {
 	*x = Progress{}
-	mi := &file_control_command_records_proto_msgTypes[20]
+	mi := &file_control_command_records_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1676,7 +1810,7 @@ func (x *Progress) String() string {
 func (*Progress) ProtoMessage() {}
 
 func (x *Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_control_command_records_proto_msgTypes[20]
+	mi := &file_control_command_records_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1689,7 +1823,7 @@ func (x *Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Progress.ProtoReflect.Descriptor instead.
 func (*Progress) Descriptor() ([]byte, []int) {
-	return file_control_command_records_proto_rawDescGZIP(), []int{20}
+	return file_control_command_records_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Progress) GetIndex() uint64 {
@@ -1743,7 +1877,7 @@ type AuditEntry struct {
 
 func (x *AuditEntry) Reset() {
 	*x = AuditEntry{}
-	mi := &file_control_command_records_proto_msgTypes[21]
+	mi := &file_control_command_records_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1755,7 +1889,7 @@ func (x *AuditEntry) String() string {
 func (*AuditEntry) ProtoMessage() {}
 
 func (x *AuditEntry) ProtoReflect() protoreflect.Message {
-	mi := &file_control_command_records_proto_msgTypes[21]
+	mi := &file_control_command_records_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1768,7 +1902,7 @@ func (x *AuditEntry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditEntry.ProtoReflect.Descriptor instead.
 func (*AuditEntry) Descriptor() ([]byte, []int) {
-	return file_control_command_records_proto_rawDescGZIP(), []int{21}
+	return file_control_command_records_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *AuditEntry) GetIndex() uint64 {
@@ -1917,7 +2051,7 @@ const file_control_command_records_proto_rawDesc = "" +
 	"\bselector\x18\x01 \x01(\tR\bselector\x12\x1c\n" +
 	"\talgorithm\x18\x02 \x01(\tR\talgorithm\x12\x16\n" +
 	"\x06public\x18\x03 \x01(\fR\x06public\x12%\n" +
-	"\x0eprivate_sealed\x18\x04 \x01(\fR\rprivateSealed\"\xa4\x01\n" +
+	"\x0eprivate_sealed\x18\x04 \x01(\fR\rprivateSealed\"\xc5\x01\n" +
 	"\x06Domain\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06tenant\x18\x02 \x01(\fR\x06tenant\x12\x1f\n" +
@@ -1925,7 +2059,9 @@ const file_control_command_records_proto_rawDesc = "" +
 	"returnPath\x12.\n" +
 	"\x04dkim\x18\x04 \x03(\v2\x1a.relais.control.v1.DKIMKeyR\x04dkim\x12\x1d\n" +
 	"\n" +
-	"created_ms\x18\x05 \x01(\x03R\tcreatedMs\"\xf6\x01\n" +
+	"created_ms\x18\x05 \x01(\x03R\tcreatedMs\x12\x1f\n" +
+	"\vverified_ms\x18\x06 \x01(\x03R\n" +
+	"verifiedMs\"\xc7\x02\n" +
 	"\n" +
 	"Credential\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\fR\x02id\x12\x16\n" +
@@ -1939,14 +2075,17 @@ const file_control_command_records_proto_rawDesc = "" +
 	"notAfterMs\x12\x18\n" +
 	"\arevoked\x18\b \x01(\bR\arevoked\x12\x1d\n" +
 	"\n" +
-	"created_ms\x18\t \x01(\x03R\tcreatedMs\"u\n" +
+	"created_ms\x18\t \x01(\x03R\tcreatedMs\x12#\n" +
+	"\rprevious_hash\x18\n" +
+	" \x01(\fR\fpreviousHash\x12*\n" +
+	"\x11previous_until_ms\x18\v \x01(\x03R\x0fpreviousUntilMs\"u\n" +
 	"\x04Pool\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\fR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x12\n" +
 	"\x04kind\x18\x03 \x01(\tR\x04kind\x12\x16\n" +
 	"\x06tenant\x18\x04 \x01(\fR\x06tenant\x12\x1d\n" +
 	"\n" +
-	"created_ms\x18\x05 \x01(\x03R\tcreatedMs\"\xf7\x01\n" +
+	"created_ms\x18\x05 \x01(\x03R\tcreatedMs\"\xf7\x02\n" +
 	"\x06Source\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\fR\x02id\x12\x12\n" +
 	"\x04bind\x18\x02 \x01(\fR\x04bind\x12\x16\n" +
@@ -1960,12 +2099,25 @@ const file_control_command_records_proto_rawDesc = "" +
 	"\x05state\x18\n" +
 	" \x01(\tR\x05state\x12\x1d\n" +
 	"\n" +
-	"created_ms\x18\v \x01(\x03R\tcreatedMs\"7\n" +
+	"created_ms\x18\v \x01(\x03R\tcreatedMs\x12\x18\n" +
+	"\areverse\x18\f \x01(\tR\areverse\x12%\n" +
+	"\x0ereverse_detail\x18\r \x01(\tR\rreverseDetail\x12\x1d\n" +
+	"\n" +
+	"reverse_ms\x18\x0e \x01(\x03R\treverseMs\x12\x1e\n" +
+	"\n" +
+	"overridden\x18\x0f \x01(\bR\n" +
+	"overridden\"7\n" +
 	"\rPolicySection\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04text\x18\x02 \x01(\tR\x04text\"F\n" +
 	"\x06Policy\x12<\n" +
-	"\bsections\x18\x01 \x03(\v2 .relais.control.v1.PolicySectionR\bsections\"\xa2\x01\n" +
+	"\bsections\x18\x01 \x03(\v2 .relais.control.v1.PolicySectionR\bsections\"\xb0\x01\n" +
+	"\rPolicyVersion\x12\x1a\n" +
+	"\brevision\x18\x01 \x01(\x04R\brevision\x12\x17\n" +
+	"\atime_ms\x18\x02 \x01(\x03R\x06timeMs\x12\x14\n" +
+	"\x05actor\x18\x03 \x01(\tR\x05actor\x12\x16\n" +
+	"\x06reason\x18\x04 \x01(\tR\x06reason\x12<\n" +
+	"\bsections\x18\x05 \x03(\v2 .relais.control.v1.PolicySectionR\bsections\"\xa2\x01\n" +
 	"\bOperator\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\fR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x12\n" +
@@ -2025,7 +2177,7 @@ func file_control_command_records_proto_rawDescGZIP() []byte {
 	return file_control_command_records_proto_rawDescData
 }
 
-var file_control_command_records_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
+var file_control_command_records_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
 var file_control_command_records_proto_goTypes = []any{
 	(*Meta)(nil),          // 0: relais.control.v1.Meta
 	(*Label)(nil),         // 1: relais.control.v1.Label
@@ -2043,12 +2195,13 @@ var file_control_command_records_proto_goTypes = []any{
 	(*Source)(nil),        // 13: relais.control.v1.Source
 	(*PolicySection)(nil), // 14: relais.control.v1.PolicySection
 	(*Policy)(nil),        // 15: relais.control.v1.Policy
-	(*Operator)(nil),      // 16: relais.control.v1.Operator
-	(*APIKey)(nil),        // 17: relais.control.v1.APIKey
-	(*ReturnPathKey)(nil), // 18: relais.control.v1.ReturnPathKey
-	(*Checkpoint)(nil),    // 19: relais.control.v1.Checkpoint
-	(*Progress)(nil),      // 20: relais.control.v1.Progress
-	(*AuditEntry)(nil),    // 21: relais.control.v1.AuditEntry
+	(*PolicyVersion)(nil), // 16: relais.control.v1.PolicyVersion
+	(*Operator)(nil),      // 17: relais.control.v1.Operator
+	(*APIKey)(nil),        // 18: relais.control.v1.APIKey
+	(*ReturnPathKey)(nil), // 19: relais.control.v1.ReturnPathKey
+	(*Checkpoint)(nil),    // 20: relais.control.v1.Checkpoint
+	(*Progress)(nil),      // 21: relais.control.v1.Progress
+	(*AuditEntry)(nil),    // 22: relais.control.v1.AuditEntry
 }
 var file_control_command_records_proto_depIdxs = []int32{
 	1,  // 0: relais.control.v1.Node.labels:type_name -> relais.control.v1.Label
@@ -2056,12 +2209,13 @@ var file_control_command_records_proto_depIdxs = []int32{
 	5,  // 2: relais.control.v1.JoinToken.redemptions:type_name -> relais.control.v1.Redemption
 	9,  // 3: relais.control.v1.Domain.dkim:type_name -> relais.control.v1.DKIMKey
 	14, // 4: relais.control.v1.Policy.sections:type_name -> relais.control.v1.PolicySection
-	19, // 5: relais.control.v1.Progress.checkpoints:type_name -> relais.control.v1.Checkpoint
-	6,  // [6:6] is the sub-list for method output_type
-	6,  // [6:6] is the sub-list for method input_type
-	6,  // [6:6] is the sub-list for extension type_name
-	6,  // [6:6] is the sub-list for extension extendee
-	0,  // [0:6] is the sub-list for field type_name
+	14, // 5: relais.control.v1.PolicyVersion.sections:type_name -> relais.control.v1.PolicySection
+	20, // 6: relais.control.v1.Progress.checkpoints:type_name -> relais.control.v1.Checkpoint
+	7,  // [7:7] is the sub-list for method output_type
+	7,  // [7:7] is the sub-list for method input_type
+	7,  // [7:7] is the sub-list for extension type_name
+	7,  // [7:7] is the sub-list for extension extendee
+	0,  // [0:7] is the sub-list for field type_name
 }
 
 func init() { file_control_command_records_proto_init() }
@@ -2075,7 +2229,7 @@ func file_control_command_records_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_control_command_records_proto_rawDesc), len(file_control_command_records_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   22,
+			NumMessages:   23,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

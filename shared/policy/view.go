@@ -16,6 +16,7 @@ type View struct {
 	Generation uint64 // rises when a cluster was restored or recovered
 	Revision   uint64 // raft index of the last change in it
 	Node       ids.Node
+	Draining   bool // the relay takes no new mail and finishes what it has
 
 	Sections map[string]string // section name → TOML text as the operators put it
 	Document Document          // the defaults overlaid by Sections
@@ -69,6 +70,9 @@ type Credential struct {
 	SecretHash [32]byte  // HMAC-SHA-256 of the secret under View.CredentialKey
 	Stream     string    // used when a message names none
 	NotAfter   time.Time // zero: no end
+
+	PreviousHash  [32]byte  // of the secret before the last rotation
+	PreviousUntil time.Time // the previous secret is good until then; zero: there is none
 }
 
 // PoolKind says who may use a pool.

@@ -24,6 +24,7 @@ func EncodeView(v *policy.View) ([]byte, error) {
 		Revision:      &Revision{Generation: v.Generation, Index: v.Revision},
 		NodeId:        EncodeID(v.Node),
 		CredentialKey: v.CredentialKey[:],
+		Draining:      v.Draining,
 	}
 	for name, text := range v.Sections {
 		out.Sections = append(out.Sections, &Section{Name: name, Text: text})
@@ -76,10 +77,14 @@ func encodeOwners(out *View, v *policy.View) {
 	}
 	for i := range v.Credentials {
 		c := &v.Credentials[i]
-		out.Credentials = append(out.Credentials, &Credential{
+		credential := &Credential{
 			Id: EncodeID(c.ID), TenantId: EncodeID(c.Tenant), ProjectId: EncodeID(c.Project),
 			SecretHash: c.SecretHash[:], Stream: c.Stream, NotAfterMs: encodeTime(c.NotAfter),
-		})
+		}
+		if !c.PreviousUntil.IsZero() {
+			credential.PreviousHash, credential.PreviousUntilMs = c.PreviousHash[:], encodeTime(c.PreviousUntil)
+		}
+		out.Credentials = append(out.Credentials, credential)
 	}
 }
 
@@ -100,6 +105,7 @@ func DecodeView(encoded []byte) (*policy.View, error) {
 	d := viewDecoder{view: &policy.View{
 		Generation: in.GetRevision().GetGeneration(),
 		Revision:   in.GetRevision().GetIndex(),
+		Draining:   in.GetDraining(),
 	}}
 	d.note(DecodeID(in.GetClusterId(), &d.view.Cluster))
 	d.note(DecodeID(in.GetNodeId(), &d.view.Node))
@@ -171,6 +177,9 @@ func (d *viewDecoder) owners(in *View) {
 		d.note(DecodeID(c.GetTenantId(), &out.Tenant))
 		d.note(DecodeID(c.GetProjectId(), &out.Project))
 		d.hash(c.GetSecretHash(), &out.SecretHash, "credential's hash")
+		if out.PreviousUntil = decodeTime(c.GetPreviousUntilMs()); !out.PreviousUntil.IsZero() {
+			d.hash(c.GetPreviousHash(), &out.PreviousHash, "credential's previous hash")
+		}
 	}
 }
 

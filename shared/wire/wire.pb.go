@@ -1312,6 +1312,7 @@ type View struct {
 	Sources        []*Source              `protobuf:"bytes,11,rep,name=sources,proto3" json:"sources,omitempty"`
 	ReturnPathKeys []*ReturnPathKey       `protobuf:"bytes,12,rep,name=return_path_keys,json=returnPathKeys,proto3" json:"return_path_keys,omitempty"`
 	CredentialKey  []byte                 `protobuf:"bytes,13,opt,name=credential_key,json=credentialKey,proto3" json:"credential_key,omitempty"`
+	Draining       bool                   `protobuf:"varint,14,opt,name=draining,proto3" json:"draining,omitempty"` // the relay takes no new mail
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
@@ -1435,6 +1436,13 @@ func (x *View) GetCredentialKey() []byte {
 		return x.CredentialKey
 	}
 	return nil
+}
+
+func (x *View) GetDraining() bool {
+	if x != nil {
+		return x.Draining
+	}
+	return false
 }
 
 // Section is one section of the policy document, in TOML.
@@ -1739,15 +1747,17 @@ func (x *DKIMKey) GetPrivate() []byte {
 }
 
 type Credential struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Id            []byte                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	TenantId      []byte                 `protobuf:"bytes,2,opt,name=tenant_id,json=tenantId,proto3" json:"tenant_id,omitempty"`
-	ProjectId     []byte                 `protobuf:"bytes,3,opt,name=project_id,json=projectId,proto3" json:"project_id,omitempty"`
-	SecretHash    []byte                 `protobuf:"bytes,4,opt,name=secret_hash,json=secretHash,proto3" json:"secret_hash,omitempty"`
-	Stream        string                 `protobuf:"bytes,5,opt,name=stream,proto3" json:"stream,omitempty"`
-	NotAfterMs    int64                  `protobuf:"varint,6,opt,name=not_after_ms,json=notAfterMs,proto3" json:"not_after_ms,omitempty"` // 0: no end
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state           protoimpl.MessageState `protogen:"open.v1"`
+	Id              []byte                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	TenantId        []byte                 `protobuf:"bytes,2,opt,name=tenant_id,json=tenantId,proto3" json:"tenant_id,omitempty"`
+	ProjectId       []byte                 `protobuf:"bytes,3,opt,name=project_id,json=projectId,proto3" json:"project_id,omitempty"`
+	SecretHash      []byte                 `protobuf:"bytes,4,opt,name=secret_hash,json=secretHash,proto3" json:"secret_hash,omitempty"`
+	Stream          string                 `protobuf:"bytes,5,opt,name=stream,proto3" json:"stream,omitempty"`
+	NotAfterMs      int64                  `protobuf:"varint,6,opt,name=not_after_ms,json=notAfterMs,proto3" json:"not_after_ms,omitempty"`                // 0: no end
+	PreviousHash    []byte                 `protobuf:"bytes,7,opt,name=previous_hash,json=previousHash,proto3" json:"previous_hash,omitempty"`             // of the secret before the last rotation; empty: none
+	PreviousUntilMs int64                  `protobuf:"varint,8,opt,name=previous_until_ms,json=previousUntilMs,proto3" json:"previous_until_ms,omitempty"` // the previous secret is good until then
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *Credential) Reset() {
@@ -1818,6 +1828,20 @@ func (x *Credential) GetStream() string {
 func (x *Credential) GetNotAfterMs() int64 {
 	if x != nil {
 		return x.NotAfterMs
+	}
+	return 0
+}
+
+func (x *Credential) GetPreviousHash() []byte {
+	if x != nil {
+		return x.PreviousHash
+	}
+	return nil
+}
+
+func (x *Credential) GetPreviousUntilMs() int64 {
+	if x != nil {
+		return x.PreviousUntilMs
 	}
 	return 0
 }
@@ -2150,7 +2174,7 @@ const file_shared_wire_wire_proto_rawDesc = "" +
 	"\brevision\x18\x01 \x01(\v2\x18.relais.wire.v1.RevisionR\brevision\"i\n" +
 	"\x04Nack\x124\n" +
 	"\brevision\x18\x01 \x01(\v2\x18.relais.wire.v1.RevisionR\brevision\x12+\n" +
-	"\x05error\x18\x02 \x01(\v2\x15.relais.wire.v1.ErrorR\x05error\"\xe6\x04\n" +
+	"\x05error\x18\x02 \x01(\v2\x15.relais.wire.v1.ErrorR\x05error\"\x82\x05\n" +
 	"\x04View\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x1d\n" +
 	"\n" +
@@ -2166,7 +2190,8 @@ const file_shared_wire_wire_proto_rawDesc = "" +
 	" \x03(\v2\x14.relais.wire.v1.PoolR\x05pools\x120\n" +
 	"\asources\x18\v \x03(\v2\x16.relais.wire.v1.SourceR\asources\x12G\n" +
 	"\x10return_path_keys\x18\f \x03(\v2\x1d.relais.wire.v1.ReturnPathKeyR\x0ereturnPathKeys\x12%\n" +
-	"\x0ecredential_key\x18\r \x01(\fR\rcredentialKey\"1\n" +
+	"\x0ecredential_key\x18\r \x01(\fR\rcredentialKey\x12\x1a\n" +
+	"\bdraining\x18\x0e \x01(\bR\bdraining\"1\n" +
 	"\aSection\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04text\x18\x02 \x01(\tR\x04text\"J\n" +
@@ -2187,7 +2212,7 @@ const file_shared_wire_wire_proto_rawDesc = "" +
 	"\aDKIMKey\x12\x1a\n" +
 	"\bselector\x18\x01 \x01(\tR\bselector\x12\x1c\n" +
 	"\talgorithm\x18\x02 \x01(\tR\talgorithm\x12\x18\n" +
-	"\aprivate\x18\x03 \x01(\fR\aprivate\"\xb3\x01\n" +
+	"\aprivate\x18\x03 \x01(\fR\aprivate\"\x84\x02\n" +
 	"\n" +
 	"Credential\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\fR\x02id\x12\x1b\n" +
@@ -2198,7 +2223,9 @@ const file_shared_wire_wire_proto_rawDesc = "" +
 	"secretHash\x12\x16\n" +
 	"\x06stream\x18\x05 \x01(\tR\x06stream\x12 \n" +
 	"\fnot_after_ms\x18\x06 \x01(\x03R\n" +
-	"notAfterMs\"[\n" +
+	"notAfterMs\x12#\n" +
+	"\rprevious_hash\x18\a \x01(\fR\fpreviousHash\x12*\n" +
+	"\x11previous_until_ms\x18\b \x01(\x03R\x0fpreviousUntilMs\"[\n" +
 	"\x04Pool\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\fR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x12\n" +

@@ -152,6 +152,15 @@ func TestViewBothWays(t *testing.T) {
 	if !reflect.DeepEqual(got, view) {
 		t.Errorf("got  %+v\nwant %+v", got, view)
 	}
+	rotated := sampleView() // what was added later, beside the golden bytes
+	rotated.Draining = true
+	rotated.Credentials[0].PreviousHash, rotated.Credentials[0].PreviousUntil = fill(33), time.UnixMilli(1_800_000_000_456).UTC()
+	if encoded, err = EncodeView(rotated); err != nil {
+		t.Fatal(err)
+	}
+	if got, err = DecodeView(encoded); err != nil || !reflect.DeepEqual(got, rotated) {
+		t.Errorf("got  %+v, %v\nwant %+v", got, err, rotated)
+	}
 	empty := &policy.View{}
 	if encoded, err = EncodeView(empty); err != nil {
 		t.Fatal(err)
