@@ -12,7 +12,6 @@ import (
 	"net/netip"
 	"os"
 	"os/signal"
-	"sync"
 	"syscall"
 	"time"
 
@@ -82,6 +81,8 @@ type server struct {
 	sealer   *pki.Sealer
 	cluster  *cluster.Cluster
 	service  *service.Service
+
+	supervisor telemetry.Supervisor
 }
 
 func (s *server) run(ctx context.Context) error {
@@ -97,6 +98,7 @@ func (s *server) run(ctx context.Context) error {
 	if err := s.loadKeys(); err != nil {
 		return err
 	}
+	s.supervisor = telemetry.NewSupervisor(os.Getenv, s.logger)
 	s.health = telemetry.NewHealth(time.Now)
 	s.registry = telemetry.NewRegistry("control", s.health)
 	st := state.New()
@@ -175,13 +177,15 @@ func (s *server) serve(ctx context.Context) error {
 	group.Go(func() error {
 		return s.http(ctx, socket, api.New(api.Options{Service: s.service, Logger: s.logger, Local: &local}))
 	})
-	group.Go(func() error { return s.whenReady(ctx, group) })
 	group.Go(func() error { s.reload(ctx); return nil })
 	s.watchHealth()
 	s.logger.Info("serving", "version", buildinfo.Version(), "cluster", s.file.Cluster.String(), "server", s.file.Server.String(), "https", https.Addr().String(), "raft", s.conf.Listen.Raft.String())
-	err = group.Wait()
-	notify("STOPPING=1")
-	return err
+	// The process has started: other servers and relays may be long in coming.
+	s.supervisor.Ready("waiting for a leader")
+	context.AfterFunc(ctx, s.supervisor.Stopping)
+	group.Go(func() error { s.supervisor.KeepAlive(ctx, func() { s.health.Checks() }); return nil })
+	group.Go(func() error { return s.whenReady(ctx, group) })
+	return group.Wait()
 }
 
 func bindFault(field string, addr netip.AddrPort, cause error) error {
@@ -254,7 +258,7 @@ func (s *server) whenReady(ctx context.Context, group *errgroup.Group) error {
 		return err
 	}
 	s.health.SetReady(true, "")
-	notify("READY=1")
+	s.supervisor.Ready("serving")
 	return nil
 }
 
@@ -304,11 +308,14 @@ func (s *server) reload(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case <-hup:
+			s.supervisor.Reloading()
 			if err := s.web.Reload(); err != nil {
 				s.logger.Error("the certificate was not reloaded, the old one stays", "error", err)
+				s.supervisor.Ready("serving; the certificate was not reloaded, the old one stays")
 				continue
 			}
 			s.logger.Info("certificate reloaded", "not_after", s.web.Leaf().NotAfter)
+			s.supervisor.Ready("serving")
 		}
 	}
 }
@@ -339,22 +346,4 @@ func (s *server) watchHealth() {
 		}
 		return telemetry.OK, ""
 	})
-}
-
-var notifyOnce sync.Mutex
-
-// notify tells systemd how the service stands; without systemd it does nothing.
-func notify(text string) {
-	path := os.Getenv("NOTIFY_SOCKET")
-	if path == "" {
-		return
-	}
-	notifyOnce.Lock()
-	defer notifyOnce.Unlock()
-	conn, err := net.DialUnix("unixgram", nil, &net.UnixAddr{Name: path, Net: "unixgram"})
-	if err != nil {
-		return // nobody listens
-	}
-	_, _ = conn.Write([]byte(text)) // likewise
-	_ = conn.Close()
 }

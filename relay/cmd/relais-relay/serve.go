@@ -82,6 +82,7 @@ type node struct {
 	inbound    *inbound.Server
 	admin      *admin.Server
 	listeners  listeners
+	supervisor telemetry.Supervisor
 
 	background sync.WaitGroup
 	failed     chan error
@@ -93,6 +94,7 @@ func newNode(ctx context.Context, dir string, cfg *config.Config) (_ *node, err 
 		return nil, err
 	}
 	n := &node{cfg: cfg, dir: dir, log: telemetry.NewLogger(os.Stderr, level), health: telemetry.NewHealth(time.Now), failed: make(chan error, 16)}
+	n.supervisor = telemetry.NewSupervisor(os.Getenv, n.log)
 	n.registry = telemetry.NewRegistry("relay", n.health)
 	n.health.SetReady(false, "the relay is starting")
 	defer func() {
@@ -204,8 +206,10 @@ func (n *node) run(ctx context.Context) error {
 		defer close(engineDone)
 		n.engine.Run(engineCtx, shutdownGrace)
 	}()
+	n.start("watchdog", func() error { n.supervisor.KeepAlive(linkCtx, func() { n.health.Checks() }); return nil })
 	n.serveSMTP()
 	n.health.SetReady(true, "")
+	n.supervisor.Ready("accepts and delivers mail")
 	n.log.Info("the relay is running", "node", n.agent.Membership().Node, "data", n.dir, "version", buildinfo.Get().Version)
 
 	var err error
@@ -215,6 +219,7 @@ func (n *node) run(ctx context.Context) error {
 		n.log.Error("a part of the relay failed", "error", err)
 	}
 	n.health.SetReady(false, "the relay is stopping")
+	n.supervisor.Stopping()
 	n.log.Info("the relay is stopping: what is in flight is finished", "grace_seconds", shutdownGrace.Seconds())
 	grace, stop := context.WithTimeout(context.WithoutCancel(ctx), shutdownGrace)
 	defer stop()
@@ -294,9 +299,11 @@ func (n *node) watch(ctx context.Context) {
 		case <-changed:
 			n.applyView()
 		case <-reload:
+			n.supervisor.Reloading()
 			if err := n.holder.Reload(); err != nil {
 				n.log.Error("the TLS certificate could not be read again; the old one stays in use", "error", err)
 			}
+			n.supervisor.Ready("accepts and delivers mail")
 		case <-ticker.C:
 			if err := n.clock.Save(time.Now()); err != nil {
 				n.log.Warn("the time could not be kept", "error", err)
