@@ -189,6 +189,7 @@ type Domain struct {
 	ReturnPath mailaddr.Domain
 	DKIM       []DKIMKey
 	CreatedAt  time.Time
+	VerifiedAt time.Time // when its ownership record was first seen in DNS; zero: never
 	Revision   uint64
 }
 
@@ -204,6 +205,9 @@ type Credential struct {
 	Revoked    bool
 	CreatedAt  time.Time
 	Revision   uint64
+
+	PreviousHash  [32]byte  // of the secret before the last rotation
+	PreviousUntil time.Time // the previous secret is good until then; zero: there is none
 }
 
 // Pool is a named set of sources.
@@ -233,6 +237,11 @@ type Source struct {
 	State     SourceState
 	CreatedAt time.Time
 	Revision  uint64
+
+	Reverse       ReverseVerdict
+	ReverseDetail string    // what the check found
+	ReverseAt     time.Time // when the verdict was reached; zero: never checked
+	Overridden    bool      // an operator uses it without confirmed reverse DNS
 }
 
 // Policy is the policy document as the operators put it.
@@ -319,12 +328,20 @@ func (d *Domain) Summary() string {
 	for i, k := range d.DKIM {
 		selectors[i] = k.Selector
 	}
-	return fmt.Sprintf("tenant=%s return_path=%s selectors=%s", d.Tenant, d.ReturnPath, strings.Join(selectors, ","))
+	text := fmt.Sprintf("tenant=%s return_path=%s selectors=%s", d.Tenant, d.ReturnPath, strings.Join(selectors, ","))
+	if !d.VerifiedAt.IsZero() {
+		text += " verified"
+	}
+	return text
 }
 
 // Summary renders the row for the audit tail, without secrets.
 func (c *Credential) Summary() string {
-	return fmt.Sprintf("tenant=%s project=%s name=%s stream=%s revoked=%t", c.Tenant, c.Project, c.Name, c.Stream, c.Revoked)
+	text := fmt.Sprintf("tenant=%s project=%s name=%s stream=%s revoked=%t", c.Tenant, c.Project, c.Name, c.Stream, c.Revoked)
+	if !c.PreviousUntil.IsZero() {
+		text += " previous_until=" + c.PreviousUntil.UTC().Format(time.RFC3339)
+	}
+	return text
 }
 
 // Summary renders the row for the audit tail.
@@ -334,7 +351,14 @@ func (p *Pool) Summary() string {
 
 // Summary renders the row for the audit tail.
 func (s *Source) Summary() string {
-	return fmt.Sprintf("bind=%s public=%s ehlo=%s pool=%s owner=%s epoch=%d pinned=%t state=%s", s.Bind, s.Public, s.EHLO, s.Pool, s.Owner, s.Epoch, s.Pinned, s.State)
+	text := fmt.Sprintf("bind=%s public=%s ehlo=%s pool=%s owner=%s epoch=%d pinned=%t state=%s", s.Bind, s.Public, s.EHLO, s.Pool, s.Owner, s.Epoch, s.Pinned, s.State)
+	if s.Reverse != ReverseUnchecked {
+		text += " reverse=" + string(s.Reverse)
+	}
+	if s.Overridden {
+		text += " overridden"
+	}
+	return text
 }
 
 // Summary renders the row for the audit tail: the sizes of the sections, whose

@@ -48,6 +48,10 @@ func samples() []Command {
 		&ReturnPathKeyPut{Meta: meta, Expect: 20, Key: &ReturnPathKey{Id: 2, KeySealed: []byte("k"), CreatedMs: 1000}},
 		&FSMVersionSet{Meta: meta, Version: 1},
 		&StateHash{Meta: meta, Index: 4096, Hash: sum(18)},
+		&NodeDrain{Meta: meta, Expect: 21, Node: id(5), Draining: true},
+		&CredentialRotate{Meta: meta, Expect: 22, Credential: id(11), SecretHash: sum(19), PreviousUntilMs: 6000},
+		&IPVerify{Meta: meta, Expect: 23, Source: id(14), Reverse: "failed", Detail: "no PTR record", Override: OverrideOn},
+		&DomainVerify{Meta: meta, Expect: 24, Domain: "example.com"},
 		&ClusterRecover{Meta: meta, Generation: 2, Cause: "restore", Server: &Server{Id: id(7), Name: "c1", RaftAddress: "10.0.0.1:7444", LinkAddress: "10.0.0.1:7443", HttpAddress: "10.0.0.1:8443", Version: "1", MaxFsmVersion: 2, State: "active"}},
 		&RecoveryEnd{Meta: meta, Generation: 2},
 	}

@@ -223,7 +223,7 @@ func (r *Project) Row() (*control.Project, error) {
 
 // DomainRecord returns the record of the row.
 func DomainRecord(d *control.Domain) *Domain {
-	r := &Domain{Name: string(d.Name), Tenant: optionalID(d.Tenant), ReturnPath: string(d.ReturnPath), CreatedMs: millis(d.CreatedAt)}
+	r := &Domain{Name: string(d.Name), Tenant: optionalID(d.Tenant), ReturnPath: string(d.ReturnPath), CreatedMs: millis(d.CreatedAt), VerifiedMs: millis(d.VerifiedAt)}
 	for _, k := range d.DKIM {
 		r.Dkim = append(r.Dkim, &DKIMKey{Selector: k.Selector, Algorithm: k.Algorithm, Public: k.Public, PrivateSealed: k.PrivateSealed})
 	}
@@ -233,7 +233,7 @@ func DomainRecord(d *control.Domain) *Domain {
 // Row returns the row of the record.
 func (r *Domain) Row() (*control.Domain, error) {
 	var s scan
-	d := &control.Domain{Name: s.domain("domain", r.GetName()), ReturnPath: s.domain("return_path", r.GetReturnPath()), CreatedAt: fromMillis(r.GetCreatedMs())}
+	d := &control.Domain{Name: s.domain("domain", r.GetName()), ReturnPath: s.domain("return_path", r.GetReturnPath()), CreatedAt: fromMillis(r.GetCreatedMs()), VerifiedAt: fromMillis(r.GetVerifiedMs())}
 	setID(&s, "tenant", &d.Tenant, r.GetTenant())
 	for _, k := range r.GetDkim() {
 		d.DKIM = append(d.DKIM, control.DKIMKey{Selector: k.GetSelector(), Algorithm: k.GetAlgorithm(), Public: k.GetPublic(), PrivateSealed: k.GetPrivateSealed()})
@@ -243,15 +243,22 @@ func (r *Domain) Row() (*control.Domain, error) {
 
 // CredentialRecord returns the record of the row.
 func CredentialRecord(c *control.Credential) *Credential {
-	return &Credential{Id: optionalID(c.ID), Tenant: optionalID(c.Tenant), Project: optionalID(c.Project), Name: c.Name, SecretHash: c.SecretHash[:],
-		Stream: c.Stream, NotAfterMs: millis(c.NotAfter), Revoked: c.Revoked, CreatedMs: millis(c.CreatedAt)}
+	r := &Credential{Id: optionalID(c.ID), Tenant: optionalID(c.Tenant), Project: optionalID(c.Project), Name: c.Name, SecretHash: c.SecretHash[:],
+		Stream: c.Stream, NotAfterMs: millis(c.NotAfter), Revoked: c.Revoked, CreatedMs: millis(c.CreatedAt), PreviousUntilMs: millis(c.PreviousUntil)}
+	if !c.PreviousUntil.IsZero() {
+		r.PreviousHash = c.PreviousHash[:]
+	}
+	return r
 }
 
 // Row returns the row of the record.
 func (r *Credential) Row() (*control.Credential, error) {
 	var s scan
 	c := &control.Credential{Name: r.GetName(), SecretHash: s.hash("secret_hash", r.GetSecretHash()), Stream: r.GetStream(),
-		NotAfter: fromMillis(r.GetNotAfterMs()), Revoked: r.GetRevoked(), CreatedAt: fromMillis(r.GetCreatedMs())}
+		NotAfter: fromMillis(r.GetNotAfterMs()), Revoked: r.GetRevoked(), CreatedAt: fromMillis(r.GetCreatedMs()), PreviousUntil: fromMillis(r.GetPreviousUntilMs())}
+	if !c.PreviousUntil.IsZero() {
+		c.PreviousHash = s.hash("previous_hash", r.GetPreviousHash())
+	}
 	setID(&s, "credential", &c.ID, r.GetId())
 	setID(&s, "tenant", &c.Tenant, r.GetTenant())
 	setID(&s, "project", &c.Project, r.GetProject())
@@ -275,14 +282,16 @@ func (r *Pool) Row() (*control.Pool, error) {
 // SourceRecord returns the record of the row.
 func SourceRecord(v *control.Source) *Source {
 	return &Source{Id: optionalID(v.ID), Bind: v.Bind.AsSlice(), Public: v.Public.AsSlice(), Ehlo: v.EHLO, Ptr: v.PTR, Pool: optionalID(v.Pool),
-		Owner: optionalID(v.Owner), Epoch: v.Epoch, Pinned: v.Pinned, State: string(v.State), CreatedMs: millis(v.CreatedAt)}
+		Owner: optionalID(v.Owner), Epoch: v.Epoch, Pinned: v.Pinned, State: string(v.State), CreatedMs: millis(v.CreatedAt),
+		Reverse: string(v.Reverse), ReverseDetail: v.ReverseDetail, ReverseMs: millis(v.ReverseAt), Overridden: v.Overridden}
 }
 
 // Row returns the row of the record.
 func (r *Source) Row() (*control.Source, error) {
 	var s scan
 	v := &control.Source{Bind: s.addr("bind", r.GetBind()), Public: s.addr("public", r.GetPublic()), EHLO: r.GetEhlo(), PTR: r.GetPtr(),
-		Epoch: r.GetEpoch(), Pinned: r.GetPinned(), State: control.SourceState(r.GetState()), CreatedAt: fromMillis(r.GetCreatedMs())}
+		Epoch: r.GetEpoch(), Pinned: r.GetPinned(), State: control.SourceState(r.GetState()), CreatedAt: fromMillis(r.GetCreatedMs()),
+		Reverse: control.ReverseVerdict(r.GetReverse()), ReverseDetail: r.GetReverseDetail(), ReverseAt: fromMillis(r.GetReverseMs()), Overridden: r.GetOverridden()}
 	setID(&s, "source", &v.ID, r.GetId())
 	setOptionalID(&s, "pool", &v.Pool, r.GetPool())
 	setOptionalID(&s, "node", &v.Owner, r.GetOwner())

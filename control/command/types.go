@@ -32,6 +32,10 @@ const (
 	TypeAPIKeyPut        Type = 18
 	TypeReturnPathKeyPut Type = 19
 	TypeFSMVersionSet    Type = 20
+	TypeNodeDrain        Type = 41
+	TypeCredentialRotate Type = 42
+	TypeIPVerify         Type = 43
+	TypeDomainVerify     Type = 44
 	TypeClusterRecover   Type = 50
 	TypeRecoveryEnd      Type = 51
 	TypeStateHash        Type = 1 | IgnorableBit // says nothing that changes the state
@@ -73,6 +77,10 @@ var registry = []registration{
 	{TypeAPIKeyPut, "api-key.put", func() Command { return new(APIKeyPut) }},
 	{TypeReturnPathKeyPut, "return-path-key.put", func() Command { return new(ReturnPathKeyPut) }},
 	{TypeFSMVersionSet, "fsm-version.set", func() Command { return new(FSMVersionSet) }},
+	{TypeNodeDrain, "node.drain", func() Command { return new(NodeDrain) }},
+	{TypeCredentialRotate, "credential.rotate", func() Command { return new(CredentialRotate) }},
+	{TypeIPVerify, "ip.verify", func() Command { return new(IPVerify) }},
+	{TypeDomainVerify, "domain.verify", func() Command { return new(DomainVerify) }},
 	{TypeClusterRecover, "cluster.recover", func() Command { return new(ClusterRecover) }},
 	{TypeRecoveryEnd, "recovery.end", func() Command { return new(RecoveryEnd) }},
 	{TypeStateHash, "state-hash", func() Command { return new(StateHash) }},
@@ -136,6 +144,14 @@ func TypeOf(c Command) Type {
 		return TypeReturnPathKeyPut
 	case *FSMVersionSet:
 		return TypeFSMVersionSet
+	case *NodeDrain:
+		return TypeNodeDrain
+	case *CredentialRotate:
+		return TypeCredentialRotate
+	case *IPVerify:
+		return TypeIPVerify
+	case *DomainVerify:
+		return TypeDomainVerify
 	case *ClusterRecover:
 		return TypeClusterRecover
 	case *RecoveryEnd:

@@ -53,7 +53,11 @@ func (a *applier) policyPut(c *command.PolicyPut) (any, error) {
 		row.Sections = append(row.Sections, control.PolicySection{Name: name, Text: text})
 	}
 	slices.SortFunc(row.Sections, func(x, y control.PolicySection) int { return strings.Compare(x.Name, y.Name) })
-	return putRow(a, policyTable, row, change[control.Policy]{what: "the policy", object: "policy", expect: c.GetExpect()})
+	out, err := putRow(a, policyTable, row, change[control.Policy]{what: "the policy", object: "policy", expect: c.GetExpect()})
+	if err == nil && row.Revision == a.index && c.GetKeepVersions() > 0 {
+		err = a.keepVersions(old, row, int(c.GetKeepVersions()))
+	}
+	return out, err
 }
 
 func (a *applier) returnPathKeyPut(c *command.ReturnPathKeyPut) (any, error) {

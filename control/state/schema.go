@@ -27,6 +27,7 @@ const (
 	sectionAPIKeys        = 14
 	sectionReturnPathKeys = 15
 	sectionAudit          = 16
+	sectionPolicyVersions = 20
 	sectionRecovery       = 24
 	maxSections           = 32
 )
@@ -74,7 +75,7 @@ var sections = []interface {
 }{
 	clusterTable, serversTable, nodesTable, tokensTable, tenantsTable, projectsTable, domainsTable, credentialsTable,
 	poolsTable, sourcesTable, policyTable, operatorsTable, apiKeysTable, returnPathKeysTable, auditTable,
-	recoveryTable,
+	recoveryTable, policyVersionsTable,
 }
 
 // apply dispatches an entry to the function of its command.
@@ -122,6 +123,14 @@ func (a *applier) apply(body command.Command) (any, error) {
 		return a.returnPathKeyPut(c)
 	case *command.FSMVersionSet:
 		return a.fsmVersionSet(c)
+	case *command.NodeDrain:
+		return a.nodeDrain(c)
+	case *command.CredentialRotate:
+		return a.credentialRotate(c)
+	case *command.IPVerify:
+		return a.sourceVerify(c)
+	case *command.DomainVerify:
+		return a.domainVerify(c)
 	case *command.ClusterRecover:
 		return a.clusterRecover(c)
 	case *command.RecoveryEnd:

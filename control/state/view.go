@@ -1,6 +1,7 @@
 package state
 
 import (
+	"github.com/relais-mta/relais/control"
 	"github.com/relais-mta/relais/shared/fault"
 	"github.com/relais-mta/relais/shared/ids"
 	"github.com/relais-mta/relais/shared/mailaddr"
@@ -32,7 +33,7 @@ func (r *Reader) View(node ids.Node, open OpenFunc) (*policy.View, error) {
 	if cluster == nil {
 		return nil, fault.New(fault.Unavailable, op, "the cluster is not initialised")
 	}
-	v := &policy.View{Cluster: cluster.ID, Generation: cluster.Generation, Revision: r.ViewRevision(), Node: node, Sections: map[string]string{}}
+	v := &policy.View{Cluster: cluster.ID, Generation: cluster.Generation, Revision: r.ViewRevision(), Node: node, Draining: r.Draining(node), Sections: map[string]string{}}
 	for _, s := range r.Policy().Sections {
 		v.Sections[s.Name] = s.Text
 	}
@@ -54,6 +55,12 @@ func (r *Reader) View(node ids.Node, open OpenFunc) (*policy.View, error) {
 	r.viewTenants(v)
 	r.viewSources(v)
 	return v, nil
+}
+
+// Draining reports whether a node takes no new mail.
+func (r *Reader) Draining(node ids.Node) bool {
+	n := r.Node(node)
+	return n != nil && (n.State == control.NodeDraining || n.State == control.NodeDrained)
 }
 
 // orCut stands in for the missing cause when a secret opened to a wrong length.
@@ -103,7 +110,8 @@ func (r *Reader) viewTenants(v *policy.View) {
 	}
 	for _, c := range r.Credentials(ids.Tenant{}) {
 		if !c.Revoked {
-			v.Credentials = append(v.Credentials, policy.Credential{ID: c.ID, Tenant: c.Tenant, Project: c.Project, SecretHash: c.SecretHash, Stream: c.Stream, NotAfter: c.NotAfter})
+			v.Credentials = append(v.Credentials, policy.Credential{ID: c.ID, Tenant: c.Tenant, Project: c.Project, SecretHash: c.SecretHash, Stream: c.Stream, NotAfter: c.NotAfter,
+				PreviousHash: c.PreviousHash, PreviousUntil: c.PreviousUntil})
 		}
 	}
 }
