@@ -40,12 +40,16 @@ func openStores(dir string, logger *slog.Logger, report verifier.ReportFn) (*sto
 	if err != nil {
 		return nil, fault.Wrap(err, fault.Internal, op, "the raft log in %s cannot be opened: is another server running on it?", walDir)
 	}
+	marked, err := openMarked(base, w)
+	if err != nil {
+		return nil, closeAfter(w, err)
+	}
 	snapshots, err := raft.NewFileSnapshotStoreWithLogger(base, retainedSnapshots, hlog)
 	if err != nil {
-		return nil, fault.Wrap(closeAfter(w, err), fault.Internal, op, "the snapshots in %s cannot be opened", base)
+		return nil, fault.Wrap(closeAfter(marked, err), fault.Internal, op, "the snapshots in %s cannot be opened", base)
 	}
 	s := &stores{wal: w, snapshots: snapshots}
-	s.verifier = verifier.NewLogStore(w, isCheckpoint, report, &walmetrics.NoOpCollector{})
+	s.verifier = verifier.NewLogStore(marked, isCheckpoint, report, &walmetrics.NoOpCollector{})
 	s.logs, err = raft.NewLogCache(logCacheEntries, s.verifier)
 	if err != nil {
 		s.close()
