@@ -321,7 +321,7 @@ func (s *server) registerNodes(a huma.API) {
 		})
 	handle(s, a, route{method: http.MethodPut, path: "/nodes/{node}/state", id: "set-node-state", summary: "Move a relay between its states; eviction is for good"},
 		func(ctx context.Context, in *struct {
-			nodePath
+			Node string `path:"node" doc:"Id or name"`
 			Precondition
 			Body struct {
 				State string `json:"state" enum:"active,draining,drained,evicted"`

@@ -144,7 +144,9 @@ func (n *session) authorise(ctx context.Context) (*control.Node, error) {
 	case err != nil:
 		return nil, err
 	case row.State == control.NodePending:
-		return nil, fault.New(fault.Denied, op, "%s is pending: an operator has to accept it first", n.node)
+		return nil, fault.Wrap(errPending, fault.Denied, op, "%s is pending: an operator accepts it with relais-control node approve %s", n.node, n.node)
+	case row.State == control.NodeEvicted:
+		return nil, fault.Wrap(errEvicted, fault.Denied, op, "%s was evicted from the cluster: stop it and join again with a new token", n.node)
 	case !row.State.Connects():
 		return nil, fault.New(fault.Denied, op, "%s is %s", n.node, row.State)
 	case len(row.CertSPKI) > 0 && string(row.CertSPKI) != string(pin[:]):
@@ -153,8 +155,29 @@ func (n *session) authorise(ctx context.Context) (*control.Node, error) {
 	return row, nil
 }
 
-// refuse tells the relay why there is no session.
+// Causes that have a close code of their own, because relays act on them.
+var (
+	errEvicted = errors.New("evicted")
+	errPending = errors.New("pending")
+)
+
+// denial returns the close code of a relay that may not connect.
+func denial(err error) link.Code {
+	switch {
+	case errors.Is(err, errEvicted):
+		return link.CodeEvicted
+	case errors.Is(err, errPending):
+		return link.CodePending
+	}
+	return link.CodeDenied
+}
+
+// refuse tells the relay why there is no session. What has a close code of its
+// own is told by the code alone, so that no relay takes a text for it.
 func (n *session) refuse(err error) (link.Code, string) {
+	if code := denial(err); code != link.CodeDenied {
+		return code, fault.Public(err)
+	}
 	if n.control != nil && n.link.Err() == nil {
 		if n.send(wire.NewError(err)) == nil {
 			n.linger()
@@ -227,7 +250,7 @@ func (n *session) wait(ctx context.Context, failed <-chan error) (link.Code, str
 			return n.verdict(err)
 		case <-check.C:
 			if _, err := n.authorise(ctx); fault.Is(err, fault.Denied) {
-				return link.CodeDenied, fault.Public(err)
+				return denial(err), fault.Public(err)
 			}
 		}
 	}

@@ -125,6 +125,11 @@ func New(config Config) (*Server, error) {
 	return s, nil
 }
 
+// handshakeGrace lets a certificate through the handshake that ended long before
+// pki.RenewGrace, so that renew can say in words what is to be done; a handshake
+// that fails leaves the relay with an alert.
+const handshakeGrace = 10 * 365 * 24 * time.Hour
+
 // TLSConfig is for the listener that carries joins, links and renewals on one
 // port: only joins come without a certificate, and only renewals with one that
 // has ended.
@@ -132,9 +137,12 @@ func TLSConfig(holder *pki.Holder, cluster ids.Cluster) *tls.Config {
 	return pki.ByALPN(map[string]*tls.Config{
 		wire.ALPNJoin:  pki.OpenServerConfig(holder, wire.ALPNJoin),
 		wire.ALPNLink:  pki.ServerConfig(holder, pki.Peer{Cluster: cluster, Role: pki.RoleRelay}, wire.ALPNLink),
-		wire.ALPNRenew: pki.ServerConfig(holder, pki.Peer{Cluster: cluster, Grace: pki.RenewGrace}, wire.ALPNRenew),
+		wire.ALPNRenew: pki.ServerConfig(holder, pki.Peer{Cluster: cluster, Grace: handshakeGrace}, wire.ALPNRenew),
 	})
 }
+
+// errEvicted is the cause of refusals that end a membership for good.
+var errEvicted = errors.New("evicted")
 
 // Join is the link.Handler of wire.ALPNJoin.
 func (s *Server) Join(ctx context.Context, session link.Session) (link.Code, string) {
@@ -178,6 +186,10 @@ func (s *Server) serve(ctx context.Context, session link.Session, name string, e
 		result = fault.KindOf(err).String()
 		log.Warn("enrollment refused", "error", err)
 		answer = wire.NewError(err)
+	}
+	if errors.Is(err, errEvicted) {
+		s.outcomes.WithLabelValues(name, result).Inc()
+		return link.CodeEvicted, fault.Public(err) // the code says it, and nothing else does
 	}
 	s.outcomes.WithLabelValues(name, result).Inc()
 	if err := conn.Send(answer); err != nil {
@@ -288,6 +300,9 @@ func (s *Server) renew(ctx context.Context, session link.Session, conn *wire.Con
 	if err != nil {
 		return nil, err
 	}
+	if member.State == control.NodeEvicted {
+		return nil, fault.Wrap(errEvicted, fault.Denied, op, "%s was evicted from the cluster: its certificate is not renewed, join again with a new token", identity.Node)
+	}
 	if !member.State.Connects() {
 		return nil, fault.New(fault.Denied, op, "%s is %s: its certificate is not renewed", identity.Node, member.State)
 	}
@@ -296,6 +311,10 @@ func (s *Server) renew(ctx context.Context, session link.Session, conn *wire.Con
 		return nil, err
 	}
 	held := session.PeerCertificate()
+	if over := time.Since(held.NotAfter); over > pki.RenewGrace {
+		return nil, fault.New(fault.Denied, op, "the certificate of %s ended %d days ago and is renewed for %d days at most: join again with a new token from relais-control token create --role relay",
+			identity.Node, over/(24*time.Hour), pki.RenewGrace/(24*time.Hour))
+	}
 	pin := pki.PinOf(held)
 	if member.SPKI != nil && string(member.SPKI) != string(pin[:]) {
 		return nil, fault.New(fault.Denied, op, "%s has another key by now: its certificate is not renewed", identity.Node)

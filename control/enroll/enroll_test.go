@@ -404,21 +404,25 @@ func TestRenew(t *testing.T) {
 		return chain
 	}
 	const day = 24 * time.Hour
-	for name, age := range map[string]time.Duration{"good": 0, "ended 3 days ago": 10 * day} {
+	for name, age := range map[string]time.Duration{"good": 0, "ended 3 days ago": 10 * day, "ended 20 days ago": ca.LeafLife + 20*day} {
 		reply, err := w.renewal(key, signedAt(age), csr)
 		if err != nil || string(reply.GetNodeId()) != string(node[:]) {
 			t.Fatalf("a certificate that is %s: %v, %v", name, reply, err)
 		}
 	}
-	if _, err := w.renewal(key, signedAt(40*day), csr); err == nil {
-		t.Error("a certificate that ended 33 days ago was renewed")
+	for _, days := range []time.Duration{31, 40} {
+		_, err := w.renewal(key, signedAt(ca.LeafLife+days*day), csr)
+		if !fault.Is(err, fault.Denied) || !strings.Contains(err.Error(), fmt.Sprintf("ended %d days ago", days)) || !strings.Contains(err.Error(), "token create") {
+			t.Errorf("a certificate that ended %d days ago: %v", days, err)
+		}
 	}
 	otherCSR := w.csr()
 	if _, err := w.renewal(key, signedAt(0), otherCSR); !fault.Is(err, fault.Denied) || !strings.Contains(err.Error(), "another key") {
 		t.Errorf("a request for another key: %v", err)
 	}
 	w.members.setState(node, control.NodeEvicted)
-	if _, err := w.renewal(key, signedAt(0), csr); !fault.Is(err, fault.Denied) || !strings.Contains(err.Error(), "evicted") {
+	_, err = w.renewal(key, signedAt(0), csr)
+	if closed, ok := link.ClosedByPeer(err); !ok || closed.Code != link.CodeEvicted || !strings.Contains(closed.Text, "evicted") {
 		t.Errorf("an evicted node: %v", err)
 	}
 }

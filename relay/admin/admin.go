@@ -52,6 +52,8 @@ type Status struct {
 	Version   string `json:"version"`
 	Revision  uint64 `json:"revision"`
 	Connected bool   `json:"connected"`
+	Evicted   bool   `json:"evicted,omitempty"` // the cluster has put this relay out for good
+	Problem   string `json:"problem,omitempty"` // what is wrong with the tie to control, one sentence
 	PID       int    `json:"pid"`
 }
 

@@ -58,6 +58,7 @@ type Health struct {
 	Revision    uint64        // of the view in use; 0: none
 	ViewAge     time.Duration // since it arrived
 	LeafEnds    time.Time     // of the certificate
+	Evicted     bool          // the cluster has put this relay out: it must not accept or deliver
 	Problem     string        // what is wrong now, one sentence; empty: nothing
 }
 
@@ -77,6 +78,7 @@ type Agent struct {
 
 	mu          sync.Mutex
 	member      Membership
+	stopWork    context.CancelFunc // ends link and renewals; nil before Run
 	subscribers []chan struct{}
 	server      string
 	transport   string
@@ -360,7 +362,11 @@ func (a *Agent) Health() Health {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	h.Connected, h.Server, h.Transport, h.LastContact = a.connected, a.server, a.transport, a.lastContact
-	for _, problem := range []string{a.viewProblem, a.linkProblem, a.renewDue} {
+	eviction := ""
+	if e := a.member.Evicted; e != nil {
+		h.Evicted, eviction = true, e.text()
+	}
+	for _, problem := range []string{eviction, a.viewProblem, a.linkProblem, a.renewDue} {
 		if problem != "" {
 			h.Problem = problem
 			break
@@ -370,10 +376,20 @@ func (a *Agent) Health() Health {
 }
 
 // Run holds the link and renews the certificate until ctx ends. It returns nil.
+// An evicted relay does neither: its membership is over, whoever answers.
 func (a *Agent) Run(ctx context.Context) error {
-	var renewing sync.WaitGroup
-	renewing.Go(func() { a.renewLoop(ctx) })
-	a.linkLoop(ctx)
-	renewing.Wait()
+	working, stop := context.WithCancel(ctx)
+	defer stop()
+	a.mu.Lock()
+	a.stopWork = stop
+	evicted := a.member.Evicted != nil
+	a.mu.Unlock()
+	if !evicted {
+		var renewing sync.WaitGroup
+		renewing.Go(func() { a.renewLoop(working) })
+		a.linkLoop(working)
+		renewing.Wait()
+	}
+	<-ctx.Done()
 	return nil
 }

@@ -126,6 +126,12 @@ type joiner struct {
 // prepare makes directory, key and request, or finds those of an earlier try.
 func (j *joiner) prepare() error {
 	dir := filepath.Join(j.options.Dir, identityDir)
+	if member, err := LoadMembership(j.options.Dir); err == nil && member.Evicted != nil {
+		if err := leaveEvicted(j.options.Dir, member); err != nil {
+			return err
+		}
+		j.options.Logger.Info("the identity of the evicted node is set aside, this machine joins as a new one", "evicted", member.Node)
+	}
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return fault.Wrap(err, fault.Internal, "agent.Join", "cannot make %s", dir)
 	}

@@ -44,6 +44,13 @@ type Membership struct {
 	Generation uint64      `toml:"generation"`
 	Servers    []string    `toml:"servers"` // link addresses, host:port
 	JoinedAt   time.Time   `toml:"joined_at"`
+	Evicted    *Eviction   `toml:"evicted,omitempty"` // nil while the relay is a member
+}
+
+// Eviction is how a membership ended.
+type Eviction struct {
+	At  time.Time `toml:"at"`  // when this relay was told
+	Why string    `toml:"why"` // in the server's words
 }
 
 // LoadMembership reads the membership of a data directory. A directory that has

@@ -25,7 +25,11 @@ func (a *Agent) renewLoop(ctx context.Context) {
 	for ctx.Err() == nil {
 		wait := min(time.Until(pki.RenewAt(a.holder.Leaf(), spread)), maxRenewSleep)
 		if wait <= 0 {
-			if err := a.renew(ctx); err != nil {
+			err := a.renew(ctx)
+			if a.noteEviction(err) {
+				return
+			}
+			if err != nil {
 				a.noteRenewal("the certificate is due for renewal: " + describe(err))
 				a.options.Logger.Warn("cannot renew the certificate", "error", err, "ends", a.holder.Leaf().NotAfter, "retry_in", retry.String())
 				wait, retry = jitter(retry), min(2*retry, maxRenewRetry)
@@ -67,6 +71,9 @@ func (a *Agent) renew(ctx context.Context) error {
 			continue
 		}
 		reply, err := link.Renew(ctx, session, csr, a.options.Version)
+		if closed, ok := link.ClosedByPeer(err); ok && closed.Code == link.CodeEvicted {
+			return err // the next server knows nothing better
+		}
 		if err != nil {
 			last = err
 			continue

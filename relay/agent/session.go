@@ -20,6 +20,7 @@ import (
 const (
 	minBackoff        = 250 * time.Millisecond
 	maxBackoff        = 30 * time.Second
+	pendingBackoff    = 2 * time.Second  // of a relay that an operator has to accept
 	helloTimeout      = 10 * time.Second // for the exchange that opens a session
 	viewTimeout       = 2 * time.Minute  // for one view, 64 MiB at most
 	ackTimeout        = 10 * time.Second
@@ -44,6 +45,9 @@ func (a *Agent) linkLoop(ctx context.Context) {
 		}
 		s := &session{agent: a, address: address}
 		err := s.run(ctx)
+		if a.noteEviction(err) {
+			return
+		}
 		a.lost(err)
 		if ctx.Err() != nil {
 			return
@@ -56,6 +60,8 @@ func (a *Agent) linkLoop(ctx context.Context) {
 		}
 		if closed, ok := link.ClosedByPeer(err); fault.Is(err, fault.Denied) || ok && closed.Code == link.CodeDenied {
 			backoff = maxBackoff // nothing changes until an operator acts
+		} else if ok && closed.Code == link.CodePending {
+			backoff = pendingBackoff // an operator is about to act
 		}
 		wait := jitter(backoff)
 		a.options.Logger.Warn("no link to control", "server", address, "error", err, "retry_in", wait.String())

@@ -29,6 +29,7 @@ type Options struct {
 	Hostname   string                   // said in the greeting and in trace fields
 	TLS        *tls.Config              // nil: STARTTLS is not offered
 	Policy     func() *policy.Directory // the policy of the moment; may return nil before the first view
+	Closed     func() string            // why no mail is taken now, for the client; empty: it is; nil: it always is
 	Spool      Spool
 	Logger     *slog.Logger
 	Registerer prometheus.Registerer // nil: metrics are not exported

@@ -54,6 +54,11 @@ func (s *session) Logout() error { return nil }
 // Mail implements smtp.Session. Any sender will do: bounces have none.
 func (s *session) Mail(_ string, opts *smtp.MailOptions) error {
 	s.Reset()
+	if closed := s.server.opt.Closed; closed != nil {
+		if why := closed(); why != "" {
+			return s.conn.Refuse("closed", 451, smtp.EnhancedCode{4, 3, 2}, "%s", why)
+		}
+	}
 	if s.dir = s.server.opt.Policy(); s.dir == nil {
 		return s.conn.Refuse("no_policy", 451, smtp.EnhancedCode{4, 3, 2}, "There is no policy on this relay, try again later")
 	}

@@ -24,6 +24,9 @@ const acceptTimeout = time.Minute
 // Data implements smtp.Session. It reads the message from the connection and
 // not from go-smtp's reader, whose end of data is not ours (see smtpconn).
 func (s *session) Data(io.Reader) error {
+	if err := s.refuseClosed(); err != nil {
+		return s.conn.Drain(err)
+	}
 	now := time.Now()
 	env := &relay.Envelope{
 		ID: ids.NewMessage(now), Tenant: s.cred.Tenant, Project: s.cred.Project, Credential: s.credential,

@@ -20,6 +20,7 @@ type Options struct {
 	Hostname   string                   // said in the greeting and in trace fields
 	TLS        *tls.Config              // required; use GetCertificate to reload
 	Policy     func() *policy.Directory // the policy of the moment; may return nil before the first view
+	Closed     func() string            // why no mail is taken now, for the client; empty: it is; nil: it always is
 	Connected  func() bool              // whether control is reachable, so that an unknown credential is known to be wrong
 	Spool      Spool
 	DSN        bool // announce RFC 3461; only when NOTIFY is honoured for every recipient

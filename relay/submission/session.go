@@ -91,6 +91,9 @@ func (s *session) Mail(_ string, opts *smtp.MailOptions) error {
 // authorize looks the credential up again, because it may have been revoked
 // since the login.
 func (s *session) authorize() error {
+	if err := s.refuseClosed(); err != nil {
+		return err
+	}
 	dir := s.server.opt.Policy()
 	if dir == nil {
 		return s.conn.Refuse("no_policy", 451, smtp.EnhancedCode{4, 3, 2}, "There is no policy on this relay, try again later")
@@ -109,6 +112,16 @@ func (s *session) authorize() error {
 	}
 	if stream, err := dir.Stream(cred.Tenant, cred.Project, name); err == nil {
 		s.stream = stream // otherwise the message may name one that exists
+	}
+	return nil
+}
+
+// refuseClosed refuses while the relay takes no mail at all.
+func (s *session) refuseClosed() error {
+	if closed := s.server.opt.Closed; closed != nil {
+		if why := closed(); why != "" {
+			return s.conn.Refuse("closed", 451, smtp.EnhancedCode{4, 3, 2}, "%s", why)
+		}
 	}
 	return nil
 }

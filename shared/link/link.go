@@ -92,9 +92,11 @@ const (
 	CodeReplaced Code = 5 // the same node opened another session
 	CodeRefresh  Code = 6 // the certificate is to be checked anew: connect again
 	CodeInternal Code = 7 // a failure of the closing side
+	CodeEvicted  Code = 8 // the node was evicted from the cluster for good
+	CodePending  Code = 9 // an operator has to accept the node first
 )
 
-var codeNames = [...]string{"done", "stopping", "denied", "protocol", "busy", "replaced", "refresh", "internal"}
+var codeNames = [...]string{"done", "stopping", "denied", "protocol", "busy", "replaced", "refresh", "internal", "evicted", "pending"}
 
 // String returns the name of the code.
 func (c Code) String() string {

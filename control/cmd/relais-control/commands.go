@@ -132,7 +132,7 @@ func (a *app) tokenRevoke() *cobra.Command {
 }
 
 func (a *app) nodeCommand() *cobra.Command {
-	return group("node", "List and show relays",
+	return group("node", "List, show and evict relays", a.nodeEvict(),
 		&cobra.Command{Use: "list", Short: "List relays", Example: "  relais-control node list --json", Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error {
 			return list(a, cmd, "/nodes", nil, "ID NAME STATE CONNECTED REVISION VERSION ADDRESSES", func(n api.Node) []string {
 				return []string{n.ID, n.Name, n.State, yes(n.Connected), fmt.Sprint(n.AckedRevision), n.Version, strings.Join(n.Sources, ",")}

@@ -238,6 +238,9 @@ func newStatus(o *options) *cobra.Command {
 			if !s.Connected {
 				link = "control is not reachable; the relay works on with what it knows"
 			}
+			if s.Evicted {
+				link = s.Problem
+			}
 			fmt.Printf("node      %s\ncluster   %s\nversion   %s\nrevision  %d\nlink      %s\n", s.Node, s.Cluster, s.Version, s.Revision, link)
 			return nil
 		},

@@ -164,14 +164,14 @@ func (n *node) openServers(context.Context) (err error) {
 	serverTLS := &tls.Config{GetCertificate: n.holder.GetCertificate, MinVersion: tls.VersionTLS12}
 	name := hostname(n.cfg)
 	n.submission, err = submission.New(submission.Options{
-		Hostname: name, TLS: serverTLS, Policy: n.agent.Directory, Connected: n.agent.Connected,
+		Hostname: name, TLS: serverTLS, Policy: n.agent.Directory, Connected: n.agent.Connected, Closed: n.closed,
 		Spool: submission.NewSpool(n.store, n.queue), Logger: n.log, Registerer: n.registry,
 	})
 	if err != nil {
 		return err
 	}
 	n.inbound, err = inbound.New(inbound.Options{
-		Hostname: name, TLS: serverTLS, Policy: n.agent.Directory, Spool: inbound.NewSpool(n.store, n.queue), Logger: n.log, Registerer: n.registry,
+		Hostname: name, TLS: serverTLS, Policy: n.agent.Directory, Closed: n.closed, Spool: inbound.NewSpool(n.store, n.queue), Logger: n.log, Registerer: n.registry,
 	})
 	if err != nil {
 		return err
@@ -319,7 +319,7 @@ func (n *node) applyView() {
 		return
 	}
 	doc := d.Document()
-	n.egress.SetSources(d.Sources())
+	n.egress.SetSources(n.sources(d))
 	n.store.SetLimits(doc.Storage)
 	n.outbox.SetMaxBytes(doc.Storage.MaxOutboxBytes)
 	n.queue.SetPolicy(doc.Queue, doc.Inbound.MaxStoredBytes)

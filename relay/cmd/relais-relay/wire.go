@@ -30,7 +30,7 @@ func (n *node) openEngine(ctx context.Context) (err error) {
 		return err
 	}
 	if d := n.agent.Directory(); d != nil {
-		n.egress.SetSources(d.Sources())
+		n.egress.SetSources(n.sources(d))
 	}
 	servers := n.cfg.DNS.Resolvers
 	if len(servers) == 0 {
@@ -104,8 +104,25 @@ func (n *node) status() admin.Status {
 	m, h := n.agent.Membership(), n.agent.Health()
 	return admin.Status{
 		Node: m.Node.String(), Cluster: m.Cluster.String(), Version: buildinfo.Get().Version,
-		Revision: h.Revision, Connected: h.Connected, PID: os.Getpid(),
+		Revision: h.Revision, Connected: h.Connected, Evicted: h.Evicted, Problem: h.Problem, PID: os.Getpid(),
 	}
+}
+
+// closed says why the relay takes no mail now; empty: it does.
+func (n *node) closed() string {
+	if n.agent.Evicted() != nil {
+		return "This relay was evicted from its cluster and takes no mail, use another one"
+	}
+	return ""
+}
+
+// sources returns what mail may leave from. An evicted relay has nothing: its
+// addresses may be another relay's by now.
+func (n *node) sources(d *policy.Directory) []policy.Source {
+	if n.agent.Evicted() != nil {
+		return nil
+	}
+	return d.Sources()
 }
 
 // watchHealth names what /health and the control plane are told.
@@ -113,6 +130,8 @@ func (n *node) watchHealth() {
 	n.health.Watch("control", func() (telemetry.Severity, string) {
 		h := n.agent.Health()
 		switch {
+		case h.Evicted:
+			return telemetry.Critical, h.Problem
 		case h.Revision == 0:
 			return telemetry.Critical, "no policy yet: " + h.Problem
 		case h.Problem != "":

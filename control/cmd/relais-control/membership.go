@@ -1,0 +1,37 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+
+	"github.com/spf13/cobra"
+
+	"github.com/relais-mta/relais/control/api"
+)
+
+// nodeEvict puts a relay out for good.
+func (a *app) nodeEvict() *cobra.Command {
+	cmd := &cobra.Command{
+		Use: "evict NODE", Short: "Put a relay out of the cluster for good",
+		Long: "Put a relay out of the cluster for good: its session is closed within a second, its certificate is not renewed, and\n" +
+			"the relay, once told, accepts and delivers nothing. Its queue stays on its disk. Its addresses stay assigned to it\n" +
+			"until `ip assign --machine-is-off` says that it is off. The machine comes back by joining as a new node.",
+		Example: "  relais-control node evict edge-7 --reason 'disk stolen'", Args: cobra.ExactArgs(1),
+	}
+	reason := reasonFlag(cmd)
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		return a.setNodeState(cmd, args[0], "evicted", *reason, "evicted: it works no more once it is told, its queue stays on its disk")
+	}
+	return cmd
+}
+
+// setNodeState moves a relay to a state and says so.
+func (a *app) setNodeState(cmd *cobra.Command, node, state, reason, said string) error {
+	body := map[string]string{"state": state}
+	return show(a, cmd, call{method: http.MethodPut, path: "/nodes/" + url.PathEscape(node) + "/state", body: body, reason: reason}, func(w io.Writer, n api.Node) error {
+		_, err := fmt.Fprintln(w, n.ID, n.Name, said)
+		return err
+	})
+}

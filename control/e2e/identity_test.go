@@ -1,0 +1,162 @@
+package e2e
+
+import (
+	"encoding/json"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/relais-mta/relais/shared/lab"
+	"github.com/relais-mta/relais/shared/lab/fleet"
+)
+
+// nodeRow is what `node show --json` tells, as far as these tests look.
+type nodeRow struct {
+	ID        string `json:"id"`
+	State     string `json:"state"`
+	Connected bool   `json:"connected"`
+}
+
+func showNode(t *testing.T, f *fleet.Fleet, node string, v any) {
+	t.Helper()
+	out, err := f.Ctl(t.Context(), "node", "show", node, "--json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := json.Unmarshal(out, v); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+}
+
+// relayStatus is what the relay says of itself on its admin socket.
+type relayStatus struct {
+	Node      string `json:"node"`
+	Connected bool   `json:"connected"`
+	Evicted   bool   `json:"evicted"`
+	Problem   string `json:"problem"`
+}
+
+func statusOf(r *fleet.Relay) (s relayStatus, err error) {
+	out, err := exec.Command(filepath.Join(binaries, "relais-relay"), "status", "--json", "--data", r.Dir).Output()
+	if err == nil {
+		err = json.Unmarshal(out, &s)
+	}
+	return s, err
+}
+
+// eventually waits for a condition that a process reports.
+func eventually(t *testing.T, d time.Duration, what string, condition func() bool) {
+	t.Helper()
+	ctx := within(t, d)
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for !condition() {
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			t.Fatalf("waited %v in vain: %s", d, what)
+		}
+	}
+}
+
+// TestEvictedRelayStops evicts a relay with mail in its queue: it is
+// disconnected within a second, refuses mail, delivers nothing, and stays so
+// after a restart. Another, evicted while it is off, is told at its next start.
+func TestEvictedRelayStops(t *testing.T) {
+	f := start(t, fleet.Config{Relays: 2, Open: true})
+	r := f.Relays[0]
+	for _, p := range f.Lab.Providers() {
+		if err := f.Lab.SetBehaviour(p.Name, lab.Behaviour{Answer: lab.At(lab.PhaseConnect, lab.Answer{Reply: "421 4.3.2 down"})}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := f.Submit(within(t, time.Minute), fleet.Stream{Recipients: recipients(t, f, 20), Size: 2000, Connections: 4, Tag: "evicted"}); err != nil {
+		t.Fatal(err)
+	}
+	before, err := r.Queue(t.Context())
+	if err != nil || before.Waiting == 0 {
+		t.Fatalf("nothing waits on the relay: %+v, %v", before, err)
+	}
+	if out, err := f.Ctl(t.Context(), "node", "evict", r.Node, "--reason", "stolen"); err != nil || !strings.Contains(string(out), "evicted") {
+		t.Fatalf("%s, %v", out, err)
+	}
+	eventually(t, time.Second, "the session is closed", func() bool {
+		var n nodeRow
+		showNode(t, f, r.Node, &n)
+		return n.State == "evicted" && !n.Connected
+	})
+	refuses := func() {
+		t.Helper()
+		eventually(t, 5*time.Second, "the relay says that it is evicted", func() bool {
+			s, err := statusOf(r)
+			return err == nil && s.Evicted && !s.Connected && strings.Contains(s.Problem, "evicted")
+		})
+		c := dial(t, r.Submission())
+		c.startTLS(f.ClientTLS(r))
+		c.cmd("EHLO client.test", "250")
+		c.cmd("AUTH PLAIN "+plain(f.User, f.Secret), "235")
+		if reply := c.cmd("MAIL FROM:<news@"+fleet.Domain+">", "451 4.3.2"); !strings.Contains(reply, "evicted") {
+			t.Errorf("the refusal does not say why: %s", reply)
+		}
+	}
+	refuses()
+	// The providers are well again; only the other relay may use them.
+	for _, p := range f.Lab.Providers() {
+		if err := f.Lab.SetBehaviour(p.Name, lab.Behaviour{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := r.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Restart(t.Context(), r); err != nil {
+		t.Fatal(err)
+	}
+	refuses()
+	eventually(t, 20*time.Second, "the other relay delivers", func() bool {
+		q, err := f.Relays[1].Queue(t.Context())
+		return err == nil && q.Waiting == 0
+	})
+	after, err := r.Queue(t.Context())
+	if err != nil || after.Waiting != before.Waiting {
+		t.Errorf("the queue has %+v, it had %+v: %v", after, before, err)
+	}
+	checkRejoin(t, f, r)
+
+	off := f.Relays[1]
+	if err := off.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.Ctl(t.Context(), "node", "evict", off.Node); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Restart(t.Context(), off); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, 5*time.Second, "the relay that was off is told", func() bool {
+		s, err := statusOf(off)
+		return err == nil && s.Evicted
+	})
+}
+
+// checkRejoin lets an evicted machine join again: it is a new node.
+func checkRejoin(t *testing.T, f *fleet.Fleet, r *fleet.Relay) {
+	t.Helper()
+	if err := r.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	tok, _ := token(t, f)
+	out, err := command(t, filepath.Join(binaries, "relais-relay"), "join", "--token", tok, f.LinkAddr(), "--data", r.Dir)
+	if err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	if err := f.Restart(t.Context(), r); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, 10*time.Second, "the relay is linked as a new node", func() bool {
+		s, err := statusOf(r)
+		return err == nil && s.Connected && !s.Evicted && s.Node != r.Node
+	})
+}
