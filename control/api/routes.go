@@ -380,11 +380,16 @@ func (s *server) registerPolicy(a huma.API) {
 			}
 			return out(policyOf(v), v.Revision), nil
 		})
+	s.registerVersions(a)
 	handle(s, a, route{method: http.MethodGet, path: "/audit", id: "list-audit", summary: "List the newest changes"},
 		func(ctx context.Context, in *struct {
-			Limit int `query:"limit" minimum:"1" maximum:"1000" default:"100"`
+			Limit  int       `query:"limit" minimum:"1" maximum:"1000" default:"100"`
+			Actor  string    `query:"actor" doc:"Only changes by this operator or part of the server"`
+			Object string    `query:"object" doc:"Only changes of objects with this text in their name or id"`
+			Action string    `query:"action" doc:"Only changes of this kind, such as policy.put"`
+			Since  time.Time `query:"since" doc:"Only changes at or after this time"`
 		}) (*List[AuditEntry], error) {
-			rows, err := s.svc.Audit(actorOf(ctx), in.Limit)
+			rows, err := s.svc.Audit(actorOf(ctx), service.AuditFilter{Limit: in.Limit, Actor: in.Actor, Object: in.Object, Action: in.Action, Since: in.Since})
 			return list(rows, auditOf), err
 		})
 }

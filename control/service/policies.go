@@ -2,8 +2,10 @@ package service
 
 import (
 	"context"
+	"math"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/relais-mta/relais/control"
 	"github.com/relais-mta/relais/control/command"
@@ -62,10 +64,10 @@ func (s *Service) PutPolicy(ctx context.Context, a Actor, sections map[string]st
 	if expect != nil && *expect != row.Revision {
 		return PolicyView{}, fault.New(fault.Conflict, op, "the policy was changed meanwhile: it is at revision %d, the change was made from %d; get it again and repeat", row.Revision, *expect)
 	}
-	if err := s.checkPolicy(row, sections); err != nil {
+	if _, err := s.checkPolicy(row, sections); err != nil {
 		return PolicyView{}, err
 	}
-	cmd := &command.PolicyPut{Meta: c.meta(a), Expect: row.Revision}
+	cmd := &command.PolicyPut{Meta: c.meta(a), Expect: row.Revision, KeepVersions: keepPolicyVersions}
 	for name, text := range sections {
 		cmd.Sections = append(cmd.Sections, &command.PolicySection{Name: name, Text: text})
 	}
@@ -77,11 +79,12 @@ func (s *Service) PutPolicy(ctx context.Context, a Actor, sections map[string]st
 	return policyView(out), nil
 }
 
-// checkPolicy checks the policy as it would be, with the code relays run.
-func (s *Service) checkPolicy(row *control.Policy, sections map[string]string) error {
+// checkPolicy checks the policy as it would be, with the code relays run, and
+// returns it.
+func (s *Service) checkPolicy(row *control.Policy, sections map[string]string) (*policy.Document, error) {
 	const op = "service.PutPolicy"
 	if len(sections) == 0 {
-		return fault.Field(op, "sections", "are missing: name at least one of %s", strings.Join(policy.SectionNames(), ", "))
+		return nil, fault.Field(op, "sections", "are missing: name at least one of %s", strings.Join(policy.SectionNames(), ", "))
 	}
 	merged := map[string]string{}
 	for _, sec := range row.Sections {
@@ -89,7 +92,7 @@ func (s *Service) checkPolicy(row *control.Policy, sections map[string]string) e
 	}
 	for name, text := range sections {
 		if !slices.Contains(policy.SectionNames(), name) {
-			return fault.Field(op, name, "is not a section of the policy: use %s", strings.Join(policy.SectionNames(), ", "))
+			return nil, fault.Field(op, name, "is not a section of the policy: use %s", strings.Join(policy.SectionNames(), ", "))
 		}
 		if merged[name] = text; text == "" {
 			delete(merged, name)
@@ -97,25 +100,43 @@ func (s *Service) checkPolicy(row *control.Policy, sections map[string]string) e
 	}
 	document, err := policy.Parse(merged)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	base, err := s.baseView()
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if err := policy.CheckReferences(&document, policy.ReferencesOf(base)); err != nil {
-		return err
+		return nil, err
 	}
 	next := *base
 	next.Sections, next.Document = merged, document
 	_, err = policy.Compile(&next)
-	return err
+	return &document, err
 }
 
-// Audit returns the newest changes, at most limit, newest first.
-func (s *Service) Audit(a Actor, limit int) ([]*control.AuditEntry, error) {
+// AuditFilter chooses entries of the audit tail; zero fields choose all.
+type AuditFilter struct {
+	Limit  int // entries, the newest ones
+	Actor  string
+	Object string // a part of the object's name or id
+	Action string
+	Since  time.Time
+}
+
+// Audit returns the newest changes that the filter chooses, newest first.
+func (s *Service) Audit(a Actor, f AuditFilter) ([]*control.AuditEntry, error) {
 	if err := s.enter(a, control.RoleOperator, "service.Audit"); err != nil {
 		return nil, err
 	}
-	return s.state.Read().Audit(limit), nil
+	var out []*control.AuditEntry
+	for _, e := range s.state.Read().Audit(math.MaxInt) {
+		if len(out) == f.Limit || e.Time.Before(f.Since) {
+			break // times never go back
+		}
+		if (f.Actor == "" || e.Actor == f.Actor) && (f.Action == "" || e.Action == f.Action) && strings.Contains(e.Object, f.Object) {
+			out = append(out, e)
+		}
+	}
+	return out, nil
 }

@@ -105,7 +105,7 @@ func TestTenantsAndProjects(t *testing.T) {
 	if s := must[*control.Tenant](t)(f.SuspendTenant(ctx, operator, acme.ID.String(), true, Change{})); !s.Suspended {
 		t.Errorf("got %+v", s)
 	}
-	tail := must[[]*control.AuditEntry](t)(f.Audit(operator, 3))
+	tail := must[[]*control.AuditEntry](t)(f.Audit(operator, AuditFilter{Limit: 3}))
 	if tail[0].Actor != "olga" || !strings.Contains(tail[0].After, "suspended=true") || tail[1].Reason != "contract 7" {
 		t.Errorf("the audit tail says %+v", tail)
 	}

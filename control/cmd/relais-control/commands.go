@@ -239,14 +239,47 @@ func (a *app) credentialCommand() *cobra.Command {
 }
 
 func (a *app) auditCommand() *cobra.Command {
-	cmd := &cobra.Command{Use: "audit", Short: "List the newest changes", Example: "  relais-control audit --limit 20", Args: cobra.NoArgs}
+	cmd := &cobra.Command{
+		Use: "audit", Short: "List the newest changes: who, what, why",
+		Long:    "List the newest changes. With --json they show the objects before and after.",
+		Example: "  relais-control audit --limit 20\n  relais-control audit --actor admin --since 24h --json\n  relais-control audit --object 198.51.100.7", Args: cobra.NoArgs,
+	}
 	limit := cmd.Flags().Int("limit", 100, "how many, at most 1000")
+	actor := cmd.Flags().String("actor", "", "only changes by this operator or part of the server")
+	object := cmd.Flags().String("object", "", "only changes of objects with this text in their name or id")
+	action := cmd.Flags().String("action", "", "only changes of this kind, such as policy.put")
+	since := cmd.Flags().String("since", "", "only changes since then: a span such as 24h, or a time such as 2026-01-02T15:04:05Z")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		return list(a, cmd, "/audit", url.Values{"limit": {fmt.Sprint(*limit)}}, "REVISION TIME ACTOR ACTION OBJECT REASON", func(e api.AuditEntry) []string {
+		query := url.Values{"limit": {fmt.Sprint(*limit)}}
+		for name, value := range map[string]string{"actor": *actor, "object": *object, "action": *action} {
+			if value != "" {
+				query.Set(name, value)
+			}
+		}
+		if *since != "" {
+			at, err := parseSince(*since, time.Now())
+			if err != nil {
+				return err
+			}
+			query.Set("since", at.UTC().Format(time.RFC3339Nano))
+		}
+		return list(a, cmd, "/audit", query, "REVISION TIME ACTOR ACTION OBJECT REASON", func(e api.AuditEntry) []string {
 			return []string{fmt.Sprint(e.Index), when(e.Time), e.Actor, e.Action, e.Object, e.Reason}
 		})
 	}
 	return cmd
+}
+
+// parseSince reads a span before now or a time.
+func parseSince(text string, now time.Time) (time.Time, error) {
+	if span, err := time.ParseDuration(text); err == nil && span > 0 {
+		return now.Add(-span), nil
+	}
+	at, err := time.Parse(time.RFC3339, text)
+	if err != nil {
+		return at, usagef("--since is %q: use a span such as 24h, or a time such as 2026-01-02T15:04:05Z", text)
+	}
+	return at, nil
 }
 
 func (a *app) statusCommand() *cobra.Command {

@@ -180,7 +180,7 @@ func (a *app) poolCommand() *cobra.Command {
 }
 
 func (a *app) policyCommand() *cobra.Command {
-	return group("policy", "Get and put the policy", a.policyGet(), a.policyPut())
+	return group("policy", "Get, compare, put and roll back the policy", a.policyGet(), a.policyDiff(), a.policyPut(), a.policyRollback(), a.policyHistory(), a.policyStatus())
 }
 
 func (a *app) policyGet() *cobra.Command {
@@ -240,7 +240,9 @@ func (a *app) policyPut() *cobra.Command {
 		Use: "put FILE… | DIR", Short: "Change sections of the policy",
 		Long: `Change sections of the policy. A file's name without .toml is its section;
 a directory stands for the *.toml files in it. An empty file returns a section
-to the shipped default. Everything is checked before anything changes.
+to the shipped default. Everything is checked before anything changes. The
+impact is printed first, and the command waits for connected relays to apply
+the change; it fails if one refuses it.
 
 With --expect the change is made only if the policy is still at that revision.`,
 		Example: "  relais-control policy put queue.toml\n  relais-control policy put policy/ --expect 41 --reason 'slower retries'",
@@ -248,15 +250,18 @@ With --expect the change is made only if the policy is still at that revision.`,
 	}
 	reason := reasonFlag(cmd)
 	expect := cmd.Flags().Uint64("expect", 0, "revision of the policy that the change is made from")
+	dry := cmd.Flags().Bool("dry-run", false, "say what it would do and change nothing")
+	wait := addWaitFlags(cmd)
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		sections, err := readSections(args)
 		if err != nil {
 			return err
 		}
-		return show(a, cmd, call{method: http.MethodPut, path: "/policy", body: api.PolicyPut{Sections: sections}, ifMatch: revisionText(cmd, *expect), reason: *reason}, func(w io.Writer, p api.Policy) error {
-			_, err := fmt.Fprintf(w, "policy revision %d\n", p.Revision)
-			return err
-		})
+		preview := api.PolicyPreviewRequest{Sections: sections}
+		if *dry {
+			return show(a, cmd, call{method: http.MethodPost, path: "/policy/preview", body: preview}, printPreview)
+		}
+		return a.changePolicy(cmd, preview, call{method: http.MethodPut, path: "/policy", body: api.PolicyPut{Sections: sections}, ifMatch: revisionText(cmd, *expect), reason: *reason}, wait)
 	}
 	return cmd
 }
