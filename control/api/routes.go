@@ -177,6 +177,28 @@ func (s *server) registerSending(a huma.API) {
 			}
 			return out(credentialOf(row), row.Revision), nil
 		})
+	handle(s, a, route{method: http.MethodPost, path: "/credentials/{credential}/rotate", id: "rotate-credential", summary: "Give a credential a new secret; it is in this answer only"},
+		func(ctx context.Context, in *struct {
+			Precondition
+			Credential string `path:"credential"`
+			Body       CredentialRotate
+		}) (*Out[Credential], error) {
+			c, err := in.change()
+			if err != nil {
+				return nil, err
+			}
+			overlap := service.DefaultRotationOverlap
+			if in.Body.OverlapSeconds != nil {
+				overlap = time.Duration(*in.Body.OverlapSeconds) * time.Second
+			}
+			row, secret, err := s.svc.RotateCredential(ctx, actorOf(ctx), in.Credential, overlap, c)
+			if err != nil {
+				return nil, err
+			}
+			body := credentialOf(row)
+			body.Secret = secret
+			return out(body, row.Revision), nil
+		})
 	s.registerIPs(a)
 	s.registerPools(a)
 }

@@ -135,7 +135,14 @@ type Credential struct {
 	Revoked   bool       `json:"revoked"`
 	CreatedAt time.Time  `json:"created_at"`
 	Revision  uint64     `json:"revision"`
-	Secret    string     `json:"secret,omitempty" doc:"The password, shown only when the credential is created"`
+	Secret    string     `json:"secret,omitempty" doc:"The password, shown only when the credential is created or rotated"`
+
+	PreviousUntil *time.Time `json:"previous_until,omitempty" doc:"The secret before the last rotation is good until then"`
+}
+
+// CredentialRotate asks for a new secret.
+type CredentialRotate struct {
+	OverlapSeconds *int64 `json:"overlap_seconds,omitempty" minimum:"0" maximum:"2592000" doc:"The old secret stays good this long; absent: a day"`
 }
 
 // CredentialCreate asks for a credential.
@@ -310,7 +317,8 @@ func domainOf(d service.DomainView) Domain {
 }
 
 func credentialOf(c *control.Credential) Credential {
-	return Credential{ID: c.ID.String(), Tenant: c.Tenant.String(), Project: c.Project.String(), Name: c.Name, Stream: c.Stream, NotAfter: optionalTime(c.NotAfter), Revoked: c.Revoked, CreatedAt: c.CreatedAt, Revision: c.Revision}
+	return Credential{ID: c.ID.String(), Tenant: c.Tenant.String(), Project: c.Project.String(), Name: c.Name, Stream: c.Stream, NotAfter: optionalTime(c.NotAfter), Revoked: c.Revoked, CreatedAt: c.CreatedAt, Revision: c.Revision,
+		PreviousUntil: optionalTime(c.PreviousUntil)}
 }
 
 func ipOf(v service.IPView) IP {

@@ -58,6 +58,43 @@ func (s *Service) CreateCredential(ctx context.Context, a Actor, req CredentialR
 	return out, secret, nil
 }
 
+// The life of a credential's old secret after a rotation.
+const (
+	DefaultRotationOverlap = 24 * time.Hour
+	MaxRotationOverlap     = 30 * 24 * time.Hour
+)
+
+// RotateCredential gives a credential a new secret, which is the second result
+// and is shown once. The old one stays good for the overlap, 0 to
+// MaxRotationOverlap; a secret from before the last rotation ends at once.
+func (s *Service) RotateCredential(ctx context.Context, a Actor, ref string, overlap time.Duration, c Change) (*control.Credential, string, error) {
+	const op = "service.RotateCredential"
+	if err := s.enter(a, control.RoleOperator, op); err != nil {
+		return nil, "", err
+	}
+	if overlap < 0 || overlap > MaxRotationOverlap {
+		return nil, "", fault.Field(op, "overlap", "%s is out of range: the old secret stays good for 0 to %s", overlap, MaxRotationOverlap)
+	}
+	var id ids.Credential
+	var row *control.Credential
+	if parseID(&id, ref) {
+		row = s.state.Read().Credential(id)
+	}
+	if row == nil {
+		return nil, "", notFound("credential", "credential", ref)
+	}
+	view, err := s.baseView()
+	if err != nil {
+		return nil, "", err
+	}
+	secret, hash := auth.NewCredentialSecret(view.CredentialKey)
+	out, err := propose[control.Credential](ctx, s, &command.CredentialRotate{Meta: c.meta(a), Expect: c.revision(row.Revision), Credential: id[:], SecretHash: hash[:], PreviousUntilMs: now().Add(overlap).UnixMilli()})
+	if err != nil {
+		return nil, "", err
+	}
+	return out, secret, nil
+}
+
 // Credentials returns the credentials of a tenant, or all if it is empty.
 func (s *Service) Credentials(a Actor, tenant string) ([]*control.Credential, error) {
 	if err := s.enter(a, control.RoleViewer, "service.Credentials"); err != nil {

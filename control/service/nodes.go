@@ -223,6 +223,10 @@ func (s *Service) SetNodeState(ctx context.Context, a Actor, ref string, to cont
 	if err != nil {
 		return nil, err
 	}
+	if to == control.NodeDraining || to == control.NodeActive && n.State != control.NodePending {
+		// Relays hear of these two, so they have a command of their own.
+		return propose[control.Node](ctx, s, &command.NodeDrain{Meta: c.meta(a), Expect: c.revision(n.Revision), Node: n.ID[:], Draining: to == control.NodeDraining})
+	}
 	return propose[control.Node](ctx, s, &command.NodeSetState{Meta: c.meta(a), Expect: c.revision(n.Revision), Node: n.ID[:], State: string(to)})
 }
 

@@ -287,6 +287,65 @@ func TestNodes(t *testing.T) {
 	f.refused(t, fault.NotFound, "", func() error { return f.AnnounceServer(ctx, ids.Node{9}, "a:1", "b:1", "2") })
 }
 
+func TestRotateCredential(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t)
+	must[*control.Tenant](t)(f.AddTenant(ctx, operator, "acme", Change{}))
+	row, first, err := f.CreateCredential(ctx, operator, CredentialRequest{Tenant: "acme"}, Change{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	rotated, second, err := f.RotateCredential(ctx, operator, row.ID.String(), time.Hour, Change{Reason: "yearly"})
+	if err != nil || second == first || rotated.ID != row.ID || rotated.PreviousHash != row.SecretHash || time.Until(rotated.PreviousUntil) < 59*time.Minute {
+		t.Fatalf("got %+v, %v", rotated, err)
+	}
+	c := must[*policy.View](t)(f.ViewFor(ctx, ids.Node{1})).Credentials[0]
+	if c.SecretHash != rotated.SecretHash || c.PreviousHash != row.SecretHash || !c.PreviousUntil.Equal(rotated.PreviousUntil) {
+		t.Errorf("the view has %+v", c)
+	}
+	if strings.Contains(string(f.log.bytes), second) {
+		t.Error("the secret is in the log")
+	}
+	for name, tc := range map[string]struct {
+		ref     string
+		overlap time.Duration
+		kind    fault.Kind
+		field   string
+	}{
+		"too long": {row.ID.String(), MaxRotationOverlap + 1, fault.Invalid, "overlap"},
+		"negative": {row.ID.String(), -1, fault.Invalid, "overlap"},
+		"unknown":  {"crd_nobody", 0, fault.NotFound, "credential"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			f.refused(t, tc.kind, tc.field, func() error {
+				_, _, err := f.RotateCredential(ctx, operator, tc.ref, tc.overlap, Change{})
+				return err
+			})
+		})
+	}
+}
+
+func TestDrain(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t)
+	node, other := f.join(t, "edge-1"), f.join(t, "edge-2")
+	watch := f.WatchRevision()
+	row := must[*control.Node](t)(f.SetNodeState(ctx, operator, "edge-1", control.NodeDraining, Change{Reason: "new disk"}))
+	select {
+	case <-watch:
+	default:
+		t.Error("relays do not hear of it")
+	}
+	a, b := must[*policy.View](t)(f.ViewFor(ctx, node)), must[*policy.View](t)(f.ViewFor(ctx, other))
+	if row.State != control.NodeDraining || !a.Draining || b.Draining {
+		t.Errorf("%s: the views say %t and %t", row.State, a.Draining, b.Draining)
+	}
+	must[*control.Node](t)(f.SetNodeState(ctx, operator, "edge-1", control.NodeActive, Change{}))
+	if must[*policy.View](t)(f.ViewFor(ctx, node)).Draining {
+		t.Error("it still drains")
+	}
+}
+
 func TestPolicy(t *testing.T) {
 	t.Parallel()
 	f := newFixture(t)

@@ -27,7 +27,7 @@ func (s *Service) ViewFor(_ context.Context, node ids.Node) (*policy.View, error
 		return nil, err
 	}
 	v := *base
-	v.Node = node
+	v.Node, v.Draining = node, s.state.Read().Draining(node)
 	return &v, nil
 }
 

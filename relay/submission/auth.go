@@ -97,7 +97,8 @@ func (s *session) login(user string, secret []byte) error {
 		}
 		credential = &policy.Credential{} // spend the same time as for a known one
 	}
-	if !secretMatches(&dir.View().CredentialKey, credential, secret) || !known {
+	hash, ok := secretMatches(&dir.View().CredentialKey, credential, secret, now)
+	if !ok || !known {
 		return s.loginFailed("bad", "The user name or the secret is wrong")
 	}
 	if !credential.NotAfter.IsZero() && !now.Before(credential.NotAfter) {
@@ -108,15 +109,25 @@ func (s *session) login(user string, secret []byte) error {
 		return s.conn.Refuse("suspended", 535, smtp.EnhancedCode{5, 7, 1}, "This account is suspended")
 	}
 	s.server.metrics.auth.WithLabelValues("ok").Inc()
-	s.credential = id
+	s.credential, s.secretHash = id, hash
 	return nil
 }
 
-// secretMatches compares in constant time.
-func secretMatches(key *[32]byte, c *policy.Credential, secret []byte) bool {
+// secretMatches compares in constant time, with the secret and with the one
+// before the last rotation.
+func secretMatches(key *[32]byte, c *policy.Credential, secret []byte, now time.Time) (hash [32]byte, ok bool) {
 	mac := hmac.New(sha256.New, key[:])
 	_, _ = mac.Write(secret) // hash.Hash never returns an error
-	return hmac.Equal(mac.Sum(nil), c.SecretHash[:])
+	mac.Sum(hash[:0])
+	return hash, holds(c, hash, now)
+}
+
+// holds reports whether the hash is that of a secret of the credential that is
+// good now.
+func holds(c *policy.Credential, hash [32]byte, now time.Time) bool {
+	current := hmac.Equal(hash[:], c.SecretHash[:])
+	previous := hmac.Equal(hash[:], c.PreviousHash[:])
+	return current || previous && now.Before(c.PreviousUntil)
 }
 
 func (s *session) tryLater(text string) error {

@@ -29,6 +29,7 @@ type session struct {
 	server     *Server
 	conn       *smtpconn.Conn
 	credential ids.Credential // zero: not authenticated
+	secretHash [32]byte       // of the secret that the client logged in with
 
 	// The transaction.
 	dir        *policy.Directory // one policy for the whole transaction
@@ -99,8 +100,9 @@ func (s *session) authorize() error {
 		return s.conn.Refuse("no_policy", 451, smtp.EnhancedCode{4, 3, 2}, "There is no policy on this relay, try again later")
 	}
 	cred, ok := dir.Credential(s.credential)
-	if !ok || !cred.NotAfter.IsZero() && !time.Now().Before(cred.NotAfter) {
-		return s.conn.Refuse("auth_required", 530, smtp.EnhancedCode{5, 7, 0}, "Your credential was revoked or has expired, authenticate with another")
+	now := time.Now()
+	if !ok || !cred.NotAfter.IsZero() && !now.Before(cred.NotAfter) || !holds(cred, s.secretHash, now) {
+		return s.conn.Refuse("auth_required", 530, smtp.EnhancedCode{5, 7, 0}, "Your credential was revoked, has expired or has a new secret, authenticate again")
 	}
 	if tenant, ok := dir.Tenant(cred.Tenant); !ok || tenant.Suspended {
 		return s.conn.Refuse("suspended", 550, smtp.EnhancedCode{5, 7, 1}, "This account is suspended")
@@ -135,6 +137,9 @@ func (s *session) Rcpt(_ string, opts *smtp.RcptOptions) error {
 	}
 	if address.IsNull() {
 		return s.conn.Refuse("recipient_syntax", 501, smtp.EnhancedCode{5, 1, 3}, "RCPT: a recipient has an address")
+	}
+	if s.dir.View().Draining {
+		return s.conn.Refuse("draining", 451, smtp.EnhancedCode{4, 3, 5}, "This relay is draining, use another")
 	}
 	if s.stream != nil && !s.stream.HasLocalSource {
 		return s.refuseNoSource(s.stream)

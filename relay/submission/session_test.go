@@ -2,6 +2,7 @@ package submission
 
 import (
 	"bufio"
+	"crypto/hmac"
 	"crypto/sha256"
 	"crypto/tls"
 	"errors"
@@ -286,6 +287,47 @@ func TestPolicyChangesHoldForOpenSessions(t *testing.T) {
 	p.mail(goodMessage, "250")
 	w.policy.Store(nil)
 	w.dial(t).do("AUTH PLAIN "+plain(w.user, testSecret), "454 4.7.0")
+}
+
+// TestRotatedSecret: the old secret is good until its end, then also an open
+// session that used it is over.
+func TestRotatedSecret(t *testing.T) {
+	rotated := func(until time.Time) func(*policy.View) {
+		return func(v *policy.View) {
+			mac := hmac.New(sha256.New, v.CredentialKey[:])
+			_, _ = mac.Write([]byte("the new one"))
+			c := &v.Credentials[0]
+			c.PreviousHash, c.PreviousUntil, c.SecretHash = c.SecretHash, until, [32]byte(mac.Sum(nil))
+		}
+	}
+	w := newWorld(t, rotated(time.Now().Add(time.Hour)))
+	old := w.login(t)
+	fresh := w.dial(t)
+	fresh.do("AUTH PLAIN "+plain(w.user, "the new one"), "235")
+	w.setView(rotated(time.Now().Add(-time.Second)))
+	old.do("MAIL FROM:<a@acme.example>", "530 5.7.0")
+	fresh.do("MAIL FROM:<a@acme.example>", "250")
+	w.dial(t).do("AUTH PLAIN "+plain(w.user, testSecret), "535 5.7.8")
+	w.setView(func(v *policy.View) { rotated(time.Time{})(v); v.Credentials[0].PreviousHash = [32]byte{} })
+	w.dial(t).do("AUTH PLAIN "+plain(w.user, testSecret), "535 5.7.8")
+}
+
+// TestDraining: a draining relay takes no new mail and says so at RCPT, so that
+// a client with several relays takes another.
+func TestDraining(t *testing.T) {
+	w := newWorld(t, nil)
+	p := w.login(t)
+	try := func(want string) {
+		t.Helper()
+		p.do("MAIL FROM:<a@acme.example>", "250")
+		p.do("RCPT TO:<b@example.net>", want)
+		p.do("RSET", "250")
+	}
+	try("250")
+	w.setView(func(v *policy.View) { v.Draining = true })
+	try("451 4.3.5 This relay is draining")
+	w.setView(nil)
+	try("250")
 }
 
 func TestStoreFailures(t *testing.T) {

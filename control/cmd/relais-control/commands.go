@@ -132,7 +132,7 @@ func (a *app) tokenRevoke() *cobra.Command {
 }
 
 func (a *app) nodeCommand() *cobra.Command {
-	return group("node", "List, show and evict relays", a.nodeEvict(),
+	return group("node", "List, show, drain and evict relays", a.nodeEvict(), a.nodeDrain(), a.nodeUndrain(),
 		&cobra.Command{Use: "list", Short: "List relays", Example: "  relais-control node list --json", Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error {
 			return list(a, cmd, "/nodes", nil, "ID NAME STATE CONNECTED REVISION VERSION ADDRESSES", func(n api.Node) []string {
 				return []string{n.ID, n.Name, n.State, yes(n.Connected), fmt.Sprint(n.AckedRevision), n.Version, strings.Join(n.Sources, ",")}
@@ -144,7 +144,11 @@ func (a *app) nodeCommand() *cobra.Command {
 				if n.Refused > 0 {
 					refused = fmt.Sprintf("%d: %s", n.Refused, n.RefusedWhy)
 				}
-				return printPairs(w, "Id", n.ID, "Name", n.Name, "State", n.State, "Version", n.Version, "Labels", labelText(n.Labels), "Joined", when(n.JoinedAt),
+				queue := ""
+				if r := n.Report; r != nil {
+					queue = fmt.Sprintf("%d recipients waiting, %d in flight, %d held", r.WaitingRecipients, r.InFlightRecipients, r.HeldRecipients)
+				}
+				return printPairs(w, "Id", n.ID, "Name", n.Name, "State", n.State, "Queue", queue, "Version", n.Version, "Labels", labelText(n.Labels), "Joined", when(n.JoinedAt),
 					"Connected", yes(n.Connected), "Last contact", whenOr(n.LastContact, "none since this server started"), "Works with revision", fmt.Sprint(n.AckedRevision),
 					"Refused revision", refused, "Certificate ends", whenOr(n.CertNotAfter, ""), "Assigned addresses", strings.Join(n.Sources, ", "), "Addresses on its host", strings.Join(n.LocalAddresses, ", "))
 			})
@@ -235,7 +239,30 @@ func (a *app) credentialCommand() *cobra.Command {
 			return err
 		})
 	}
-	return group("credential", "Create, list and revoke SMTP credentials", create, ls, revoke)
+	return group("credential", "Create, list, rotate and revoke SMTP credentials", create, ls, a.credentialRotate(), revoke)
+}
+
+func (a *app) credentialRotate() *cobra.Command {
+	cmd := &cobra.Command{
+		Use: "rotate ID", Short: "Give a credential a new secret and print it once",
+		Long: `Give a credential a new secret and print it once. The old secret stays good for
+the overlap, so that clients can be changed one by one; then it is refused, also
+in sessions that are open. The user name stays.`,
+		Example: "  relais-control credential rotate crd_01…\n  relais-control credential rotate crd_01… --overlap 0 --reason leaked",
+		Args:    cobra.ExactArgs(1),
+	}
+	reason := reasonFlag(cmd)
+	overlap := cmd.Flags().Duration("overlap", 24*time.Hour, "the old secret stays good this long, at most 720h")
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		if *overlap < 0 {
+			return usagef("--overlap is %s: use 0 or a positive duration", *overlap)
+		}
+		seconds := int64(*overlap / time.Second)
+		return show(a, cmd, call{method: http.MethodPost, path: "/credentials/" + url.PathEscape(args[0]) + "/rotate", body: api.CredentialRotate{OverlapSeconds: &seconds}, reason: *reason}, func(w io.Writer, c api.Credential) error {
+			return printPairs(w, "User name", c.ID, "Password", c.Secret, "Old password ends", whenOr(c.PreviousUntil, "now"), "Note", "the password is not shown again")
+		})
+	}
+	return cmd
 }
 
 func (a *app) auditCommand() *cobra.Command {
