@@ -67,6 +67,7 @@ func New(o Options) http.Handler {
 	s.registerSending(a)
 	s.registerNodes(a)
 	s.registerPolicy(a)
+	s.registerRecovery(a)
 	return router
 }
 

@@ -42,6 +42,7 @@ type Options struct {
 	Sealer  Sealer
 	Logger  *slog.Logger
 	Version string // of this program, shown by the API
+	Backups Backups
 }
 
 // Service implements the use cases. Use New.
@@ -52,6 +53,7 @@ type Service struct {
 	logger  *slog.Logger
 	version string
 	started time.Time
+	backups Backups
 
 	viewMu sync.Mutex
 	view   *policy.View // for no node in particular, of the newest revision asked for
@@ -62,7 +64,7 @@ type Service struct {
 
 // New returns the service of one server.
 func New(o Options) *Service {
-	return &Service{state: o.State, log: o.Log, sealer: o.Sealer, logger: o.Logger, version: o.Version, started: time.Now(), seen: map[ids.Node]*Seen{}}
+	return &Service{state: o.State, log: o.Log, sealer: o.Sealer, logger: o.Logger, version: o.Version, backups: o.Backups, started: time.Now(), seen: map[ids.Node]*Seen{}}
 }
 
 // Actor is who asks for something.

@@ -99,9 +99,10 @@ func (a *app) root() *cobra.Command {
 		a.initCommand(), a.serveCommand(), a.caCommand(),
 		a.tokenCommand(), a.nodeCommand(), a.tenantCommand(), a.projectCommand(), a.domainCommand(),
 		a.credentialCommand(), a.ipCommand(), a.poolCommand(), a.policyCommand(), a.auditCommand(), a.statusCommand(),
+		a.backupCommand(), a.restoreCommand(), a.recoverCommand(), a.recoveryCommand(),
 	)
 	for _, group := range root.Commands() {
-		if group.HasSubCommands() {
+		if group.HasSubCommands() && group.RunE == nil {
 			requireSubcommand(group)
 		}
 	}

@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"crypto/rand"
+	"encoding/json"
 	"fmt"
 	"net/netip"
 	"os"
@@ -36,6 +37,7 @@ func TestScripts(t *testing.T) {
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"mode":   mode,
 			"secret": secret,
+			"field":  field,
 		},
 	})
 }
@@ -144,4 +146,18 @@ func TestPrintTable(t *testing.T) {
 	if err := printTable(&b, "ID NAME", [][]string{{"1", "a"}, {"22", ""}}); err != nil || b.String() != "ID  NAME\n1   a\n22  -\n" {
 		t.Errorf("got %q, %v", b.String(), err)
 	}
+}
+
+// field writes one field of a JSON object to a file: field NAME FROM TO.
+func field(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 3 {
+		ts.Fatalf("usage: field NAME FROM TO")
+	}
+	var object map[string]any
+	ts.Check(json.Unmarshal([]byte(ts.ReadFile(args[1])), &object))
+	text, ok := object[args[0]].(string)
+	if !ok {
+		ts.Fatalf("%s has no text %q", args[1], args[0])
+	}
+	ts.Check(os.WriteFile(ts.MkAbs(args[2]), []byte(text+"\n"), 0o600))
 }

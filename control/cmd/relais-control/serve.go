@@ -22,6 +22,7 @@ import (
 
 	"github.com/relais-mta/relais/control"
 	"github.com/relais-mta/relais/control/api"
+	"github.com/relais-mta/relais/control/backup"
 	"github.com/relais-mta/relais/control/ca"
 	"github.com/relais-mta/relais/control/cluster"
 	"github.com/relais-mta/relais/control/config"
@@ -80,6 +81,8 @@ type server struct {
 	web      *pki.Holder // certificate of the API: holder, or the configured files
 	sealer   *pki.Sealer
 	cluster  *cluster.Cluster
+	state    *state.Store
+	keeper   *backup.Keeper
 	service  *service.Service
 
 	supervisor telemetry.Supervisor
@@ -88,6 +91,9 @@ type server struct {
 func (s *server) run(ctx context.Context) error {
 	var err error
 	if s.file, err = loadServerFile(s.paths); err != nil {
+		return err
+	}
+	if err := checkRecovered(s.paths); err != nil {
 		return err
 	}
 	unlock, err := lockDir(s.paths)
@@ -102,6 +108,10 @@ func (s *server) run(ctx context.Context) error {
 	s.health = telemetry.NewHealth(time.Now)
 	s.registry = telemetry.NewRegistry("control", s.health)
 	st := state.New()
+	s.state = st
+	if s.keeper, err = s.newKeeper(st); err != nil {
+		return err
+	}
 	peer := pki.Peer{Cluster: s.file.Cluster, Role: pki.RoleControl}
 	stream, err := cluster.Listen(s.conf.Listen.Raft.String(), s.file.Raft, pki.ServerConfig(s.holder, peer, wire.ALPNRaft), pki.ClientConfig(s.holder, peer, wire.ALPNRaft))
 	if err != nil {
@@ -115,7 +125,7 @@ func (s *server) run(ctx context.Context) error {
 	if err != nil {
 		return errors.Join(err, stream.Close())
 	}
-	s.service = service.New(service.Options{State: st, Log: s.cluster, Sealer: s.sealer, Logger: s.logger, Version: buildinfo.Version()})
+	s.service = service.New(service.Options{State: st, Log: s.cluster, Sealer: s.sealer, Logger: s.logger, Version: buildinfo.Version(), Backups: s.keeper})
 	err = s.serve(ctx)
 	s.logger.Info("stopped")
 	return errors.Join(err, s.cluster.Close())
@@ -179,6 +189,7 @@ func (s *server) serve(ctx context.Context) error {
 	})
 	group.Go(func() error { s.reload(ctx); return nil })
 	s.watchHealth()
+	s.upkeep(ctx, group)
 	s.logger.Info("serving", "version", buildinfo.Version(), "cluster", s.file.Cluster.String(), "server", s.file.Server.String(), "https", https.Addr().String(), "raft", s.conf.Listen.Raft.String())
 	// The process has started: other servers and relays may be long in coming.
 	s.supervisor.Ready("waiting for a leader")
