@@ -13,7 +13,7 @@ export CGO_ENABLED := 0
 # A test run must not depend on what an earlier one left in the cache.
 TESTFLAGS := -count=1
 
-.PHONY: all build run check generate test unit e2e test-race fuzz peers clean
+.PHONY: all build run check generate test unit e2e test-race fuzz deb peers clean
 
 all: build
 
@@ -55,6 +55,10 @@ test-race:
 FUZZTIME ?= 20s
 fuzz:
 	scripts/fuzz.sh $(FUZZTIME)
+
+# Debian packages of both programs, into bin/. The same commit gives the same bytes.
+deb:
+	$(GO) run ./scripts/deb -out $(BIN)
 
 clean:
 	rm -rf $(BIN)
