@@ -147,6 +147,7 @@ type JoinToken struct {
 	CIDRs       []netip.Prefix // empty: from anywhere
 	NameGlob    string         // empty: any name
 	Redemptions []Redemption
+	Approve     bool // nodes start as pending
 	Revoked     bool
 	CreatedAt   time.Time
 	Revision    uint64
@@ -313,7 +314,14 @@ func (s *Server) Summary() string {
 
 // Summary renders the row for the audit tail, without secrets.
 func (t *JoinToken) Summary() string {
-	return fmt.Sprintf("role=%s uses=%d/%d not_after=%s cidrs=%v names=%s revoked=%t", t.Role, t.UsesMax-t.UsesLeft, t.UsesMax, t.NotAfter.UTC().Format(time.RFC3339), t.CIDRs, t.NameGlob, t.Revoked)
+	return fmt.Sprintf("role=%s uses=%d/%d not_after=%s cidrs=%v names=%s revoked=%t%s", t.Role, t.UsesMax-t.UsesLeft, t.UsesMax, t.NotAfter.UTC().Format(time.RFC3339), t.CIDRs, t.NameGlob, t.Revoked, needsApproval(t.Approve))
+}
+
+func needsApproval(approve bool) string {
+	if approve {
+		return " approve=true"
+	}
+	return ""
 }
 
 // Summary renders the row for the audit tail.

@@ -341,6 +341,7 @@ func (s *server) registerNodes(a huma.API) {
 			}
 			return out(nodeOf(v), v.Revision), nil
 		})
+	s.registerApproval(a)
 	handle(s, a, route{method: http.MethodPut, path: "/nodes/{node}/state", id: "set-node-state", summary: "Move a relay between its states; eviction is for good"},
 		func(ctx context.Context, in *struct {
 			Node string `path:"node" doc:"Id or name"`
@@ -363,7 +364,7 @@ func (s *server) registerNodes(a huma.API) {
 }
 
 func (b TokenCreate) request() (service.TokenRequest, error) {
-	req := service.TokenRequest{Role: control.NodeRole(b.Role), TTL: time.Duration(b.TTLSeconds) * time.Second, Uses: b.Uses, Labels: b.Labels, NameGlob: b.NameGlob}
+	req := service.TokenRequest{Role: control.NodeRole(b.Role), TTL: time.Duration(b.TTLSeconds) * time.Second, Uses: b.Uses, Labels: b.Labels, NameGlob: b.NameGlob, Approve: b.Approve}
 	for _, text := range b.CIDRs {
 		p, err := netip.ParsePrefix(text)
 		if err != nil {

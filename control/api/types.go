@@ -21,6 +21,7 @@ type Token struct {
 	Labels    map[string]string `json:"labels,omitempty"`
 	CIDRs     []string          `json:"cidrs,omitempty" doc:"Networks the machine may come from; empty: any"`
 	NameGlob  string            `json:"name_glob,omitempty" doc:"Pattern its name must match; empty: any"`
+	Approve   bool              `json:"approve,omitempty" doc:"The machine waits, pending, until an operator accepts it"`
 	Nodes     []string          `json:"nodes,omitempty" doc:"Nodes that joined with it"`
 	Revoked   bool              `json:"revoked"`
 	CreatedAt time.Time         `json:"created_at"`
@@ -36,6 +37,7 @@ type TokenCreate struct {
 	Labels     map[string]string `json:"labels,omitempty" doc:"Given to every node that joins with it"`
 	CIDRs      []string          `json:"cidrs,omitempty" doc:"Networks the machine may come from; empty: any"`
 	NameGlob   string            `json:"name_glob,omitempty" doc:"Pattern its name must match; empty: any"`
+	Approve    bool              `json:"approve,omitempty" doc:"The machine waits, pending, until an operator accepts it"`
 }
 
 // Node is a relay.
@@ -53,9 +55,25 @@ type Node struct {
 	AckedRevision  uint64            `json:"acked_revision" doc:"Revision it works with, as far as the server that answers heard"`
 	Report         *NodeReport       `json:"report,omitempty" doc:"What it said last of its queue"`
 	Refused        uint64            `json:"refused_revision,omitempty"`
+	Clone          *NodeClone        `json:"clone,omitempty" doc:"Two machines claim to be this relay: a copy of its disk is running"`
 	RefusedWhy     string            `json:"refused_why,omitempty"`
 	Sources        []string          `json:"sources,omitempty" doc:"Addresses assigned to it"`
 	Revision       uint64            `json:"revision"`
+}
+
+// NodeClone says that two machines came with the key of one relay.
+type NodeClone struct {
+	At      time.Time `json:"at" doc:"Last time"`
+	Holder  string    `json:"holder" doc:"Address of the machine that works as the relay"`
+	Refused string    `json:"refused" doc:"Address of the machine that came later and was refused"`
+	Times   int       `json:"times" doc:"How often, since the server that answers started"`
+}
+
+func cloneOf(c *service.Clone) *NodeClone {
+	if c == nil {
+		return nil
+	}
+	return &NodeClone{At: c.At, Holder: c.Holder.String(), Refused: c.Refused.String(), Times: c.Times}
 }
 
 // NodeReport is what a relay says of itself from time to time.
@@ -271,7 +289,7 @@ func labels(in []control.Label) map[string]string {
 
 func tokenOf(t *control.JoinToken) Token {
 	out := Token{ID: t.ID.String(), Role: string(t.Role), UsesMax: int(t.UsesMax), UsesLeft: int(t.UsesLeft), NotAfter: t.NotAfter, Labels: labels(t.Labels),
-		NameGlob: t.NameGlob, Revoked: t.Revoked, CreatedAt: t.CreatedAt, Revision: t.Revision}
+		NameGlob: t.NameGlob, Approve: t.Approve, Revoked: t.Revoked, CreatedAt: t.CreatedAt, Revision: t.Revision}
 	for _, p := range t.CIDRs {
 		out.CIDRs = append(out.CIDRs, p.String())
 	}
@@ -284,7 +302,7 @@ func tokenOf(t *control.JoinToken) Token {
 func nodeOf(n service.NodeView) Node {
 	out := Node{ID: n.ID.String(), Name: n.Name, State: string(n.State), Labels: labels(n.Labels), Version: n.Version, JoinedAt: n.JoinedAt,
 		CertNotAfter: optionalTime(n.CertNotAfter), Connected: n.Seen.Connected, LastContact: optionalTime(n.Seen.LastContact.UTC()),
-		AckedRevision: n.Seen.Acked, Report: reportOf(n.Seen.Report), Refused: n.Seen.Refused, RefusedWhy: n.Seen.RefusedWhy, Revision: n.Revision}
+		AckedRevision: n.Seen.Acked, Report: reportOf(n.Seen.Report), Refused: n.Seen.Refused, RefusedWhy: n.Seen.RefusedWhy, Clone: cloneOf(n.Seen.Clone), Revision: n.Revision}
 	if n.Seen.Version != "" {
 		out.Version = n.Seen.Version
 	}

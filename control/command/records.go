@@ -163,7 +163,7 @@ func (r *Node) Row() (*control.Node, error) {
 // JoinTokenRecord returns the record of the row.
 func JoinTokenRecord(t *control.JoinToken) *JoinToken {
 	r := &JoinToken{Id: optionalID(t.ID), Role: string(t.Role), SecretHash: t.SecretHash[:], UsesMax: t.UsesMax, UsesLeft: t.UsesLeft,
-		NotAfterMs: millis(t.NotAfter), Labels: labelsOf(t.Labels), NameGlob: t.NameGlob, Revoked: t.Revoked, CreatedMs: millis(t.CreatedAt)}
+		NotAfterMs: millis(t.NotAfter), Labels: labelsOf(t.Labels), NameGlob: t.NameGlob, Approve: t.Approve, Revoked: t.Revoked, CreatedMs: millis(t.CreatedAt)}
 	for _, p := range t.CIDRs {
 		r.Cidrs = append(r.Cidrs, p.String())
 	}
@@ -177,7 +177,7 @@ func JoinTokenRecord(t *control.JoinToken) *JoinToken {
 func (r *JoinToken) Row() (*control.JoinToken, error) {
 	var s scan
 	t := &control.JoinToken{Role: control.NodeRole(r.GetRole()), SecretHash: s.hash("secret_hash", r.GetSecretHash()), UsesMax: r.GetUsesMax(), UsesLeft: r.GetUsesLeft(),
-		NotAfter: fromMillis(r.GetNotAfterMs()), Labels: fromLabels(r.GetLabels()), NameGlob: r.GetNameGlob(), Revoked: r.GetRevoked(), CreatedAt: fromMillis(r.GetCreatedMs())}
+		NotAfter: fromMillis(r.GetNotAfterMs()), Labels: fromLabels(r.GetLabels()), NameGlob: r.GetNameGlob(), Approve: r.GetApprove(), Revoked: r.GetRevoked(), CreatedAt: fromMillis(r.GetCreatedMs())}
 	setID(&s, "token", &t.ID, r.GetId())
 	for _, text := range r.GetCidrs() {
 		p, err := netip.ParsePrefix(text)

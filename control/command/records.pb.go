@@ -552,6 +552,7 @@ type JoinToken struct {
 	Redemptions   []*Redemption          `protobuf:"bytes,10,rep,name=redemptions,proto3" json:"redemptions,omitempty"`
 	Revoked       bool                   `protobuf:"varint,11,opt,name=revoked,proto3" json:"revoked,omitempty"`
 	CreatedMs     int64                  `protobuf:"varint,12,opt,name=created_ms,json=createdMs,proto3" json:"created_ms,omitempty"`
+	Approve       bool                   `protobuf:"varint,13,opt,name=approve,proto3" json:"approve,omitempty"` // nodes start as pending
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -668,6 +669,13 @@ func (x *JoinToken) GetCreatedMs() int64 {
 		return x.CreatedMs
 	}
 	return 0
+}
+
+func (x *JoinToken) GetApprove() bool {
+	if x != nil {
+		return x.Approve
+	}
+	return false
 }
 
 type Tenant struct {
@@ -2016,7 +2024,7 @@ const file_control_command_records_proto_rawDesc = "" +
 	"\n" +
 	"Redemption\x12\x19\n" +
 	"\bcsr_hash\x18\x01 \x01(\fR\acsrHash\x12\x12\n" +
-	"\x04node\x18\x02 \x01(\fR\x04node\"\x89\x03\n" +
+	"\x04node\x18\x02 \x01(\fR\x04node\"\xa3\x03\n" +
 	"\tJoinToken\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\fR\x02id\x12\x12\n" +
 	"\x04role\x18\x02 \x01(\tR\x04role\x12\x1f\n" +
@@ -2033,7 +2041,8 @@ const file_control_command_records_proto_rawDesc = "" +
 	" \x03(\v2\x1d.relais.control.v1.RedemptionR\vredemptions\x12\x18\n" +
 	"\arevoked\x18\v \x01(\bR\arevoked\x12\x1d\n" +
 	"\n" +
-	"created_ms\x18\f \x01(\x03R\tcreatedMs\"\x92\x01\n" +
+	"created_ms\x18\f \x01(\x03R\tcreatedMs\x12\x18\n" +
+	"\aapprove\x18\r \x01(\bR\aapprove\"\x92\x01\n" +
 	"\x06Tenant\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\fR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x1c\n" +

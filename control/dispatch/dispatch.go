@@ -60,6 +60,9 @@ type Nodes interface {
 	NodeConnected(id ids.Node, hello Hello)
 	NodeReported(id ids.Node, report Report)
 	NodeGone(id ids.Node)
+	// NodeCloned tells that a second machine came with the node's key while the
+	// first is linked or was heard a moment ago, and that it was refused.
+	NodeCloned(id ids.Node, clone Clone)
 	// AckView and NackView tell what a relay did with a revision.
 	AckView(id ids.Node, revision uint64)
 	NackView(id ids.Node, revision uint64, why string)
@@ -74,6 +77,13 @@ type Hello struct {
 	Addresses   []netip.Addr // present on its host
 	Generation  uint64       // of the view it holds
 	Revision    uint64       // of the view it holds; 0: none
+}
+
+// Clone is a node that two machines claim to be.
+type Clone struct {
+	At      time.Time
+	Holder  netip.AddrPort // of the machine that has the session
+	Refused netip.AddrPort // of the one that came later
 }
 
 // Report is what a relay tells at each report interval.
@@ -116,6 +126,7 @@ type Server struct {
 
 	mu       sync.Mutex
 	sessions map[ids.Node]*session
+	contests map[ids.Node]*contest // nodes that two machines claim to be
 
 	connected  prometheus.GaugeFunc
 	viewBytes  prometheus.Counter
@@ -132,6 +143,7 @@ func New(config Config) (*Server, error) {
 		config:   config,
 		builds:   make(chan struct{}, maxBuilds),
 		sessions: make(map[ids.Node]*session),
+		contests: make(map[ids.Node]*contest),
 		viewBytes: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "relais_control_view_bytes_total", Help: "Bytes of views sent to relays.",
 		}),
@@ -161,23 +173,6 @@ func (s *Server) Sessions() int {
 	return len(s.sessions)
 }
 
-// enter makes n the session of its node. An older session of the node is told
-// to go; an older process of the relay is refused, because two processes would
-// undo each other's work.
-func (s *Server) enter(n *session) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if old := s.sessions[n.node]; old != nil {
-		if old.hello.Incarnation > n.hello.Incarnation {
-			return fault.New(fault.Conflict, "dispatch.enter", "a newer process of %s is linked: stop this one", n.node)
-		}
-		close(old.replaced)
-	}
-	s.sessions[n.node] = n
-	s.config.Nodes.NodeConnected(n.node, n.hello) // under the lock: in order with NodeGone
-	return nil
-}
-
 // leave ends n's claim, unless another session has taken it over.
 func (s *Server) leave(n *session) {
 	s.mu.Lock()
@@ -186,5 +181,8 @@ func (s *Server) leave(n *session) {
 		return
 	}
 	delete(s.sessions, n.node)
+	if c := s.contests[n.node]; c != nil {
+		c.heard = n.lastHeard()
+	}
 	s.config.Nodes.NodeGone(n.node)
 }

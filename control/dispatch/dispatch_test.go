@@ -42,6 +42,7 @@ type nodes struct {
 	nacks     chan string
 	reports   chan Report
 	connected chan ids.Node
+	clones    chan Clone
 }
 
 func (n *nodes) NodeByID(_ context.Context, id ids.Node) (*control.Node, error) {
@@ -110,6 +111,8 @@ func (n *nodes) NodeGone(id ids.Node) {
 	n.gone = append(n.gone, id)
 }
 
+func (n *nodes) NodeCloned(id ids.Node, c Clone) { n.clones <- c }
+
 func (n *nodes) NodeReported(_ ids.Node, report Report) { n.reports <- report }
 func (n *nodes) AckView(_ ids.Node, revision uint64)    { n.acks <- revision }
 func (n *nodes) NackView(_ ids.Node, revision uint64, why string) {
@@ -132,7 +135,7 @@ func newWorld(t *testing.T) *world {
 	ca := pkitest.New(t)
 	w := &world{t: t, ca: ca, nodes: &nodes{
 		rows: make(map[ids.Node]*control.Node), cluster: ca.Cluster, revision: 10, changed: make(chan struct{}),
-		acks: make(chan uint64, 100), nacks: make(chan string, 100), reports: make(chan Report, 100), connected: make(chan ids.Node, 100),
+		acks: make(chan uint64, 100), nacks: make(chan string, 100), reports: make(chan Report, 100), connected: make(chan ids.Node, 100), clones: make(chan Clone, 100),
 	}}
 	var err error
 	if w.server, err = New(Config{
@@ -173,10 +176,18 @@ type relay struct {
 	link    link.Session
 	control *wire.Conn
 	views   *wire.Conn
+
+	answering chan error // not nil: it answers probes
 }
 
 // dial connects a node and says hello; the answer is left to be read.
 func (w *world) dial(node ids.Node, incarnation uint64, hello *wire.Hello) *relay {
+	w.t.Helper()
+	return w.dialAs(&wire.Preface{ProtocolMin: 1, ProtocolMax: 1, ClusterId: w.ca.Cluster[:], Incarnation: incarnation, Version: "test"}, node, hello)
+}
+
+// dialAs connects a node with a preface of the test's.
+func (w *world) dialAs(preface *wire.Preface, node ids.Node, hello *wire.Hello) *relay {
 	w.t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
@@ -190,7 +201,7 @@ func (w *world) dial(node ids.Node, incarnation uint64, hello *wire.Hello) *rela
 		w.t.Fatal(err)
 	}
 	r := &relay{t: w.t, node: node, link: session, control: wire.NewConn(stream, wire.MaxFrameBytes)}
-	if err := r.control.Send(&wire.Preface{ProtocolMin: 1, ProtocolMax: 1, ClusterId: w.ca.Cluster[:], Incarnation: incarnation, Version: "test"}); err != nil {
+	if err := r.control.Send(preface); err != nil {
 		w.t.Fatal(err)
 	}
 	if err := r.control.Send(hello); err != nil {

@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/protobuf/proto"
@@ -30,6 +31,10 @@ type session struct {
 	held     *wire.Hello
 	log      *slog.Logger
 	replaced chan struct{} // closed when the node has opened another session
+	nonce    string        // of the relay's process, random at each start; empty: an old relay
+	probes   bool          // the relay answers probes
+	heard    atomic.Int64  // when the relay said something, Unix nanoseconds
+	replies  chan uint64   // nonces of answered probes
 
 	stream  link.Stream
 	sending sync.Mutex // of control
@@ -38,7 +43,7 @@ type session struct {
 
 // Link serves one relay's session until it ends.
 func (s *Server) Link(ctx context.Context, conn link.Session) (link.Code, string) {
-	n := &session{server: s, link: conn, replaced: make(chan struct{})}
+	n := &session{server: s, link: conn, replaced: make(chan struct{}), replies: make(chan uint64, 1)}
 	if err := n.open(ctx); err != nil {
 		s.config.Logger.Warn("link refused", "node", n.node.String(), "remote", conn.RemoteAddr().String(), "error", err)
 		return n.refuse(err)
@@ -79,7 +84,7 @@ func (n *session) open(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := n.server.enter(n); err != nil {
+	if err := n.server.enter(ctx, n); err != nil {
 		return err
 	}
 	err = n.send(&wire.Welcome{
@@ -123,6 +128,8 @@ func (n *session) readHello() error {
 	if err != nil {
 		return err
 	}
+	n.nonce, n.probes = string(preface.GetBootNonce()), preface.GetCapabilities()&wire.CapabilityProbe != 0
+	n.heard.Store(time.Now().UnixNano())
 	version := preface.GetVersion()
 	n.hello = Hello{
 		Version: version[:min(len(version), maxVersionBytes)], Incarnation: preface.GetIncarnation(),
@@ -296,6 +303,14 @@ func (n *session) receive() error {
 		message, err := n.control.Receive()
 		if err != nil {
 			return err
+		}
+		n.heard.Store(time.Now().UnixNano())
+		if reply, ok := message.(*wire.ProbeReply); ok {
+			select {
+			case n.replies <- reply.GetNonce():
+			default: // an answer that nobody waits for
+			}
+			continue
 		}
 		report, ok := message.(*wire.Report)
 		if !ok {

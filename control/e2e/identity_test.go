@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"encoding/json"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -159,4 +160,91 @@ func checkRejoin(t *testing.T, f *fleet.Fleet, r *fleet.Relay) {
 		s, err := statusOf(r)
 		return err == nil && s.Connected && !s.Evicted && s.Node != r.Node
 	})
+}
+
+// beside runs a relay from a directory on a port of its own, until the test ends.
+func beside(t *testing.T, f *fleet.Fleet, dir string) {
+	t.Helper()
+	text := "[dns]\nresolvers = [\"" + f.Lab.DNSAddr().String() + "\"]\n[listen]\nsubmission = [\"127.0.0.1:0\"]\nsubmissions = []\ninbound = []\nmetrics = \"127.0.0.1:0\"\n[lab]\nallow_private = true\n"
+	if err := os.WriteFile(filepath.Join(dir, "relay.toml"), []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(filepath.Join(binaries, "relais-relay"), "serve", "--data", dir)
+	log, err := os.Create(filepath.Join(t.TempDir(), "log"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd.Stderr = log
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait() // it was killed
+		_ = log.Close()
+		if t.Failed() {
+			text, _ := os.ReadFile(log.Name())
+			t.Logf("the log of the relay in %s:\n%s", dir, text)
+		}
+	})
+}
+
+// TestClonedMachineIsRefused starts a copy of a relay's identity beside it: the
+// copy is refused, both are shown, and the original works on.
+func TestClonedMachineIsRefused(t *testing.T) {
+	f := start(t, fleet.Config{Open: true})
+	r := f.Relays[0]
+	dir := t.TempDir()
+	if err := os.CopyFS(filepath.Join(dir, "identity"), os.DirFS(filepath.Join(r.Dir, "identity"))); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(filepath.Join(dir, "identity", "node.key"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	beside(t, f, dir)
+	copied := &fleet.Relay{Dir: dir}
+	eventually(t, 20*time.Second, "the copy says that it is one", func() bool {
+		s, err := statusOf(copied)
+		return err == nil && !s.Connected && strings.Contains(s.Problem, "copy")
+	})
+	var n struct {
+		nodeRow
+		Clone *struct {
+			Times int `json:"times"`
+		} `json:"clone"`
+	}
+	showNode(t, f, r.Node, &n)
+	if n.Clone == nil || n.Clone.Times == 0 {
+		t.Error("node show tells nothing of the copy")
+	}
+	if s, err := statusOf(r); err != nil || !s.Connected {
+		t.Errorf("the original lost its link: %+v, %v", s, err)
+	}
+}
+
+// TestPendingRelayWaits joins with a token that needs approval: the relay runs
+// without a link until an operator accepts it.
+func TestPendingRelayWaits(t *testing.T) {
+	f := start(t, fleet.Config{Open: true})
+	tok, _ := token(t, f, "--approve", "--name", "late-*")
+	dir, out, err := join(t, f, tok, "--name", "late-1", f.LinkAddr())
+	if err != nil || !strings.Contains(out, "pending") {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	beside(t, f, dir)
+	late := &fleet.Relay{Dir: dir}
+	eventually(t, 20*time.Second, "the relay waits for approval", func() bool {
+		s, err := statusOf(late)
+		return err == nil && !s.Connected && strings.Contains(s.Problem, "node approve")
+	})
+	if out, err := f.Ctl(t.Context(), "node", "approve", "late-1"); err != nil {
+		t.Fatalf("%s, %v", out, err)
+	}
+	eventually(t, 10*time.Second, "the accepted relay is linked", func() bool {
+		s, err := statusOf(late)
+		return err == nil && s.Connected
+	})
+	if _, err := f.Ctl(t.Context(), "node", "approve", f.Relays[0].Node); err != nil {
+		t.Errorf("accepting an active relay: %v", err)
+	}
 }

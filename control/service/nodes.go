@@ -47,6 +47,7 @@ type Seen struct {
 	AckedAt     time.Time
 	Refused     uint64 // revision it refused last
 	RefusedWhy  string
+	Clone       *Clone // nil: nobody else came with its key
 }
 
 // maxCertTries bounds how often a certificate is recorded anew after a conflict.

@@ -31,6 +31,7 @@ type TokenRequest struct {
 	Labels   map[string]string
 	CIDRs    []netip.Prefix
 	NameGlob string
+	Approve  bool // nodes wait, pending, until an operator accepts them
 }
 
 // CreateToken makes a join token. The second result is the text to paste,
@@ -59,6 +60,14 @@ func (s *Service) CreateToken(ctx context.Context, a Actor, req TokenRequest, c 
 	if req.Uses < 1 || req.Uses > command.MaxTokenUses {
 		return nil, "", fault.Field(op, "uses", "%d is out of range: a token is good for 1 to %d uses", req.Uses, command.MaxTokenUses)
 	}
+	if req.Approve {
+		if req.Role != control.NodeRelay {
+			return nil, "", fault.Field(op, "approve", "only relays wait for approval: a control server is watched when it is promoted")
+		}
+		if err := s.approvalKnown(op); err != nil {
+			return nil, "", err
+		}
+	}
 	cluster, err := s.Cluster()
 	if err != nil {
 		return nil, "", err
@@ -68,7 +77,7 @@ func (s *Service) CreateToken(ctx context.Context, a Actor, req TokenRequest, c 
 		return nil, "", err
 	}
 	at := now()
-	row := control.JoinToken{Role: req.Role, UsesMax: uint32(req.Uses), UsesLeft: uint32(req.Uses), NotAfter: at.Add(req.TTL).Truncate(time.Millisecond), Labels: labelRows(req.Labels), NameGlob: req.NameGlob, CreatedAt: at}
+	row := control.JoinToken{Role: req.Role, UsesMax: uint32(req.Uses), UsesLeft: uint32(req.Uses), NotAfter: at.Add(req.TTL).Truncate(time.Millisecond), Labels: labelRows(req.Labels), NameGlob: req.NameGlob, Approve: req.Approve, CreatedAt: at}
 	for _, p := range req.CIDRs {
 		row.CIDRs = append(row.CIDRs, p.Masked())
 	}

@@ -149,6 +149,9 @@ func (a *applier) nodeOf(t *control.JoinToken, c *command.TokenRedeem) (*control
 		return nil, fault.Field(op, "label", "%d labels are too many, allowed are %d", len(labels), command.MaxLabels)
 	}
 	node := &control.Node{Name: c.GetName(), State: control.NodeActive, Labels: labels, Version: c.GetVersion(), Token: t.ID, JoinedAt: a.now}
+	if t.Approve {
+		node.State = control.NodePending
+	}
 	if err := readID(&node.ID, c.GetNode()); err != nil {
 		return nil, err
 	}

@@ -173,9 +173,11 @@ func (a *Agent) Close() error {
 	return fault.Wrap(a.lock.Close(), fault.Internal, "agent.Close", "cannot release the lock")
 }
 
+const noLinkYet = "no link to control since the start"
+
 // loadView puts the stored view in use, if it is good.
 func (a *Agent) loadView() {
-	a.linkProblem = "no link to control since the start"
+	a.linkProblem = noLinkYet
 	encoded, stored, err := a.store.load()
 	if err == nil {
 		var next *applied
@@ -366,7 +368,15 @@ func (a *Agent) Health() Health {
 	if e := a.member.Evicted; e != nil {
 		h.Evicted, eviction = true, e.text()
 	}
-	for _, problem := range []string{eviction, a.viewProblem, a.linkProblem, a.renewDue} {
+	ended := ""
+	if time.Now().After(h.LeafEnds) {
+		ended = a.renewDue // the reason why there is no link
+	}
+	refused := a.linkProblem
+	if refused == noLinkYet {
+		refused = "" // nothing was tried: the state of the view says more
+	}
+	for _, problem := range []string{eviction, ended, refused, a.viewProblem, a.linkProblem, a.renewDue} {
 		if problem != "" {
 			h.Problem = problem
 			break

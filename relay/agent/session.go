@@ -6,9 +6,11 @@ import (
 	"io"
 	"math/rand/v2"
 	"slices"
+	"sync"
 	"time"
 
 	"golang.org/x/sync/errgroup"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/relais-mta/relais/shared/fault"
 	"github.com/relais-mta/relais/shared/ids"
@@ -124,6 +126,14 @@ type session struct {
 	welcomed bool
 	redirect []string
 	pongs    chan *wire.Pong
+	sending  sync.Mutex // of control
+}
+
+// send sends on the control stream, where reports and answers meet.
+func (s *session) send(message proto.Message) error {
+	s.sending.Lock()
+	defer s.sending.Unlock()
+	return s.control.Send(message)
 }
 
 // run opens the session and works on it until it ends; the error says why.
@@ -203,7 +213,7 @@ func (s *session) hello() error {
 	member := a.Membership()
 	if err := s.control.Send(&wire.Preface{
 		ProtocolMin: wire.ProtocolMin, ProtocolMax: wire.ProtocolMax, ClusterId: member.Cluster[:], Generation: member.Generation,
-		Incarnation: a.incarnation, BootNonce: a.bootNonce[:], Version: a.options.Version,
+		Capabilities: wire.CapabilityProbe, Incarnation: a.incarnation, BootNonce: a.bootNonce[:], Version: a.options.Version,
 	}); err != nil {
 		return err
 	}
@@ -291,6 +301,10 @@ func (s *session) receive() error {
 			case s.pongs <- m:
 			default: // an answer that nobody waits for
 			}
+		case *wire.Probe:
+			if err := s.send(&wire.ProbeReply{Nonce: m.GetNonce()}); err != nil {
+				return err
+			}
 		case *wire.Redirect:
 			return s.redirected(m)
 		case *wire.Error:
@@ -316,7 +330,7 @@ func (s *session) report(ctx context.Context, stream link.Stream) error {
 		if err := stream.SetWriteDeadline(sent.Add(maxReportInterval)); err != nil {
 			return err
 		}
-		if err := s.control.Send(s.newReport(nonce, sent)); err != nil {
+		if err := s.send(s.newReport(nonce, sent)); err != nil {
 			return err
 		}
 		unanswered++

@@ -26,6 +26,12 @@ const (
 	ProtocolMax = 1
 )
 
+// The capabilities that a Preface announces. Bits are append-only; a bit that
+// is not known is ignored.
+const (
+	CapabilityProbe uint64 = 1 << 0 // answers Probe
+)
+
 const (
 	// MaxFrameBytes bounds a frame with its head.
 	MaxFrameBytes = 1 << 20
@@ -56,6 +62,8 @@ const (
 	TypeRedirect      Type = 34
 	TypeReport        Type = 35
 	TypePong          Type = 36
+	TypeProbe         Type = 37
+	TypeProbeReply    Type = 38
 	TypeViewBegin     Type = 48
 	TypeViewChunk     Type = 49
 	TypeViewEnd       Type = 50
@@ -90,6 +98,10 @@ func TypeOf(message proto.Message) Type {
 		return TypeReport
 	case *Pong:
 		return TypePong
+	case *Probe:
+		return TypeProbe
+	case *ProbeReply:
+		return TypeProbeReply
 	case *ViewBegin:
 		return TypeViewBegin
 	case *ViewChunk:
@@ -131,6 +143,10 @@ func newMessage(t Type) proto.Message {
 		return &Report{}
 	case TypePong:
 		return &Pong{}
+	case TypeProbe:
+		return &Probe{}
+	case TypeProbeReply:
+		return &ProbeReply{}
 	case TypeViewBegin:
 		return &ViewBegin{}
 	case TypeViewChunk:

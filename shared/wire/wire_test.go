@@ -86,6 +86,8 @@ func frames() []proto.Message {
 		&Redirect{Servers: []string{"192.0.2.2:7443"}, Reason: "stopping"},
 		&Report{Nonce: 8, SentTimeMs: 5, Applied: revision, WaitingRecipients: 1, InFlightRecipients: 2, HeldRecipients: 3, QueueBytes: 4, FreeBytes: 5, Sources: []*HeldSource{{SourceId: sixteen, Epoch: 12, Present: true}}, Problems: []string{"disk is full"}},
 		&Pong{Nonce: 8, ServerTimeMs: 6},
+		&Probe{Nonce: 9},
+		&ProbeReply{Nonce: 9},
 		&ViewBegin{Revision: revision, TotalBytes: 3},
 		&ViewChunk{Data: []byte{1, 2, 3}},
 		&ViewEnd{Sha256: hash[:]},

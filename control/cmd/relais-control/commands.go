@@ -102,6 +102,7 @@ func (a *app) tokenCreate() *cobra.Command {
 	cmd.Flags().IntVar(&body.Uses, "uses", 1, "how many machines may join with it, at most 1000")
 	cmd.Flags().StringToStringVar(&body.Labels, "label", nil, "label for every node that joins, key=value; may be repeated")
 	cmd.Flags().StringSliceVar(&body.CIDRs, "cidr", nil, "network the machine must come from; may be repeated")
+	cmd.Flags().BoolVar(&body.Approve, "approve", false, "the machine waits until `node approve` accepts it")
 	cmd.Flags().StringVar(&body.NameGlob, "name", "", "pattern that its name must match, such as 'edge-*'")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		if body.Role != "relay" && body.Role != "control" {
@@ -132,7 +133,7 @@ func (a *app) tokenRevoke() *cobra.Command {
 }
 
 func (a *app) nodeCommand() *cobra.Command {
-	return group("node", "List, show, drain and evict relays", a.nodeEvict(), a.nodeDrain(), a.nodeUndrain(),
+	return group("node", "List, show, accept, drain and evict relays", a.nodeApprove(), a.nodeEvict(), a.nodeDrain(), a.nodeUndrain(),
 		&cobra.Command{Use: "list", Short: "List relays", Example: "  relais-control node list --json", Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error {
 			return list(a, cmd, "/nodes", nil, "ID NAME STATE CONNECTED REVISION VERSION ADDRESSES", func(n api.Node) []string {
 				return []string{n.ID, n.Name, n.State, yes(n.Connected), fmt.Sprint(n.AckedRevision), n.Version, strings.Join(n.Sources, ",")}
@@ -150,7 +151,7 @@ func (a *app) nodeCommand() *cobra.Command {
 				}
 				return printPairs(w, "Id", n.ID, "Name", n.Name, "State", n.State, "Queue", queue, "Version", n.Version, "Labels", labelText(n.Labels), "Joined", when(n.JoinedAt),
 					"Connected", yes(n.Connected), "Last contact", whenOr(n.LastContact, "none since this server started"), "Works with revision", fmt.Sprint(n.AckedRevision),
-					"Refused revision", refused, "Certificate ends", whenOr(n.CertNotAfter, ""), "Assigned addresses", strings.Join(n.Sources, ", "), "Addresses on its host", strings.Join(n.LocalAddresses, ", "))
+					"Refused revision", refused, "Copied machine", cloneText(n.Clone), "Certificate ends", whenOr(n.CertNotAfter, ""), "Assigned addresses", strings.Join(n.Sources, ", "), "Addresses on its host", strings.Join(n.LocalAddresses, ", "))
 			})
 		}})
 }

@@ -27,6 +27,31 @@ func (a *app) nodeEvict() *cobra.Command {
 	return cmd
 }
 
+// nodeApprove accepts a relay that joined with a token of --approve.
+func (a *app) nodeApprove() *cobra.Command {
+	cmd := &cobra.Command{
+		Use: "approve NODE", Short: "Accept a relay that waits for it",
+		Long:    "Accept a relay that joined with a token made with --approve. It links within seconds.",
+		Example: "  relais-control node approve edge-7", Args: cobra.ExactArgs(1),
+	}
+	reason := reasonFlag(cmd)
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		return show(a, cmd, call{method: http.MethodPost, path: "/nodes/" + url.PathEscape(args[0]) + "/approve", reason: *reason}, func(w io.Writer, n api.Node) error {
+			_, err := fmt.Fprintln(w, n.ID, n.Name, "accepted: it links within seconds")
+			return err
+		})
+	}
+	return cmd
+}
+
+// cloneText says which machines claim to be one relay.
+func cloneText(c *api.NodeClone) string {
+	if c == nil {
+		return ""
+	}
+	return fmt.Sprintf("%s works, %s was refused %d times, last at %s", c.Holder, c.Refused, c.Times, when(c.At))
+}
+
 // setNodeState moves a relay to a state and says so.
 func (a *app) setNodeState(cmd *cobra.Command, node, state, reason, said string) error {
 	body := map[string]string{"state": state}

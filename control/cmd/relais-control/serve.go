@@ -347,6 +347,12 @@ func (s *server) watchHealth() {
 		}
 		return telemetry.OK, ""
 	})
+	s.health.Watch("clones", func() (telemetry.Severity, string) {
+		if problem := s.service.CloneProblem(); problem != "" {
+			return telemetry.Warning, problem
+		}
+		return telemetry.OK, ""
+	})
 	s.health.Watch("certificate", func() (telemetry.Severity, string) {
 		leaf := s.web.Leaf()
 		if left := time.Until(leaf.NotAfter); left < leaf.NotAfter.Sub(leaf.NotBefore)/3 {
