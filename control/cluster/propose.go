@@ -21,6 +21,9 @@ func (c *Cluster) Propose(ctx context.Context, cmd command.Command) (state.Resul
 	if err := cmd.Validate(); err != nil {
 		return state.Result{}, err
 	}
+	if err := c.gate(cmd); err != nil {
+		return state.Result{}, err
+	}
 	if !c.Ready() {
 		address, _ := c.Leader()
 		if address == "" {
