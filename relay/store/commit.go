@@ -235,6 +235,9 @@ func (s *Store) commitGroup(g *group) error {
 	if s.readOnly.Load() {
 		return fault.New(fault.Unavailable, "store.Commit", "the store is read-only")
 	}
+	if err := s.awaitRoom(); err != nil {
+		return err
+	}
 	began := time.Now()
 	txn := s.db.NewTransaction(true)
 	defer txn.Discard()

@@ -17,6 +17,8 @@ const (
 	spaceInterval   = 100 * time.Millisecond
 	ballastInterval = 500 * time.Millisecond
 	ballastSlices   = 8
+	calmBytes       = 1 << 20 // free space that shrinks by less from sample to sample is at rest,
+	calmSamples     = 4       // after so many of them in a row: a process that writes may be paused for a moment
 )
 
 // SetLimits changes the limits while the store runs.
@@ -45,12 +47,14 @@ func (s *Store) Admit(bytes int64) error {
 		return fault.New(fault.Unavailable, op, "the data directory's file system is read-only")
 	}
 	limits := s.limits()
-	free := s.freeBytes.Load() - s.admitted.Add(bytes)
+	// The reserve is not for new mail: what of it was given up does not count.
+	given := max(limits.ReserveBytes-s.ballastBytes.Load(), 0)
+	free := s.freeBytes.Load() - given - s.admitted.Add(bytes)
 	if free < limits.MinFreeBytes {
 		return fault.New(fault.NoSpace, op, "the disk has %d MiB left for mail, fewer than storage.min_free_bytes allows", max(free, 0)>>20)
 	}
-	if free+s.ballastBytes.Load() < s.growthBytes.Load() {
-		return fault.New(fault.NoSpace, op, "the disk has too little left for the queue's own growth; free %d MiB", (s.growthBytes.Load()-free)>>20)
+	if short := s.growthBytes.Load() - free - limits.ReserveBytes; short > 0 {
+		return fault.New(fault.NoSpace, op, "the disk has too little left for the queue's own growth; free %d MiB", short>>20+1)
 	}
 	if inodes := s.freeInodes.Load(); inodes >= 0 && inodes < limits.MinFreeInodes {
 		return fault.New(fault.NoSpace, op, "the disk has %d inodes left, fewer than storage.min_free_inodes allows", inodes)
@@ -96,10 +100,48 @@ func (s *Store) lowWater() int64 {
 	return max(s.limits().MinFreeBytes/2, 2*s.walBytes)
 }
 
+// hardMark is the free space below which no transaction is committed: a commit
+// may rotate the memory table, and then its table and a new log need blocks at
+// once, or the process dies in a map of a sparse file.
+func (s *Store) hardMark() int64 { return s.memTableBytes + fixedIndexBytes }
+
+// awaitRoom is called before each commit. On a disk that is all but full it
+// gives up ballast; when that is gone too it waits until there is space again,
+// because a commit that waits loses nothing and a process that dies does. It
+// gives up when the store closes.
+func (s *Store) awaitRoom() error {
+	for told := false; ; {
+		s.measureSpace(true)
+		if s.freeBytes.Load() >= s.hardMark() {
+			if told {
+				s.log.Warn("there is space again: the queue goes on")
+			}
+			return nil
+		}
+		s.keepBallast()
+		if s.freeBytes.Load() >= s.hardMark() {
+			continue
+		}
+		if s.ballastBytes.Load() == 0 && !told {
+			told = true
+			s.log.Error("the disk is full and the reserve is used up: the queue waits for space", "free_bytes", s.freeBytes.Load(), "needed_bytes", s.hardMark())
+		}
+		s.submitLock.Lock()
+		closing := s.closing
+		s.submitLock.Unlock()
+		if closing {
+			return fault.New(fault.NoSpace, "store.Commit", "the relay is shutting down and the disk is full")
+		}
+		time.Sleep(spaceInterval)
+	}
+}
+
 // keepBallast gives the reserve up when space runs out, so that deliveries can
 // still be recorded, and takes it again when space is back. It also estimates
 // how much the index may grow before it shrinks.
 func (s *Store) keepBallast() {
+	s.ballastLock.Lock()
+	defer s.ballastLock.Unlock()
 	s.growthBytes.Store(s.estimateGrowth())
 	s.measureSpace(true)
 	want := s.limits().ReserveBytes
@@ -109,7 +151,7 @@ func (s *Store) keepBallast() {
 	switch {
 	case have > want:
 		s.shrinkBallast(want)
-	case free < s.lowWater() && have > 0:
+	case free < s.lowWater() && have > 0 && s.calm(free):
 		// Whole slices, enough to be above the mark again.
 		give := (s.lowWater() - free + slice - 1) / slice * slice
 		s.shrinkBallast(max(have-give, 0))
@@ -117,6 +159,23 @@ func (s *Store) keepBallast() {
 	case have < want && free > s.limits().MinFreeBytes+slice:
 		s.growBallast(min(have+min(slice*ballastSlices, free-s.limits().MinFreeBytes-slice), want))
 	}
+}
+
+// calm reports whether free space has stopped shrinking. What another process
+// that is still writing would take within the millisecond is kept: most of them
+// end when the disk is full, and until then commits wait.
+func (s *Store) calm(free int64) bool {
+	now := time.Now()
+	if now.Sub(s.sampledAt) < spaceInterval*3/4 {
+		return false
+	}
+	if now.Sub(s.sampledAt) < 4*ballastInterval && free >= s.sampledFree-calmBytes {
+		s.calmSamples++
+	} else {
+		s.calmSamples = 0
+	}
+	s.sampledAt, s.sampledFree = now, free
+	return s.calmSamples >= calmSamples
 }
 
 // estimateGrowth bounds what Badger may add to the disk before it removes

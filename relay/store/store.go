@@ -84,6 +84,10 @@ type Store struct {
 	growthBytes  atomic.Int64
 	ballastBytes atomic.Int64
 	ballast      File
+	ballastLock  sync.Mutex // guards the size of ballast and the samples
+	sampledAt    time.Time
+	sampledFree  int64
+	calmSamples  int
 	readOnly     atomic.Bool
 
 	failed    atomic.Pointer[fault.Error]
