@@ -13,7 +13,7 @@ export CGO_ENABLED := 0
 # A test run must not depend on what an earlier one left in the cache.
 TESTFLAGS := -count=1
 
-.PHONY: all build run check generate test unit e2e test-race fuzz deb peers clean
+.PHONY: all build run check generate test unit e2e test-race fuzz deb test-deb peers clean
 
 all: build
 
@@ -59,6 +59,13 @@ fuzz:
 # Debian packages of both programs, into bin/. The same commit gives the same bytes.
 deb:
 	$(GO) run ./scripts/deb -out $(BIN)
+
+# Installs, starts, upgrades and purges the packages in a Debian of their own,
+# booted with systemd-nspawn. Needs root; the first run fetches that Debian.
+test-deb:
+	@scripts/debian-peers.sh debootstrap systemd-container lintian
+	$(GO) vet -tags deb ./scripts/deb
+	$(GO) test $(TESTFLAGS) -tags deb -timeout 10m -v -run TestPackages ./scripts/deb
 
 clean:
 	rm -rf $(BIN)
