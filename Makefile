@@ -18,7 +18,7 @@ TESTFLAGS := -count=1
 all: build
 
 build:
-	$(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ ./relay/cmd/relais-relay ./control/cmd/relais-control
+	@$(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ ./relay/cmd/relais-relay ./control/cmd/relais-control
 
 # make run [N=200] [EXIT=1] [SIZE=10k] [DKIM=off] [LAB=open] [SEED=1]
 run: build
