@@ -86,6 +86,7 @@ func Listen(cfg Config) (*Server, error) {
 	mux.HandleFunc("GET /v1/queue/summary", s.answer(s.summary))
 	mux.HandleFunc("GET /v1/queue/messages", s.answer(s.list))
 	mux.HandleFunc("GET /v1/queue/messages/{id}", s.answer(s.show))
+	mux.HandleFunc("POST /v1/queue/import", s.answer(s.importQueue))
 	mux.HandleFunc("GET /v1/lanes", s.answer(func(*http.Request) (any, error) { return cfg.Engine.Lanes(), nil }))
 	mux.HandleFunc("GET /v1/events", s.answer(s.events))
 	s.http = http.Server{Handler: mux, ReadHeaderTimeout: headerDeadline, ErrorLog: slog.NewLogLogger(cfg.Logger.Handler(), slog.LevelWarn)}

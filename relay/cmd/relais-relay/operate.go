@@ -65,8 +65,8 @@ func ask(ctx context.Context, o *options, path string, v any) error {
 }
 
 func newQueue(o *options) *cobra.Command {
-	cmd := &cobra.Command{Use: "queue", Short: "See what waits and why", RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() }, Args: exactly(0)}
-	cmd.AddCommand(newQueueSummary(o), newQueueList(o), newQueueShow(o), newQueueWhy(o))
+	cmd := &cobra.Command{Use: "queue", Short: "See what waits and why, export and import it", RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() }, Args: exactly(0)}
+	cmd.AddCommand(newQueueSummary(o), newQueueList(o), newQueueShow(o), newQueueWhy(o), newQueueExport(o), newQueueImport(o))
 	return cmd
 }
 

@@ -89,6 +89,9 @@ type node struct {
 }
 
 func newNode(ctx context.Context, dir string, cfg *config.Config) (_ *node, err error) {
+	if err := checkExported(dir); err != nil {
+		return nil, err
+	}
 	level, err := telemetry.ParseLevel(cfg.Log.Level)
 	if err != nil {
 		return nil, err
