@@ -35,6 +35,9 @@ type Options struct {
 	// Local is who a request without an API key comes from. It is set for the
 	// handler behind the admin socket, which only its owner can open.
 	Local *service.Actor
+	// Fence waits until this server has every change that was acknowledged
+	// before, for readers who ask for that; nil: there is one server.
+	Fence func(context.Context) error
 }
 
 // The library makes its own errors, such as a body that does not fit the
@@ -45,11 +48,12 @@ type server struct {
 	svc    *service.Service
 	logger *slog.Logger
 	local  *service.Actor
+	fence  func(context.Context) error
 }
 
 // New returns the handler of the API.
 func New(o Options) http.Handler {
-	s := &server{svc: o.Service, logger: o.Logger, local: o.Local}
+	s := &server{svc: o.Service, logger: o.Logger, local: o.Local, fence: o.Fence}
 	router := chi.NewRouter()
 	config := huma.DefaultConfig("Relais control", o.Service.Info().Version)
 	config.OpenAPIPath = Prefix + "/openapi"
@@ -61,11 +65,12 @@ func New(o Options) http.Handler {
 		"key": {Type: "http", Scheme: "bearer", Description: "An API key, such as init printed"},
 	}
 	a := humachi.New(router, config)
-	a.UseMiddleware(s.authenticate(a))
+	a.UseMiddleware(s.authenticate(a), s.appliedIndex(a))
 	s.registerOpen(a)
 	s.registerTenants(a)
 	s.registerSending(a)
 	s.registerNodes(a)
+	s.registerServers(a)
 	s.registerPolicy(a)
 	s.registerRecovery(a)
 	return router

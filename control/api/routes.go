@@ -30,8 +30,8 @@ func (s *server) registerOpen(a huma.API) {
 			if err := s.svc.Health(); err != nil {
 				return &healthOut{Status: http.StatusServiceUnavailable, Body: Health{Status: "unsound", Detail: fault.Public(err)}}, nil
 			}
-			if !s.svc.Info().Leader {
-				return &healthOut{Status: http.StatusServiceUnavailable, Body: Health{Status: "no-leader", Detail: "this server does not lead the cluster, changes go to the one that does"}}, nil
+			if !s.svc.Fresh() {
+				return &healthOut{Status: http.StatusServiceUnavailable, Body: Health{Status: "no-leader", Detail: "this server is not in touch with the cluster's leader"}}, nil
 			}
 			return &healthOut{Status: http.StatusOK, Body: Health{Status: "ok"}}, nil
 		})

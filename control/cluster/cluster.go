@@ -2,14 +2,15 @@
 // snapshots on disk, its transport, what to do when leadership comes and goes,
 // and Propose, the only way to change the replicated state.
 //
-// It is written for three servers and works with one: nothing here knows how
-// many there are.
+// It works the same on one server and on several: a follower has the leader
+// commit its changes, and the leader decides who votes.
 package cluster
 
 import (
 	"context"
 	"fmt"
 	"log/slog"
+	"net/http"
 	"os"
 	"path/filepath"
 	"sync"
@@ -19,6 +20,7 @@ import (
 	"github.com/hashicorp/raft"
 	"github.com/prometheus/client_golang/prometheus"
 
+	"github.com/relais-mta/relais/control"
 	"github.com/relais-mta/relais/control/command"
 	"github.com/relais-mta/relais/control/fsm"
 	"github.com/relais-mta/relais/control/state"
@@ -45,18 +47,21 @@ const (
 	maxProposalsWaiting = 1024
 	maxReadAge          = 2 * heartbeatTimeout
 	maxReadLagEntries   = maxAppendEntries
+	freshPollPeriod     = 20 * time.Millisecond
 )
 
 // Options configure a server.
 type Options struct {
-	Dir        string // data directory; raft keeps to its own folder in it
-	ServerID   string // text form of the server's node id
-	Address    string // host:port that peers reach this server's raft at
-	Stream     raft.StreamLayer
+	Dir        string  // data directory; raft keeps to its own folder in it
+	ServerID   string  // text form of the server's node id
+	Address    string  // host:port that peers reach this server's raft at
+	Stream     *Stream // nil: there are no peers
 	State      *state.Store
 	Logger     *slog.Logger
 	Registerer prometheus.Registerer
-	Halt       func(error) // called when the log cannot be applied; must end the process
+	Halt       func(error)            // called when the log cannot be applied or written; must end the process
+	Requests   map[string]PeerHandler // what other servers may ask besides what this package answers
+	Tuning     Tuning
 }
 
 // Cluster is this server's part of the cluster. Use Open.
@@ -68,8 +73,17 @@ type Cluster struct {
 	logger    *slog.Logger
 	metrics   *metrics
 	slots     chan struct{}
+	id        string
+	address   string
+	dir       string
+	tuning    Tuning
+	results   *results
+	peers     *peerClient // nil: there are no peers
+	http      *http.Server
+	roster    roster
 
 	ready   atomic.Bool
+	caught  atomic.Bool // since it started, this server has had everything that the leader had
 	unsound atomic.Pointer[error]
 	readyMu sync.Mutex
 	readyCh chan struct{} // closed while this server leads and has applied its predecessors' entries
@@ -83,7 +97,9 @@ type closer interface{ Close() error }
 // Open starts the server on a directory that Bootstrap, or a former run, made.
 func Open(o Options) (*Cluster, error) {
 	const op = "cluster.Open"
-	c := &Cluster{state: o.State, logger: o.Logger, metrics: newMetrics(o.Registerer), slots: make(chan struct{}, maxProposalsWaiting), readyCh: make(chan struct{}), stop: make(chan struct{})}
+	c := &Cluster{state: o.State, logger: o.Logger, metrics: newMetrics(o.Registerer), slots: make(chan struct{}, maxProposalsWaiting), readyCh: make(chan struct{}), stop: make(chan struct{}),
+		id: o.ServerID, address: o.Address, dir: o.Dir, tuning: o.Tuning, results: newResults(), roster: roster{heard: make(map[raft.ServerID]*heard)}}
+	c.tuning.setDefaults()
 	var err error
 	if c.stores, err = openStores(o.Dir, o.Logger, c.verified); err != nil {
 		return nil, err
@@ -98,9 +114,9 @@ func Open(o Options) (*Cluster, error) {
 		transport, c.transport = t, t
 	}
 	notify := make(chan bool, notifyBuffer)
-	conf := raftConfig(o.ServerID)
+	conf := raftConfig(o.ServerID, c.tuning)
 	conf.Logger, conf.NotifyCh = logger, notify
-	c.raft, err = raft.NewRaft(conf, fsm.New(o.State, o.Halt), c.stores.logs, c.stores.wal, c.stores.snapshots, transport)
+	c.raft, err = raft.NewRaft(conf, machine{fsm.New(o.State, o.Halt), o.State, c.results}, c.stores.logs, c.stores.wal, c.stores.snapshots, transport)
 	if err != nil {
 		_ = c.transport.Close()
 		c.stores.close()
@@ -109,19 +125,26 @@ func Open(o Options) (*Cluster, error) {
 	c.metrics.watch(o.Registerer, c)
 	c.workers.Go(func() { c.lead(notify) })
 	c.workers.Go(c.checkHashes)
+	c.workers.Go(func() { c.watchDisk(o.Halt) })
+	if o.Stream != nil {
+		c.peers = newPeerClient(o.Stream)
+		c.servePeers(o.Stream, o.Requests)
+		c.workers.Go(c.catchUp)
+		c.workers.Go(c.keepMembers)
+	}
 	return c, nil
 }
 
-func raftConfig(serverID string) *raft.Config {
+func raftConfig(serverID string, tuning Tuning) *raft.Config {
 	conf := raft.DefaultConfig()
 	conf.LocalID = raft.ServerID(serverID)
 	conf.HeartbeatTimeout = heartbeatTimeout
 	conf.ElectionTimeout = electionTimeout
 	conf.LeaderLeaseTimeout = leaderLeaseTimeout
 	conf.MaxAppendEntries = maxAppendEntries
-	conf.TrailingLogs = trailingLogs
-	conf.SnapshotThreshold = snapshotThreshold
-	conf.SnapshotInterval = snapshotInterval
+	conf.TrailingLogs = tuning.TrailingLogs
+	conf.SnapshotThreshold = tuning.SnapshotThreshold
+	conf.SnapshotInterval = tuning.SnapshotInterval
 	conf.ShutdownOnRemove = false
 	conf.BatchApplyCh = true
 	conf.PreVoteDisabled = false
@@ -147,7 +170,9 @@ func Bootstrap(dir, serverID, address string, logger *slog.Logger) error {
 		return err
 	}
 	defer s.close()
-	conf := raftConfig(serverID)
+	var tuning Tuning
+	tuning.setDefaults()
+	conf := raftConfig(serverID, tuning)
 	conf.Logger = newRaftLogger(logger)
 	_, transport := raft.NewInmemTransport(raft.ServerAddress(address))
 	voters := raft.Configuration{Servers: []raft.Server{{Suffrage: raft.Voter, ID: raft.ServerID(serverID), Address: raft.ServerAddress(address)}}}
@@ -221,7 +246,7 @@ func (c *Cluster) Fresh() bool {
 	if c.Ready() {
 		return true
 	}
-	if leader, _ := c.Leader(); leader == "" || c.raft.State() != raft.Follower {
+	if leader, _ := c.Leader(); leader == "" || c.raft.State() != raft.Follower || !c.caught.Load() {
 		return false
 	}
 	return time.Since(c.raft.LastContact()) < maxReadAge && c.raft.AppliedIndex()+maxReadLagEntries >= c.raft.CommitIndex()
@@ -243,6 +268,55 @@ func (c *Cluster) Health() error {
 	if err := c.unsound.Load(); err != nil {
 		return *err
 	}
+	return c.removed()
+}
+
+// removed returns an error if this server was taken out of the cluster.
+func (c *Cluster) removed() error {
+	for _, row := range c.state.Read().Servers() {
+		if row.State == control.NodeEvicted && row.ID.String() == c.id {
+			return fault.New(fault.Denied, "cluster.Health", "this server (%s) was removed from the cluster: stop it; to bring the machine back, empty %s and join anew", row.Name, c.dir)
+		}
+	}
+	return nil
+}
+
+// catchUp finds out when this server, started a moment ago, has everything that
+// the leader has. Until then what raft knows to be committed is no measure: it
+// knows of nothing before the first entries have come.
+func (c *Cluster) catchUp() {
+	tick := time.NewTicker(freshPollPeriod)
+	defer tick.Stop()
+	for {
+		select {
+		case <-c.stop:
+			return
+		case <-tick.C:
+		}
+		ctx, cancel := context.WithTimeout(context.Background(), catchUpTimeout)
+		err := c.Fence(ctx)
+		cancel()
+		if err == nil {
+			c.caught.Store(true)
+			return
+		}
+	}
+}
+
+// WaitFresh waits until this server's state is up to date, whether it leads or
+// follows.
+func (c *Cluster) WaitFresh(ctx context.Context) error {
+	tick := time.NewTicker(freshPollPeriod)
+	defer tick.Stop()
+	for !c.Fresh() {
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return fault.Wrap(ctx.Err(), fault.Timeout, "cluster.WaitFresh", "this server is not in touch with the cluster")
+		case <-c.stop:
+			return fault.New(fault.Unavailable, "cluster.WaitFresh", "this server is shutting down")
+		}
+	}
 	return nil
 }
 
@@ -259,11 +333,19 @@ func (c *Cluster) Snapshot() error {
 // Close stops the server. Entries that were acknowledged are on disk.
 func (c *Cluster) Close() error {
 	close(c.stop)
+	if c.raft.State() == raft.Leader && len(c.raft.GetConfiguration().Configuration().Servers) > 1 {
+		// The others need not wait for an election.
+		within(c.raft.LeadershipTransfer().Error, transferTimeout, nil)
+	}
+	if c.http != nil {
+		_ = c.http.Close() // a server that waits for an answer asks another one
+		c.peers.http.CloseIdleConnections()
+	}
 	err := c.raft.Shutdown().Error()
-	c.workers.Wait()
 	if closeErr := c.transport.Close(); err == nil {
 		err = closeErr
 	}
+	c.workers.Wait()
 	c.stores.close()
 	if err != nil {
 		return fmt.Errorf("cluster: stop: %w", err)

@@ -26,7 +26,6 @@ import (
 	"github.com/relais-mta/relais/shared/fault"
 	"github.com/relais-mta/relais/shared/ids"
 	"github.com/relais-mta/relais/shared/pki"
-	"github.com/relais-mta/relais/shared/wire"
 )
 
 const testTimeout = 30 * time.Second
@@ -250,73 +249,6 @@ func TestADamagedLogIsNotServed(t *testing.T) {
 		if tenant.Name != "acme" {
 			t.Errorf("the damaged entry was served: %q", tenant.Name)
 		}
-	}
-}
-
-// TestPeersOverTLS joins a second server by hand: it must follow over the mTLS
-// transport, and a stranger must not get in.
-func TestPeersOverTLS(t *testing.T) {
-	t.Parallel()
-	now := time.Now()
-	clusterID := ids.Cluster{1}
-	authority := newAuthority(t, clusterID, now)
-	peer := pki.Peer{Cluster: clusterID, Role: pki.RoleControl}
-	servers := make([]*Cluster, 2)
-	addrs := make([]string, 2)
-	for i := range servers {
-		holder := pki.NewHolder(leaf(t, authority, pki.RoleControl, ids.Node{byte(i + 1)}, now), authority.Bundle())
-		stream, err := Listen("127.0.0.1:0", "", pki.ServerConfig(holder, peer, wire.ALPNRaft), pki.ClientConfig(holder, peer, wire.ALPNRaft))
-		if err != nil {
-			t.Fatal(err)
-		}
-		addrs[i] = stream.Listener.Addr().String()
-		stream.advertise = address(addrs[i])
-		dir, name := t.TempDir(), fmt.Sprint("s", i+1)
-		if i == 0 {
-			if err := Bootstrap(dir, name, addrs[i], quiet); err != nil {
-				t.Fatal(err)
-			}
-		}
-		servers[i], err = Open(Options{Dir: dir, ServerID: name, Address: addrs[i], Stream: stream, State: state.New(), Logger: quiet, Registerer: prometheus.NewRegistry(), Halt: func(err error) { panic(err) }})
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer closeNow(t, servers[i])
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), testTimeout)
-	defer cancel()
-	if err := servers[0].WaitReady(ctx); err != nil {
-		t.Fatal(err)
-	}
-	if err := servers[0].raft.AddNonvoter("s2", raft.ServerAddress(addrs[1]), 0, testTimeout).Error(); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := servers[0].Propose(ctx, tenantPut(1, "acme")); err != nil {
-		t.Fatal(err)
-	}
-	waitFor(t, func() bool { return servers[1].state.Read().TenantByName("acme") != nil }, "the second server to follow")
-	if !servers[0].Fresh() || !servers[1].Fresh() {
-		t.Errorf("leader fresh %t, follower fresh %t", servers[0].Fresh(), servers[1].Fresh())
-	}
-	if servers[0].state.Read().Hash() != servers[1].state.Read().Hash() {
-		t.Error("the servers have different states")
-	}
-	_, err := servers[1].Propose(ctx, tenantPut(2, "other"))
-	if !errors.Is(err, control.ErrNoLeader) || !strings.Contains(fault.Public(err), addrs[0]) {
-		t.Errorf("a follower answers %v, want the leader's address", err)
-	}
-	relay := pki.NewHolder(leaf(t, authority, pki.RoleRelay, ids.Node{9}, now), authority.Bundle())
-	stranger := &Stream{dial: pki.ClientConfig(relay, peer, wire.ALPNRaft)}
-	conn, err := stranger.Dial(raft.ServerAddress(addrs[0]), testTimeout)
-	if err == nil {
-		// TLS 1.3 tells the client of the refusal at its first read.
-		if err = conn.SetReadDeadline(time.Now().Add(testTimeout)); err == nil {
-			_, err = conn.Read(make([]byte, 1))
-		}
-		_ = conn.Close()
-	}
-	if err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
-		t.Errorf("a relay's certificate opens the raft port: %v", err)
 	}
 }
 

@@ -13,10 +13,22 @@ import (
 	"github.com/relais-mta/relais/shared/fault"
 )
 
-// Propose commits the command and returns what applying it gave. The error is
-// either a rule's refusal (nothing changed), or says that there is no leader
-// here (nothing changed), or wraps control.ErrOutcomeUnknown.
+// Propose commits the command, through the leader if that is another server,
+// and returns what applying it gave; this server's state has it then. The error
+// is either a rule's refusal (nothing changed), or says that there is no leader
+// (nothing changed), or wraps control.ErrOutcomeUnknown.
 func (c *Cluster) Propose(ctx context.Context, cmd command.Command) (state.Result, error) {
+	if err := cmd.Validate(); err != nil {
+		return state.Result{}, err
+	}
+	if !c.Ready() {
+		return c.forward(ctx, cmd)
+	}
+	return c.proposeHere(ctx, cmd)
+}
+
+// proposeHere commits the command if this server leads.
+func (c *Cluster) proposeHere(ctx context.Context, cmd command.Command) (state.Result, error) {
 	const op = "cluster.Propose"
 	if err := cmd.Validate(); err != nil {
 		return state.Result{}, err
@@ -25,11 +37,7 @@ func (c *Cluster) Propose(ctx context.Context, cmd command.Command) (state.Resul
 		return state.Result{}, err
 	}
 	if !c.Ready() {
-		address, _ := c.Leader()
-		if address == "" {
-			return state.Result{}, fault.Wrap(control.ErrNoLeader, fault.Unavailable, op, "the cluster has no leader now: try again in a few seconds")
-		}
-		return state.Result{}, fault.Wrap(control.ErrNoLeader, fault.Unavailable, op, "this server does not lead the cluster, the one at %s does: ask there", address)
+		return state.Result{}, fault.Wrap(control.ErrNoLeader, fault.Unavailable, op, "this server does not lead the cluster: try again in a few seconds")
 	}
 	select {
 	case c.slots <- struct{}{}:

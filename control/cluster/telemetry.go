@@ -17,6 +17,8 @@ type metrics struct {
 	divergences     prometheus.Counter
 	damagedRanges   prometheus.Counter
 	verifiedEntries prometheus.Counter
+	probeSeconds    prometheus.Histogram
+	stalls          prometheus.Counter
 }
 
 func newMetrics(reg prometheus.Registerer) *metrics {
@@ -37,8 +39,15 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 		verifiedEntries: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "relais_control_raft_verified_entries_total", Help: "Log entries that were read back and compared.",
 		}),
+		probeSeconds: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name: "relais_control_raft_probe_seconds", Help: "Time the leader took to commit an entry without content, tried each second.",
+			Buckets: prometheus.ExponentialBuckets(0.0005, 2, 14),
+		}),
+		stalls: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "relais_control_raft_stalls_total", Help: "Times this server led and committed nothing, and another one was asked to take over. Anything but 0 is an alarm.",
+		}),
 	}
-	reg.MustRegister(m.commitSeconds, m.proposals, m.divergences, m.damagedRanges, m.verifiedEntries)
+	reg.MustRegister(m.commitSeconds, m.proposals, m.divergences, m.damagedRanges, m.verifiedEntries, m.probeSeconds, m.stalls)
 	return m
 }
 

@@ -141,6 +141,7 @@ type TokenRedeem struct {
 	Labels        []*Label               `protobuf:"bytes,8,rep,name=labels,proto3" json:"labels,omitempty"`
 	Version       string                 `protobuf:"bytes,9,opt,name=version,proto3" json:"version,omitempty"`
 	Addresses     [][]byte               `protobuf:"bytes,10,rep,name=addresses,proto3" json:"addresses,omitempty"`
+	Server        *Server                `protobuf:"bytes,11,opt,name=server,proto3" json:"server,omitempty"` // of a control server: how it is reached and what it applies
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -241,6 +242,13 @@ func (x *TokenRedeem) GetVersion() string {
 func (x *TokenRedeem) GetAddresses() [][]byte {
 	if x != nil {
 		return x.Addresses
+	}
+	return nil
+}
+
+func (x *TokenRedeem) GetServer() *Server {
+	if x != nil {
+		return x.Server
 	}
 	return nil
 }
@@ -1375,7 +1383,7 @@ const file_control_command_commands_proto_rawDesc = "" +
 	"\acluster\x18\x02 \x01(\v2\x1a.relais.control.v1.ClusterR\acluster\"n\n" +
 	"\vTokenCreate\x12+\n" +
 	"\x04meta\x18\x01 \x01(\v2\x17.relais.control.v1.MetaR\x04meta\x122\n" +
-	"\x05token\x18\x02 \x01(\v2\x1c.relais.control.v1.JoinTokenR\x05token\"\xa9\x02\n" +
+	"\x05token\x18\x02 \x01(\v2\x1c.relais.control.v1.JoinTokenR\x05token\"\xdc\x02\n" +
 	"\vTokenRedeem\x12+\n" +
 	"\x04meta\x18\x01 \x01(\v2\x17.relais.control.v1.MetaR\x04meta\x12\x14\n" +
 	"\x05token\x18\x02 \x01(\fR\x05token\x12\x19\n" +
@@ -1387,7 +1395,8 @@ const file_control_command_commands_proto_rawDesc = "" +
 	"\x06labels\x18\b \x03(\v2\x18.relais.control.v1.LabelR\x06labels\x12\x18\n" +
 	"\aversion\x18\t \x01(\tR\aversion\x12\x1c\n" +
 	"\taddresses\x18\n" +
-	" \x03(\fR\taddresses\"P\n" +
+	" \x03(\fR\taddresses\x121\n" +
+	"\x06server\x18\v \x01(\v2\x19.relais.control.v1.ServerR\x06server\"P\n" +
 	"\vTokenRevoke\x12+\n" +
 	"\x04meta\x18\x01 \x01(\v2\x17.relais.control.v1.MetaR\x04meta\x12\x14\n" +
 	"\x05token\x18\x02 \x01(\fR\x05token\"~\n" +
@@ -1511,8 +1520,8 @@ var file_control_command_commands_proto_goTypes = []any{
 	(*Cluster)(nil),          // 22: relais.control.v1.Cluster
 	(*JoinToken)(nil),        // 23: relais.control.v1.JoinToken
 	(*Label)(nil),            // 24: relais.control.v1.Label
-	(*Node)(nil),             // 25: relais.control.v1.Node
-	(*Server)(nil),           // 26: relais.control.v1.Server
+	(*Server)(nil),           // 25: relais.control.v1.Server
+	(*Node)(nil),             // 26: relais.control.v1.Node
 	(*Tenant)(nil),           // 27: relais.control.v1.Tenant
 	(*Project)(nil),          // 28: relais.control.v1.Project
 	(*Domain)(nil),           // 29: relais.control.v1.Domain
@@ -1531,41 +1540,42 @@ var file_control_command_commands_proto_depIdxs = []int32{
 	23, // 3: relais.control.v1.TokenCreate.token:type_name -> relais.control.v1.JoinToken
 	21, // 4: relais.control.v1.TokenRedeem.meta:type_name -> relais.control.v1.Meta
 	24, // 5: relais.control.v1.TokenRedeem.labels:type_name -> relais.control.v1.Label
-	21, // 6: relais.control.v1.TokenRevoke.meta:type_name -> relais.control.v1.Meta
-	21, // 7: relais.control.v1.NodeUpsert.meta:type_name -> relais.control.v1.Meta
-	25, // 8: relais.control.v1.NodeUpsert.node:type_name -> relais.control.v1.Node
-	21, // 9: relais.control.v1.NodeSetState.meta:type_name -> relais.control.v1.Meta
-	21, // 10: relais.control.v1.ServerUpsert.meta:type_name -> relais.control.v1.Meta
-	26, // 11: relais.control.v1.ServerUpsert.server:type_name -> relais.control.v1.Server
-	21, // 12: relais.control.v1.TenantPut.meta:type_name -> relais.control.v1.Meta
-	27, // 13: relais.control.v1.TenantPut.tenant:type_name -> relais.control.v1.Tenant
-	21, // 14: relais.control.v1.ProjectPut.meta:type_name -> relais.control.v1.Meta
-	28, // 15: relais.control.v1.ProjectPut.project:type_name -> relais.control.v1.Project
-	21, // 16: relais.control.v1.DomainPut.meta:type_name -> relais.control.v1.Meta
-	29, // 17: relais.control.v1.DomainPut.domain:type_name -> relais.control.v1.Domain
-	21, // 18: relais.control.v1.CredentialPut.meta:type_name -> relais.control.v1.Meta
-	30, // 19: relais.control.v1.CredentialPut.credential:type_name -> relais.control.v1.Credential
-	21, // 20: relais.control.v1.CredentialRevoke.meta:type_name -> relais.control.v1.Meta
-	21, // 21: relais.control.v1.PoolPut.meta:type_name -> relais.control.v1.Meta
-	31, // 22: relais.control.v1.PoolPut.pool:type_name -> relais.control.v1.Pool
-	21, // 23: relais.control.v1.IPPut.meta:type_name -> relais.control.v1.Meta
-	32, // 24: relais.control.v1.IPPut.source:type_name -> relais.control.v1.Source
-	21, // 25: relais.control.v1.IPAssign.meta:type_name -> relais.control.v1.Meta
-	21, // 26: relais.control.v1.PolicyPut.meta:type_name -> relais.control.v1.Meta
-	33, // 27: relais.control.v1.PolicyPut.sections:type_name -> relais.control.v1.PolicySection
-	21, // 28: relais.control.v1.OperatorPut.meta:type_name -> relais.control.v1.Meta
-	34, // 29: relais.control.v1.OperatorPut.operator:type_name -> relais.control.v1.Operator
-	21, // 30: relais.control.v1.APIKeyPut.meta:type_name -> relais.control.v1.Meta
-	35, // 31: relais.control.v1.APIKeyPut.key:type_name -> relais.control.v1.APIKey
-	21, // 32: relais.control.v1.ReturnPathKeyPut.meta:type_name -> relais.control.v1.Meta
-	36, // 33: relais.control.v1.ReturnPathKeyPut.key:type_name -> relais.control.v1.ReturnPathKey
-	21, // 34: relais.control.v1.FSMVersionSet.meta:type_name -> relais.control.v1.Meta
-	21, // 35: relais.control.v1.StateHash.meta:type_name -> relais.control.v1.Meta
-	36, // [36:36] is the sub-list for method output_type
-	36, // [36:36] is the sub-list for method input_type
-	36, // [36:36] is the sub-list for extension type_name
-	36, // [36:36] is the sub-list for extension extendee
-	0,  // [0:36] is the sub-list for field type_name
+	25, // 6: relais.control.v1.TokenRedeem.server:type_name -> relais.control.v1.Server
+	21, // 7: relais.control.v1.TokenRevoke.meta:type_name -> relais.control.v1.Meta
+	21, // 8: relais.control.v1.NodeUpsert.meta:type_name -> relais.control.v1.Meta
+	26, // 9: relais.control.v1.NodeUpsert.node:type_name -> relais.control.v1.Node
+	21, // 10: relais.control.v1.NodeSetState.meta:type_name -> relais.control.v1.Meta
+	21, // 11: relais.control.v1.ServerUpsert.meta:type_name -> relais.control.v1.Meta
+	25, // 12: relais.control.v1.ServerUpsert.server:type_name -> relais.control.v1.Server
+	21, // 13: relais.control.v1.TenantPut.meta:type_name -> relais.control.v1.Meta
+	27, // 14: relais.control.v1.TenantPut.tenant:type_name -> relais.control.v1.Tenant
+	21, // 15: relais.control.v1.ProjectPut.meta:type_name -> relais.control.v1.Meta
+	28, // 16: relais.control.v1.ProjectPut.project:type_name -> relais.control.v1.Project
+	21, // 17: relais.control.v1.DomainPut.meta:type_name -> relais.control.v1.Meta
+	29, // 18: relais.control.v1.DomainPut.domain:type_name -> relais.control.v1.Domain
+	21, // 19: relais.control.v1.CredentialPut.meta:type_name -> relais.control.v1.Meta
+	30, // 20: relais.control.v1.CredentialPut.credential:type_name -> relais.control.v1.Credential
+	21, // 21: relais.control.v1.CredentialRevoke.meta:type_name -> relais.control.v1.Meta
+	21, // 22: relais.control.v1.PoolPut.meta:type_name -> relais.control.v1.Meta
+	31, // 23: relais.control.v1.PoolPut.pool:type_name -> relais.control.v1.Pool
+	21, // 24: relais.control.v1.IPPut.meta:type_name -> relais.control.v1.Meta
+	32, // 25: relais.control.v1.IPPut.source:type_name -> relais.control.v1.Source
+	21, // 26: relais.control.v1.IPAssign.meta:type_name -> relais.control.v1.Meta
+	21, // 27: relais.control.v1.PolicyPut.meta:type_name -> relais.control.v1.Meta
+	33, // 28: relais.control.v1.PolicyPut.sections:type_name -> relais.control.v1.PolicySection
+	21, // 29: relais.control.v1.OperatorPut.meta:type_name -> relais.control.v1.Meta
+	34, // 30: relais.control.v1.OperatorPut.operator:type_name -> relais.control.v1.Operator
+	21, // 31: relais.control.v1.APIKeyPut.meta:type_name -> relais.control.v1.Meta
+	35, // 32: relais.control.v1.APIKeyPut.key:type_name -> relais.control.v1.APIKey
+	21, // 33: relais.control.v1.ReturnPathKeyPut.meta:type_name -> relais.control.v1.Meta
+	36, // 34: relais.control.v1.ReturnPathKeyPut.key:type_name -> relais.control.v1.ReturnPathKey
+	21, // 35: relais.control.v1.FSMVersionSet.meta:type_name -> relais.control.v1.Meta
+	21, // 36: relais.control.v1.StateHash.meta:type_name -> relais.control.v1.Meta
+	37, // [37:37] is the sub-list for method output_type
+	37, // [37:37] is the sub-list for method input_type
+	37, // [37:37] is the sub-list for extension type_name
+	37, // [37:37] is the sub-list for extension extendee
+	0,  // [0:37] is the sub-list for field type_name
 }
 
 func init() { file_control_command_commands_proto_init() }

@@ -167,7 +167,17 @@ func (c *TokenRedeem) Validate() error {
 	}
 	return first(checkMeta(c.GetMeta()), checkBytes("token", c.GetToken(), 16, 16), checkBytes("csr_hash", c.GetCsrHash(), 32, 32),
 		checkBytes("node", c.GetNode(), 16, 16), checkName("name", c.GetName(), MaxHostNameBytes), checkLabels(c.GetLabels()), checkText("version", c.GetVersion()),
-		oneOf("role", c.GetRole(), string(control.NodeRelay), string(control.NodeControl)))
+		oneOf("role", c.GetRole(), string(control.NodeRelay), string(control.NodeControl)), checkServer(c.GetServer()))
+}
+
+// checkServer checks how a control server that joins is reached.
+func checkServer(r *Server) error {
+	if r == nil {
+		return nil
+	}
+	_, err := r.Row()
+	return first(err, checkName("name", r.GetName(), MaxHostNameBytes), checkText("raft_address", r.GetRaftAddress()), checkText("link_address", r.GetLinkAddress()),
+		checkText("http_address", r.GetHttpAddress()), checkText("version", r.GetVersion()), checkText("zone", r.GetZone()), checkBytes("spki", r.GetSpki(), 0, 32), oneOf("state", r.GetState(), nodeStates...))
 }
 
 // Validate implements Command.
@@ -202,9 +212,7 @@ func (c *ServerUpsert) Validate() error {
 	if r == nil {
 		return missing("server")
 	}
-	_, err := r.Row()
-	return first(checkMeta(c.GetMeta()), err, checkName("name", r.GetName(), MaxHostNameBytes), checkText("raft_address", r.GetRaftAddress()), checkText("link_address", r.GetLinkAddress()),
-		checkText("http_address", r.GetHttpAddress()), checkText("version", r.GetVersion()), checkText("zone", r.GetZone()), checkBytes("spki", r.GetSpki(), 0, 32), oneOf("state", r.GetState(), nodeStates...))
+	return first(checkMeta(c.GetMeta()), checkServer(r))
 }
 
 // Validate implements Command.

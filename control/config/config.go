@@ -31,13 +31,14 @@ type Config struct {
 	Listen Listen `toml:"listen"`
 	TLS    TLS    `toml:"tls"`
 	Log    Log    `toml:"log"`
+	Raft   Raft   `toml:"raft"`
 }
 
 // Listen holds the addresses of the listeners.
 type Listen struct {
 	HTTPS   netip.AddrPort `toml:"https"`   // management API
 	Link    netip.AddrPort `toml:"link"`    // relays, QUIC on UDP
-	Raft    netip.AddrPort `toml:"raft"`    // other control servers, TLS on TCP
+	Raft    netip.AddrPort `toml:"raft"`    // other control servers, TLS on TCP and QUIC on UDP
 	Metrics netip.AddrPort `toml:"metrics"` // metrics, health, pprof; loopback only
 }
 
@@ -53,12 +54,20 @@ type Log struct {
 	Level string `toml:"level"` // debug, info, warn or error
 }
 
+// Raft sets how this server speaks with the other control servers.
+type Raft struct {
+	// Transport is what this server dials the others over: tcp, or quic. It
+	// accepts both, so that servers can be switched one after the other.
+	Transport string `toml:"transport"`
+}
+
 // Default returns the configuration of a server without a file.
 func Default() Config {
 	anywhere := func(port uint16) netip.AddrPort { return netip.AddrPortFrom(netip.IPv6Unspecified(), port) }
 	return Config{
 		Listen: Listen{HTTPS: anywhere(8443), Link: anywhere(7443), Raft: anywhere(7444), Metrics: netip.MustParseAddrPort("127.0.0.1:9091")},
 		Log:    Log{Level: "info"},
+		Raft:   Raft{Transport: "tcp"},
 	}
 }
 
@@ -124,6 +133,9 @@ func (c *Config) check(op string) error {
 	case "debug", "info", "warn", "error":
 	default:
 		return fault.Field(op, "log.level", "is %q: write debug, info, warn or error", c.Log.Level)
+	}
+	if c.Raft.Transport != "tcp" && c.Raft.Transport != "quic" {
+		return fault.Field(op, "raft.transport", "is %q: write tcp or quic", c.Raft.Transport)
 	}
 	if a := c.Listen.Metrics; !a.Addr().IsLoopback() {
 		return fault.Field(op, "listen.metrics", "%s is not a loopback address: metrics and profiles are open to whoever reaches them, use 127.0.0.1:9091", a)

@@ -90,10 +90,11 @@ type Signer interface {
 	Bundle() []*x509.Certificate
 }
 
-// Config configures a Server. All fields are required.
+// Config configures a Server. All fields but Servers are required.
 type Config struct {
 	Cluster    ids.Cluster
 	Members    Members
+	Servers    Servers // nil: no control servers join here
 	Signer     Signer
 	Version    string // of the software
 	Logger     *slog.Logger
@@ -248,6 +249,9 @@ func (s *Server) join(ctx context.Context, session link.Session, conn *wire.Conn
 	}
 	if _, err := pki.ParseCSR(request.GetCsr()); err != nil {
 		return nil, err // before a use of the token is spent on it
+	}
+	if redemption.Role == pki.RoleControl {
+		return s.joinServer(ctx, session, request, redemption)
 	}
 	member, err := s.config.Members.Redeem(ctx, redemption)
 	if err != nil {

@@ -33,8 +33,8 @@ type ReportInfo struct {
 	Problems           []string     // in its own words
 }
 
-// Seen is what this server heard from a relay since it started. It is local
-// memory: another server may know better.
+// Seen is what a server heard from a relay since it started. It is local memory,
+// which the servers ask each other for.
 type Seen struct {
 	Connected   bool
 	Since       time.Time // of the present connection, or of its end
@@ -142,7 +142,7 @@ func (s *Service) NackView(id ids.Node, revision uint64, why string) {
 	n.Refused, n.RefusedWhy, n.LastContact = revision, why[:min(len(why), maxRefusalBytes)], time.Now()
 }
 
-// NodeView is a node with what this server heard from it.
+// NodeView is a node with what the cluster's servers heard from it.
 type NodeView struct {
 	control.Node
 	Seen    Seen
@@ -161,13 +161,9 @@ func (s *Service) Nodes(a Actor) ([]NodeView, error) {
 	}
 	rows := r.Nodes()
 	out := make([]NodeView, 0, len(rows))
-	s.seenMu.Lock()
-	defer s.seenMu.Unlock()
+	heard := s.seenAnywhere()
 	for _, n := range rows {
-		v := NodeView{Node: *n, Sources: byOwner[n.ID]}
-		if seen := s.seen[n.ID]; seen != nil {
-			v.Seen = *seen
-		}
+		v := NodeView{Node: *n, Seen: heard[n.ID], Sources: byOwner[n.ID]}
 		out = append(out, v)
 	}
 	return out, nil

@@ -58,6 +58,9 @@ type Service struct {
 	viewMu sync.Mutex
 	view   *policy.View // for no node in particular, of the newest revision asked for
 
+	membership Membership // nil: this server has no others to ask
+	self       ids.Node
+
 	seenMu sync.Mutex
 	seen   map[ids.Node]*Seen
 }

@@ -64,11 +64,17 @@ func (a *applier) tokenRedeem(c *command.TokenRedeem) (any, error) {
 	}
 	for _, r := range t.Redemptions {
 		if string(r.CSRHash[:]) == string(c.GetCsrHash()) {
+			if c.GetServer() != nil {
+				return a.serverRedeemedBefore(r.Node)
+			}
 			return a.redeemedBefore(r.Node)
 		}
 	}
 	if err := a.tokenAllows(t, c); err != nil {
 		return nil, err
+	}
+	if c.GetServer() != nil {
+		return a.serverRedeem(t, c)
 	}
 	node, err := a.nodeOf(t, c)
 	if err != nil {
@@ -77,10 +83,7 @@ func (a *applier) tokenRedeem(c *command.TokenRedeem) (any, error) {
 	if get(a.txn, nodesTable, "id", node.ID[:]) != nil {
 		return nil, fault.New(fault.Exists, op, "node %s exists already", node.ID)
 	}
-	used := *t
-	used.UsesLeft--
-	used.Redemptions = append(slices.Clone(t.Redemptions), control.Redemption{CSRHash: [32]byte(c.GetCsrHash()), Node: node.ID})
-	if err := put(a, tokensTable, &used); err != nil {
+	if err := a.spend(t, c, node.ID); err != nil {
 		return nil, err
 	}
 	if err := put(a, nodesTable, node); err != nil {
@@ -88,6 +91,14 @@ func (a *applier) tokenRedeem(c *command.TokenRedeem) (any, error) {
 	}
 	a.audit(node.ID.String(), "", node.Summary())
 	return node, nil
+}
+
+// spend takes one use of the token for a node.
+func (a *applier) spend(t *control.JoinToken, c *command.TokenRedeem, id ids.Node) error {
+	used := *t
+	used.UsesLeft--
+	used.Redemptions = append(slices.Clone(t.Redemptions), control.Redemption{CSRHash: [32]byte(c.GetCsrHash()), Node: id})
+	return put(a, tokensTable, &used)
 }
 
 func (a *applier) redeemedBefore(id ids.Node) (any, error) {

@@ -27,7 +27,8 @@ type JoinRequest struct {
 	Name      string // requested node name
 	Version   string // of the software
 	Labels    map[string]string
-	Addresses []netip.Addr // of the host
+	Addresses []netip.Addr          // of the host
+	Server    *wire.ServerAddresses // of a control server; nil for a relay
 
 	// Accept is asked, before anything about the token is sent, whether to go
 	// on with this cluster and its clock.
@@ -65,6 +66,7 @@ func Join(ctx context.Context, session Session, request JoinRequest) (*wire.Join
 	if err := conn.Send(&wire.JoinRequest{
 		TokenId: request.Token.ID[:], Role: string(request.Token.Role), Csr: request.CSR, Proof: proof[:],
 		Name: request.Name, Version: request.Version, Labels: request.Labels, Addresses: wire.EncodeAddresses(request.Addresses),
+		Server: request.Server,
 	}); err != nil {
 		return nil, ended(session, err)
 	}

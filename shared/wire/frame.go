@@ -17,6 +17,7 @@ const (
 	ALPNLink     = "relais-link/1"     // relay to control
 	ALPNRenew    = "relais-renew/1"    // a node whose certificate is due or over
 	ALPNRaft     = "relais-raft/1"     // between control servers
+	ALPNPeer     = "relais-peer/1"     // requests of one control server to another
 	ALPNHandover = "relais-handover/1" // between relays
 )
 

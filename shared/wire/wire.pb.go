@@ -307,6 +307,7 @@ type JoinRequest struct {
 	Version       string                 `protobuf:"bytes,6,opt,name=version,proto3" json:"version,omitempty"`
 	Labels        map[string]string      `protobuf:"bytes,7,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	Addresses     [][]byte               `protobuf:"bytes,8,rep,name=addresses,proto3" json:"addresses,omitempty"` // of the host
+	Server        *ServerAddresses       `protobuf:"bytes,9,opt,name=server,proto3" json:"server,omitempty"`       // of a control server
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -397,6 +398,190 @@ func (x *JoinRequest) GetAddresses() [][]byte {
 	return nil
 }
 
+func (x *JoinRequest) GetServer() *ServerAddresses {
+	if x != nil {
+		return x.Server
+	}
+	return nil
+}
+
+// ServerAddresses is how a control server is reached, host:port each, and what
+// it can apply.
+type ServerAddresses struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Raft          string                 `protobuf:"bytes,1,opt,name=raft,proto3" json:"raft,omitempty"`
+	Link          string                 `protobuf:"bytes,2,opt,name=link,proto3" json:"link,omitempty"`
+	Http          string                 `protobuf:"bytes,3,opt,name=http,proto3" json:"http,omitempty"`
+	MaxFsmVersion uint32                 `protobuf:"varint,4,opt,name=max_fsm_version,json=maxFsmVersion,proto3" json:"max_fsm_version,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ServerAddresses) Reset() {
+	*x = ServerAddresses{}
+	mi := &file_shared_wire_wire_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ServerAddresses) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ServerAddresses) ProtoMessage() {}
+
+func (x *ServerAddresses) ProtoReflect() protoreflect.Message {
+	mi := &file_shared_wire_wire_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ServerAddresses.ProtoReflect.Descriptor instead.
+func (*ServerAddresses) Descriptor() ([]byte, []int) {
+	return file_shared_wire_wire_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *ServerAddresses) GetRaft() string {
+	if x != nil {
+		return x.Raft
+	}
+	return ""
+}
+
+func (x *ServerAddresses) GetLink() string {
+	if x != nil {
+		return x.Link
+	}
+	return ""
+}
+
+func (x *ServerAddresses) GetHttp() string {
+	if x != nil {
+		return x.Http
+	}
+	return ""
+}
+
+func (x *ServerAddresses) GetMaxFsmVersion() uint32 {
+	if x != nil {
+		return x.MaxFsmVersion
+	}
+	return 0
+}
+
+// ServerGrant is what a control server gets beyond what every node gets. Its
+// secrets are sealed under a key that only the two ends of this TLS connection
+// can derive, and only if they know the token.
+type ServerGrant struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	SecretsSealed []byte                 `protobuf:"bytes,1,opt,name=secrets_sealed,json=secretsSealed,proto3" json:"secrets_sealed,omitempty"` // a ServerSecrets
+	Servers       []*ServerAddresses     `protobuf:"bytes,2,rep,name=servers,proto3" json:"servers,omitempty"`                                  // of the cluster, the joining one included
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ServerGrant) Reset() {
+	*x = ServerGrant{}
+	mi := &file_shared_wire_wire_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ServerGrant) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ServerGrant) ProtoMessage() {}
+
+func (x *ServerGrant) ProtoReflect() protoreflect.Message {
+	mi := &file_shared_wire_wire_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ServerGrant.ProtoReflect.Descriptor instead.
+func (*ServerGrant) Descriptor() ([]byte, []int) {
+	return file_shared_wire_wire_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *ServerGrant) GetSecretsSealed() []byte {
+	if x != nil {
+		return x.SecretsSealed
+	}
+	return nil
+}
+
+func (x *ServerGrant) GetServers() []*ServerAddresses {
+	if x != nil {
+		return x.Servers
+	}
+	return nil
+}
+
+type ServerSecrets struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Kek           []byte                 `protobuf:"bytes,1,opt,name=kek,proto3" json:"kek,omitempty"`
+	ApiKey        string                 `protobuf:"bytes,2,opt,name=api_key,json=apiKey,proto3" json:"api_key,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ServerSecrets) Reset() {
+	*x = ServerSecrets{}
+	mi := &file_shared_wire_wire_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ServerSecrets) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ServerSecrets) ProtoMessage() {}
+
+func (x *ServerSecrets) ProtoReflect() protoreflect.Message {
+	mi := &file_shared_wire_wire_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ServerSecrets.ProtoReflect.Descriptor instead.
+func (*ServerSecrets) Descriptor() ([]byte, []int) {
+	return file_shared_wire_wire_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *ServerSecrets) GetKek() []byte {
+	if x != nil {
+		return x.Kek
+	}
+	return nil
+}
+
+func (x *ServerSecrets) GetApiKey() string {
+	if x != nil {
+		return x.ApiKey
+	}
+	return ""
+}
+
 // RenewRequest asks for a new certificate for the key of the old one.
 type RenewRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -407,7 +592,7 @@ type RenewRequest struct {
 
 func (x *RenewRequest) Reset() {
 	*x = RenewRequest{}
-	mi := &file_shared_wire_wire_proto_msgTypes[4]
+	mi := &file_shared_wire_wire_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -419,7 +604,7 @@ func (x *RenewRequest) String() string {
 func (*RenewRequest) ProtoMessage() {}
 
 func (x *RenewRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shared_wire_wire_proto_msgTypes[4]
+	mi := &file_shared_wire_wire_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -432,7 +617,7 @@ func (x *RenewRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewRequest.ProtoReflect.Descriptor instead.
 func (*RenewRequest) Descriptor() ([]byte, []int) {
-	return file_shared_wire_wire_proto_rawDescGZIP(), []int{4}
+	return file_shared_wire_wire_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *RenewRequest) GetCsr() []byte {
@@ -452,13 +637,14 @@ type JoinReply struct {
 	Servers       []string               `protobuf:"bytes,5,rep,name=servers,proto3" json:"servers,omitempty"` // link addresses, host:port
 	ClusterId     []byte                 `protobuf:"bytes,6,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
 	Generation    uint64                 `protobuf:"varint,7,opt,name=generation,proto3" json:"generation,omitempty"`
+	Server        *ServerGrant           `protobuf:"bytes,8,opt,name=server,proto3" json:"server,omitempty"` // to a control server that joins
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *JoinReply) Reset() {
 	*x = JoinReply{}
-	mi := &file_shared_wire_wire_proto_msgTypes[5]
+	mi := &file_shared_wire_wire_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -470,7 +656,7 @@ func (x *JoinReply) String() string {
 func (*JoinReply) ProtoMessage() {}
 
 func (x *JoinReply) ProtoReflect() protoreflect.Message {
-	mi := &file_shared_wire_wire_proto_msgTypes[5]
+	mi := &file_shared_wire_wire_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -483,7 +669,7 @@ func (x *JoinReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinReply.ProtoReflect.Descriptor instead.
 func (*JoinReply) Descriptor() ([]byte, []int) {
-	return file_shared_wire_wire_proto_rawDescGZIP(), []int{5}
+	return file_shared_wire_wire_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *JoinReply) GetNodeId() []byte {
@@ -535,6 +721,13 @@ func (x *JoinReply) GetGeneration() uint64 {
 	return 0
 }
 
+func (x *JoinReply) GetServer() *ServerGrant {
+	if x != nil {
+		return x.Server
+	}
+	return nil
+}
+
 // StreamStart is the first frame of every stream but the first.
 type StreamStart struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -545,7 +738,7 @@ type StreamStart struct {
 
 func (x *StreamStart) Reset() {
 	*x = StreamStart{}
-	mi := &file_shared_wire_wire_proto_msgTypes[6]
+	mi := &file_shared_wire_wire_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -557,7 +750,7 @@ func (x *StreamStart) String() string {
 func (*StreamStart) ProtoMessage() {}
 
 func (x *StreamStart) ProtoReflect() protoreflect.Message {
-	mi := &file_shared_wire_wire_proto_msgTypes[6]
+	mi := &file_shared_wire_wire_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -570,7 +763,7 @@ func (x *StreamStart) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StreamStart.ProtoReflect.Descriptor instead.
 func (*StreamStart) Descriptor() ([]byte, []int) {
-	return file_shared_wire_wire_proto_rawDescGZIP(), []int{6}
+	return file_shared_wire_wire_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *StreamStart) GetPurpose() Purpose {
@@ -591,7 +784,7 @@ type Revision struct {
 
 func (x *Revision) Reset() {
 	*x = Revision{}
-	mi := &file_shared_wire_wire_proto_msgTypes[7]
+	mi := &file_shared_wire_wire_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -603,7 +796,7 @@ func (x *Revision) String() string {
 func (*Revision) ProtoMessage() {}
 
 func (x *Revision) ProtoReflect() protoreflect.Message {
-	mi := &file_shared_wire_wire_proto_msgTypes[7]
+	mi := &file_shared_wire_wire_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -616,7 +809,7 @@ func (x *Revision) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Revision.ProtoReflect.Descriptor instead.
 func (*Revision) Descriptor() ([]byte, []int) {
-	return file_shared_wire_wire_proto_rawDescGZIP(), []int{7}
+	return file_shared_wire_wire_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Revision) GetGeneration() uint64 {
@@ -646,7 +839,7 @@ type Hello struct {
 
 func (x *Hello) Reset() {
 	*x = Hello{}
-	mi := &file_shared_wire_wire_proto_msgTypes[8]
+	mi := &file_shared_wire_wire_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -658,7 +851,7 @@ func (x *Hello) String() string {
 func (*Hello) ProtoMessage() {}
 
 func (x *Hello) ProtoReflect() protoreflect.Message {
-	mi := &file_shared_wire_wire_proto_msgTypes[8]
+	mi := &file_shared_wire_wire_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -671,7 +864,7 @@ func (x *Hello) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Hello.ProtoReflect.Descriptor instead.
 func (*Hello) Descriptor() ([]byte, []int) {
-	return file_shared_wire_wire_proto_rawDescGZIP(), []int{8}
+	return file_shared_wire_wire_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Hello) GetHeld() *Revision {
@@ -715,7 +908,7 @@ type Welcome struct {
 
 func (x *Welcome) Reset() {
 	*x = Welcome{}
-	mi := &file_shared_wire_wire_proto_msgTypes[9]
+	mi := &file_shared_wire_wire_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -727,7 +920,7 @@ func (x *Welcome) String() string {
 func (*Welcome) ProtoMessage() {}
 
 func (x *Welcome) ProtoReflect() protoreflect.Message {
-	mi := &file_shared_wire_wire_proto_msgTypes[9]
+	mi := &file_shared_wire_wire_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -740,7 +933,7 @@ func (x *Welcome) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Welcome.ProtoReflect.Descriptor instead.
 func (*Welcome) Descriptor() ([]byte, []int) {
-	return file_shared_wire_wire_proto_rawDescGZIP(), []int{9}
+	return file_shared_wire_wire_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Welcome) GetServerTimeMs() int64 {
@@ -782,7 +975,7 @@ type Redirect struct {
 
 func (x *Redirect) Reset() {
 	*x = Redirect{}
-	mi := &file_shared_wire_wire_proto_msgTypes[10]
+	mi := &file_shared_wire_wire_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -794,7 +987,7 @@ func (x *Redirect) String() string {
 func (*Redirect) ProtoMessage() {}
 
 func (x *Redirect) ProtoReflect() protoreflect.Message {
-	mi := &file_shared_wire_wire_proto_msgTypes[10]
+	mi := &file_shared_wire_wire_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -807,7 +1000,7 @@ func (x *Redirect) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Redirect.ProtoReflect.Descriptor instead.
 func (*Redirect) Descriptor() ([]byte, []int) {
-	return file_shared_wire_wire_proto_rawDescGZIP(), []int{10}
+	return file_shared_wire_wire_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Redirect) GetServers() []string {
@@ -843,7 +1036,7 @@ type Report struct {
 
 func (x *Report) Reset() {
 	*x = Report{}
-	mi := &file_shared_wire_wire_proto_msgTypes[11]
+	mi := &file_shared_wire_wire_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -855,7 +1048,7 @@ func (x *Report) String() string {
 func (*Report) ProtoMessage() {}
 
 func (x *Report) ProtoReflect() protoreflect.Message {
-	mi := &file_shared_wire_wire_proto_msgTypes[11]
+	mi := &file_shared_wire_wire_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -868,7 +1061,7 @@ func (x *Report) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Report.ProtoReflect.Descriptor instead.
 func (*Report) Descriptor() ([]byte, []int) {
-	return file_shared_wire_wire_proto_rawDescGZIP(), []int{11}
+	return file_shared_wire_wire_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Report) GetNonce() uint64 {
@@ -953,7 +1146,7 @@ type HeldSource struct {
 
 func (x *HeldSource) Reset() {
 	*x = HeldSource{}
-	mi := &file_shared_wire_wire_proto_msgTypes[12]
+	mi := &file_shared_wire_wire_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -965,7 +1158,7 @@ func (x *HeldSource) String() string {
 func (*HeldSource) ProtoMessage() {}
 
 func (x *HeldSource) ProtoReflect() protoreflect.Message {
-	mi := &file_shared_wire_wire_proto_msgTypes[12]
+	mi := &file_shared_wire_wire_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -978,7 +1171,7 @@ func (x *HeldSource) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HeldSource.ProtoReflect.Descriptor instead.
 func (*HeldSource) Descriptor() ([]byte, []int) {
-	return file_shared_wire_wire_proto_rawDescGZIP(), []int{12}
+	return file_shared_wire_wire_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *HeldSource) GetSourceId() []byte {
@@ -1013,7 +1206,7 @@ type Pong struct {
 
 func (x *Pong) Reset() {
 	*x = Pong{}
-	mi := &file_shared_wire_wire_proto_msgTypes[13]
+	mi := &file_shared_wire_wire_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1025,7 +1218,7 @@ func (x *Pong) String() string {
 func (*Pong) ProtoMessage() {}
 
 func (x *Pong) ProtoReflect() protoreflect.Message {
-	mi := &file_shared_wire_wire_proto_msgTypes[13]
+	mi := &file_shared_wire_wire_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1038,7 +1231,7 @@ func (x *Pong) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Pong.ProtoReflect.Descriptor instead.
 func (*Pong) Descriptor() ([]byte, []int) {
-	return file_shared_wire_wire_proto_rawDescGZIP(), []int{13}
+	return file_shared_wire_wire_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Pong) GetNonce() uint64 {
@@ -1066,7 +1259,7 @@ type ViewBegin struct {
 
 func (x *ViewBegin) Reset() {
 	*x = ViewBegin{}
-	mi := &file_shared_wire_wire_proto_msgTypes[14]
+	mi := &file_shared_wire_wire_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1078,7 +1271,7 @@ func (x *ViewBegin) String() string {
 func (*ViewBegin) ProtoMessage() {}
 
 func (x *ViewBegin) ProtoReflect() protoreflect.Message {
-	mi := &file_shared_wire_wire_proto_msgTypes[14]
+	mi := &file_shared_wire_wire_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1091,7 +1284,7 @@ func (x *ViewBegin) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ViewBegin.ProtoReflect.Descriptor instead.
 func (*ViewBegin) Descriptor() ([]byte, []int) {
-	return file_shared_wire_wire_proto_rawDescGZIP(), []int{14}
+	return file_shared_wire_wire_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ViewBegin) GetRevision() *Revision {
@@ -1118,7 +1311,7 @@ type ViewChunk struct {
 
 func (x *ViewChunk) Reset() {
 	*x = ViewChunk{}
-	mi := &file_shared_wire_wire_proto_msgTypes[15]
+	mi := &file_shared_wire_wire_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1130,7 +1323,7 @@ func (x *ViewChunk) String() string {
 func (*ViewChunk) ProtoMessage() {}
 
 func (x *ViewChunk) ProtoReflect() protoreflect.Message {
-	mi := &file_shared_wire_wire_proto_msgTypes[15]
+	mi := &file_shared_wire_wire_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1143,7 +1336,7 @@ func (x *ViewChunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ViewChunk.ProtoReflect.Descriptor instead.
 func (*ViewChunk) Descriptor() ([]byte, []int) {
-	return file_shared_wire_wire_proto_rawDescGZIP(), []int{15}
+	return file_shared_wire_wire_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ViewChunk) GetData() []byte {
@@ -1163,7 +1356,7 @@ type ViewEnd struct {
 
 func (x *ViewEnd) Reset() {
 	*x = ViewEnd{}
-	mi := &file_shared_wire_wire_proto_msgTypes[16]
+	mi := &file_shared_wire_wire_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1175,7 +1368,7 @@ func (x *ViewEnd) String() string {
 func (*ViewEnd) ProtoMessage() {}
 
 func (x *ViewEnd) ProtoReflect() protoreflect.Message {
-	mi := &file_shared_wire_wire_proto_msgTypes[16]
+	mi := &file_shared_wire_wire_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1188,7 +1381,7 @@ func (x *ViewEnd) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ViewEnd.ProtoReflect.Descriptor instead.
 func (*ViewEnd) Descriptor() ([]byte, []int) {
-	return file_shared_wire_wire_proto_rawDescGZIP(), []int{16}
+	return file_shared_wire_wire_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ViewEnd) GetSha256() []byte {
@@ -1208,7 +1401,7 @@ type Ack struct {
 
 func (x *Ack) Reset() {
 	*x = Ack{}
-	mi := &file_shared_wire_wire_proto_msgTypes[17]
+	mi := &file_shared_wire_wire_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1220,7 +1413,7 @@ func (x *Ack) String() string {
 func (*Ack) ProtoMessage() {}
 
 func (x *Ack) ProtoReflect() protoreflect.Message {
-	mi := &file_shared_wire_wire_proto_msgTypes[17]
+	mi := &file_shared_wire_wire_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1233,7 +1426,7 @@ func (x *Ack) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Ack.ProtoReflect.Descriptor instead.
 func (*Ack) Descriptor() ([]byte, []int) {
-	return file_shared_wire_wire_proto_rawDescGZIP(), []int{17}
+	return file_shared_wire_wire_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Ack) GetRevision() *Revision {
@@ -1254,7 +1447,7 @@ type Nack struct {
 
 func (x *Nack) Reset() {
 	*x = Nack{}
-	mi := &file_shared_wire_wire_proto_msgTypes[18]
+	mi := &file_shared_wire_wire_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1266,7 +1459,7 @@ func (x *Nack) String() string {
 func (*Nack) ProtoMessage() {}
 
 func (x *Nack) ProtoReflect() protoreflect.Message {
-	mi := &file_shared_wire_wire_proto_msgTypes[18]
+	mi := &file_shared_wire_wire_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1279,7 +1472,7 @@ func (x *Nack) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Nack.ProtoReflect.Descriptor instead.
 func (*Nack) Descriptor() ([]byte, []int) {
-	return file_shared_wire_wire_proto_rawDescGZIP(), []int{18}
+	return file_shared_wire_wire_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Nack) GetRevision() *Revision {
@@ -1319,7 +1512,7 @@ type View struct {
 
 func (x *View) Reset() {
 	*x = View{}
-	mi := &file_shared_wire_wire_proto_msgTypes[19]
+	mi := &file_shared_wire_wire_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1331,7 +1524,7 @@ func (x *View) String() string {
 func (*View) ProtoMessage() {}
 
 func (x *View) ProtoReflect() protoreflect.Message {
-	mi := &file_shared_wire_wire_proto_msgTypes[19]
+	mi := &file_shared_wire_wire_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1344,7 +1537,7 @@ func (x *View) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use View.ProtoReflect.Descriptor instead.
 func (*View) Descriptor() ([]byte, []int) {
-	return file_shared_wire_wire_proto_rawDescGZIP(), []int{19}
+	return file_shared_wire_wire_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *View) GetFormat() uint32 {
@@ -1456,7 +1649,7 @@ type Section struct {
 
 func (x *Section) Reset() {
 	*x = Section{}
-	mi := &file_shared_wire_wire_proto_msgTypes[20]
+	mi := &file_shared_wire_wire_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1468,7 +1661,7 @@ func (x *Section) String() string {
 func (*Section) ProtoMessage() {}
 
 func (x *Section) ProtoReflect() protoreflect.Message {
-	mi := &file_shared_wire_wire_proto_msgTypes[20]
+	mi := &file_shared_wire_wire_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1481,7 +1674,7 @@ func (x *Section) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Section.ProtoReflect.Descriptor instead.
 func (*Section) Descriptor() ([]byte, []int) {
-	return file_shared_wire_wire_proto_rawDescGZIP(), []int{20}
+	return file_shared_wire_wire_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Section) GetName() string {
@@ -1509,7 +1702,7 @@ type Tenant struct {
 
 func (x *Tenant) Reset() {
 	*x = Tenant{}
-	mi := &file_shared_wire_wire_proto_msgTypes[21]
+	mi := &file_shared_wire_wire_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1521,7 +1714,7 @@ func (x *Tenant) String() string {
 func (*Tenant) ProtoMessage() {}
 
 func (x *Tenant) ProtoReflect() protoreflect.Message {
-	mi := &file_shared_wire_wire_proto_msgTypes[21]
+	mi := &file_shared_wire_wire_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1534,7 +1727,7 @@ func (x *Tenant) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Tenant.ProtoReflect.Descriptor instead.
 func (*Tenant) Descriptor() ([]byte, []int) {
-	return file_shared_wire_wire_proto_rawDescGZIP(), []int{21}
+	return file_shared_wire_wire_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Tenant) GetId() []byte {
@@ -1569,7 +1762,7 @@ type Project struct {
 
 func (x *Project) Reset() {
 	*x = Project{}
-	mi := &file_shared_wire_wire_proto_msgTypes[22]
+	mi := &file_shared_wire_wire_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1581,7 +1774,7 @@ func (x *Project) String() string {
 func (*Project) ProtoMessage() {}
 
 func (x *Project) ProtoReflect() protoreflect.Message {
-	mi := &file_shared_wire_wire_proto_msgTypes[22]
+	mi := &file_shared_wire_wire_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1594,7 +1787,7 @@ func (x *Project) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Project.ProtoReflect.Descriptor instead.
 func (*Project) Descriptor() ([]byte, []int) {
-	return file_shared_wire_wire_proto_rawDescGZIP(), []int{22}
+	return file_shared_wire_wire_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Project) GetId() []byte {
@@ -1630,7 +1823,7 @@ type Domain struct {
 
 func (x *Domain) Reset() {
 	*x = Domain{}
-	mi := &file_shared_wire_wire_proto_msgTypes[23]
+	mi := &file_shared_wire_wire_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1642,7 +1835,7 @@ func (x *Domain) String() string {
 func (*Domain) ProtoMessage() {}
 
 func (x *Domain) ProtoReflect() protoreflect.Message {
-	mi := &file_shared_wire_wire_proto_msgTypes[23]
+	mi := &file_shared_wire_wire_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1655,7 +1848,7 @@ func (x *Domain) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Domain.ProtoReflect.Descriptor instead.
 func (*Domain) Descriptor() ([]byte, []int) {
-	return file_shared_wire_wire_proto_rawDescGZIP(), []int{23}
+	return file_shared_wire_wire_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Domain) GetName() string {
@@ -1697,7 +1890,7 @@ type DKIMKey struct {
 
 func (x *DKIMKey) Reset() {
 	*x = DKIMKey{}
-	mi := &file_shared_wire_wire_proto_msgTypes[24]
+	mi := &file_shared_wire_wire_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1709,7 +1902,7 @@ func (x *DKIMKey) String() string {
 func (*DKIMKey) ProtoMessage() {}
 
 func (x *DKIMKey) ProtoReflect() protoreflect.Message {
-	mi := &file_shared_wire_wire_proto_msgTypes[24]
+	mi := &file_shared_wire_wire_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1722,7 +1915,7 @@ func (x *DKIMKey) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DKIMKey.ProtoReflect.Descriptor instead.
 func (*DKIMKey) Descriptor() ([]byte, []int) {
-	return file_shared_wire_wire_proto_rawDescGZIP(), []int{24}
+	return file_shared_wire_wire_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *DKIMKey) GetSelector() string {
@@ -1762,7 +1955,7 @@ type Credential struct {
 
 func (x *Credential) Reset() {
 	*x = Credential{}
-	mi := &file_shared_wire_wire_proto_msgTypes[25]
+	mi := &file_shared_wire_wire_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1774,7 +1967,7 @@ func (x *Credential) String() string {
 func (*Credential) ProtoMessage() {}
 
 func (x *Credential) ProtoReflect() protoreflect.Message {
-	mi := &file_shared_wire_wire_proto_msgTypes[25]
+	mi := &file_shared_wire_wire_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1787,7 +1980,7 @@ func (x *Credential) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Credential.ProtoReflect.Descriptor instead.
 func (*Credential) Descriptor() ([]byte, []int) {
-	return file_shared_wire_wire_proto_rawDescGZIP(), []int{25}
+	return file_shared_wire_wire_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Credential) GetId() []byte {
@@ -1858,7 +2051,7 @@ type Pool struct {
 
 func (x *Pool) Reset() {
 	*x = Pool{}
-	mi := &file_shared_wire_wire_proto_msgTypes[26]
+	mi := &file_shared_wire_wire_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1870,7 +2063,7 @@ func (x *Pool) String() string {
 func (*Pool) ProtoMessage() {}
 
 func (x *Pool) ProtoReflect() protoreflect.Message {
-	mi := &file_shared_wire_wire_proto_msgTypes[26]
+	mi := &file_shared_wire_wire_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1883,7 +2076,7 @@ func (x *Pool) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Pool.ProtoReflect.Descriptor instead.
 func (*Pool) Descriptor() ([]byte, []int) {
-	return file_shared_wire_wire_proto_rawDescGZIP(), []int{26}
+	return file_shared_wire_wire_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *Pool) GetId() []byte {
@@ -1930,7 +2123,7 @@ type Source struct {
 
 func (x *Source) Reset() {
 	*x = Source{}
-	mi := &file_shared_wire_wire_proto_msgTypes[27]
+	mi := &file_shared_wire_wire_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1942,7 +2135,7 @@ func (x *Source) String() string {
 func (*Source) ProtoMessage() {}
 
 func (x *Source) ProtoReflect() protoreflect.Message {
-	mi := &file_shared_wire_wire_proto_msgTypes[27]
+	mi := &file_shared_wire_wire_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1955,7 +2148,7 @@ func (x *Source) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Source.ProtoReflect.Descriptor instead.
 func (*Source) Descriptor() ([]byte, []int) {
-	return file_shared_wire_wire_proto_rawDescGZIP(), []int{27}
+	return file_shared_wire_wire_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *Source) GetId() []byte {
@@ -2024,7 +2217,7 @@ type ReturnPathKey struct {
 
 func (x *ReturnPathKey) Reset() {
 	*x = ReturnPathKey{}
-	mi := &file_shared_wire_wire_proto_msgTypes[28]
+	mi := &file_shared_wire_wire_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2036,7 +2229,7 @@ func (x *ReturnPathKey) String() string {
 func (*ReturnPathKey) ProtoMessage() {}
 
 func (x *ReturnPathKey) ProtoReflect() protoreflect.Message {
-	mi := &file_shared_wire_wire_proto_msgTypes[28]
+	mi := &file_shared_wire_wire_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2049,7 +2242,7 @@ func (x *ReturnPathKey) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReturnPathKey.ProtoReflect.Descriptor instead.
 func (*ReturnPathKey) Descriptor() ([]byte, []int) {
-	return file_shared_wire_wire_proto_rawDescGZIP(), []int{28}
+	return file_shared_wire_wire_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *ReturnPathKey) GetId() uint32 {
@@ -2092,7 +2285,7 @@ const file_shared_wire_wire_proto_rawDesc = "" +
 	"\rJoinChallenge\x12\x1d\n" +
 	"\n" +
 	"cluster_id\x18\x01 \x01(\fR\tclusterId\x12$\n" +
-	"\x0eserver_time_ms\x18\x02 \x01(\x03R\fserverTimeMs\"\xac\x02\n" +
+	"\x0eserver_time_ms\x18\x02 \x01(\x03R\fserverTimeMs\"\xe5\x02\n" +
 	"\vJoinRequest\x12\x19\n" +
 	"\btoken_id\x18\x01 \x01(\fR\atokenId\x12\x12\n" +
 	"\x04role\x18\x02 \x01(\tR\x04role\x12\x10\n" +
@@ -2101,12 +2294,24 @@ const file_shared_wire_wire_proto_rawDesc = "" +
 	"\x04name\x18\x05 \x01(\tR\x04name\x12\x18\n" +
 	"\aversion\x18\x06 \x01(\tR\aversion\x12?\n" +
 	"\x06labels\x18\a \x03(\v2'.relais.wire.v1.JoinRequest.LabelsEntryR\x06labels\x12\x1c\n" +
-	"\taddresses\x18\b \x03(\fR\taddresses\x1a9\n" +
+	"\taddresses\x18\b \x03(\fR\taddresses\x127\n" +
+	"\x06server\x18\t \x01(\v2\x1f.relais.wire.v1.ServerAddressesR\x06server\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\" \n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"u\n" +
+	"\x0fServerAddresses\x12\x12\n" +
+	"\x04raft\x18\x01 \x01(\tR\x04raft\x12\x12\n" +
+	"\x04link\x18\x02 \x01(\tR\x04link\x12\x12\n" +
+	"\x04http\x18\x03 \x01(\tR\x04http\x12&\n" +
+	"\x0fmax_fsm_version\x18\x04 \x01(\rR\rmaxFsmVersion\"o\n" +
+	"\vServerGrant\x12%\n" +
+	"\x0esecrets_sealed\x18\x01 \x01(\fR\rsecretsSealed\x129\n" +
+	"\aservers\x18\x02 \x03(\v2\x1f.relais.wire.v1.ServerAddressesR\aservers\":\n" +
+	"\rServerSecrets\x12\x10\n" +
+	"\x03kek\x18\x01 \x01(\fR\x03kek\x12\x17\n" +
+	"\aapi_key\x18\x02 \x01(\tR\x06apiKey\" \n" +
 	"\fRenewRequest\x12\x10\n" +
-	"\x03csr\x18\x01 \x01(\fR\x03csr\"\xc1\x01\n" +
+	"\x03csr\x18\x01 \x01(\fR\x03csr\"\xf6\x01\n" +
 	"\tJoinReply\x12\x17\n" +
 	"\anode_id\x18\x01 \x01(\fR\x06nodeId\x12\x14\n" +
 	"\x05state\x18\x02 \x01(\tR\x05state\x12\x14\n" +
@@ -2117,7 +2322,8 @@ const file_shared_wire_wire_proto_rawDesc = "" +
 	"cluster_id\x18\x06 \x01(\fR\tclusterId\x12\x1e\n" +
 	"\n" +
 	"generation\x18\a \x01(\x04R\n" +
-	"generation\"@\n" +
+	"generation\x123\n" +
+	"\x06server\x18\b \x01(\v2\x1b.relais.wire.v1.ServerGrantR\x06server\"@\n" +
 	"\vStreamStart\x121\n" +
 	"\apurpose\x18\x01 \x01(\x0e2\x17.relais.wire.v1.PurposeR\apurpose\"@\n" +
 	"\bRevision\x12\x1e\n" +
@@ -2260,65 +2466,71 @@ func file_shared_wire_wire_proto_rawDescGZIP() []byte {
 }
 
 var file_shared_wire_wire_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_shared_wire_wire_proto_msgTypes = make([]protoimpl.MessageInfo, 30)
+var file_shared_wire_wire_proto_msgTypes = make([]protoimpl.MessageInfo, 33)
 var file_shared_wire_wire_proto_goTypes = []any{
-	(Purpose)(0),          // 0: relais.wire.v1.Purpose
-	(*Preface)(nil),       // 1: relais.wire.v1.Preface
-	(*Error)(nil),         // 2: relais.wire.v1.Error
-	(*JoinChallenge)(nil), // 3: relais.wire.v1.JoinChallenge
-	(*JoinRequest)(nil),   // 4: relais.wire.v1.JoinRequest
-	(*RenewRequest)(nil),  // 5: relais.wire.v1.RenewRequest
-	(*JoinReply)(nil),     // 6: relais.wire.v1.JoinReply
-	(*StreamStart)(nil),   // 7: relais.wire.v1.StreamStart
-	(*Revision)(nil),      // 8: relais.wire.v1.Revision
-	(*Hello)(nil),         // 9: relais.wire.v1.Hello
-	(*Welcome)(nil),       // 10: relais.wire.v1.Welcome
-	(*Redirect)(nil),      // 11: relais.wire.v1.Redirect
-	(*Report)(nil),        // 12: relais.wire.v1.Report
-	(*HeldSource)(nil),    // 13: relais.wire.v1.HeldSource
-	(*Pong)(nil),          // 14: relais.wire.v1.Pong
-	(*ViewBegin)(nil),     // 15: relais.wire.v1.ViewBegin
-	(*ViewChunk)(nil),     // 16: relais.wire.v1.ViewChunk
-	(*ViewEnd)(nil),       // 17: relais.wire.v1.ViewEnd
-	(*Ack)(nil),           // 18: relais.wire.v1.Ack
-	(*Nack)(nil),          // 19: relais.wire.v1.Nack
-	(*View)(nil),          // 20: relais.wire.v1.View
-	(*Section)(nil),       // 21: relais.wire.v1.Section
-	(*Tenant)(nil),        // 22: relais.wire.v1.Tenant
-	(*Project)(nil),       // 23: relais.wire.v1.Project
-	(*Domain)(nil),        // 24: relais.wire.v1.Domain
-	(*DKIMKey)(nil),       // 25: relais.wire.v1.DKIMKey
-	(*Credential)(nil),    // 26: relais.wire.v1.Credential
-	(*Pool)(nil),          // 27: relais.wire.v1.Pool
-	(*Source)(nil),        // 28: relais.wire.v1.Source
-	(*ReturnPathKey)(nil), // 29: relais.wire.v1.ReturnPathKey
-	nil,                   // 30: relais.wire.v1.JoinRequest.LabelsEntry
+	(Purpose)(0),            // 0: relais.wire.v1.Purpose
+	(*Preface)(nil),         // 1: relais.wire.v1.Preface
+	(*Error)(nil),           // 2: relais.wire.v1.Error
+	(*JoinChallenge)(nil),   // 3: relais.wire.v1.JoinChallenge
+	(*JoinRequest)(nil),     // 4: relais.wire.v1.JoinRequest
+	(*ServerAddresses)(nil), // 5: relais.wire.v1.ServerAddresses
+	(*ServerGrant)(nil),     // 6: relais.wire.v1.ServerGrant
+	(*ServerSecrets)(nil),   // 7: relais.wire.v1.ServerSecrets
+	(*RenewRequest)(nil),    // 8: relais.wire.v1.RenewRequest
+	(*JoinReply)(nil),       // 9: relais.wire.v1.JoinReply
+	(*StreamStart)(nil),     // 10: relais.wire.v1.StreamStart
+	(*Revision)(nil),        // 11: relais.wire.v1.Revision
+	(*Hello)(nil),           // 12: relais.wire.v1.Hello
+	(*Welcome)(nil),         // 13: relais.wire.v1.Welcome
+	(*Redirect)(nil),        // 14: relais.wire.v1.Redirect
+	(*Report)(nil),          // 15: relais.wire.v1.Report
+	(*HeldSource)(nil),      // 16: relais.wire.v1.HeldSource
+	(*Pong)(nil),            // 17: relais.wire.v1.Pong
+	(*ViewBegin)(nil),       // 18: relais.wire.v1.ViewBegin
+	(*ViewChunk)(nil),       // 19: relais.wire.v1.ViewChunk
+	(*ViewEnd)(nil),         // 20: relais.wire.v1.ViewEnd
+	(*Ack)(nil),             // 21: relais.wire.v1.Ack
+	(*Nack)(nil),            // 22: relais.wire.v1.Nack
+	(*View)(nil),            // 23: relais.wire.v1.View
+	(*Section)(nil),         // 24: relais.wire.v1.Section
+	(*Tenant)(nil),          // 25: relais.wire.v1.Tenant
+	(*Project)(nil),         // 26: relais.wire.v1.Project
+	(*Domain)(nil),          // 27: relais.wire.v1.Domain
+	(*DKIMKey)(nil),         // 28: relais.wire.v1.DKIMKey
+	(*Credential)(nil),      // 29: relais.wire.v1.Credential
+	(*Pool)(nil),            // 30: relais.wire.v1.Pool
+	(*Source)(nil),          // 31: relais.wire.v1.Source
+	(*ReturnPathKey)(nil),   // 32: relais.wire.v1.ReturnPathKey
+	nil,                     // 33: relais.wire.v1.JoinRequest.LabelsEntry
 }
 var file_shared_wire_wire_proto_depIdxs = []int32{
-	30, // 0: relais.wire.v1.JoinRequest.labels:type_name -> relais.wire.v1.JoinRequest.LabelsEntry
-	0,  // 1: relais.wire.v1.StreamStart.purpose:type_name -> relais.wire.v1.Purpose
-	8,  // 2: relais.wire.v1.Hello.held:type_name -> relais.wire.v1.Revision
-	8,  // 3: relais.wire.v1.Report.applied:type_name -> relais.wire.v1.Revision
-	13, // 4: relais.wire.v1.Report.sources:type_name -> relais.wire.v1.HeldSource
-	8,  // 5: relais.wire.v1.ViewBegin.revision:type_name -> relais.wire.v1.Revision
-	8,  // 6: relais.wire.v1.Ack.revision:type_name -> relais.wire.v1.Revision
-	8,  // 7: relais.wire.v1.Nack.revision:type_name -> relais.wire.v1.Revision
-	2,  // 8: relais.wire.v1.Nack.error:type_name -> relais.wire.v1.Error
-	8,  // 9: relais.wire.v1.View.revision:type_name -> relais.wire.v1.Revision
-	21, // 10: relais.wire.v1.View.sections:type_name -> relais.wire.v1.Section
-	22, // 11: relais.wire.v1.View.tenants:type_name -> relais.wire.v1.Tenant
-	23, // 12: relais.wire.v1.View.projects:type_name -> relais.wire.v1.Project
-	24, // 13: relais.wire.v1.View.domains:type_name -> relais.wire.v1.Domain
-	26, // 14: relais.wire.v1.View.credentials:type_name -> relais.wire.v1.Credential
-	27, // 15: relais.wire.v1.View.pools:type_name -> relais.wire.v1.Pool
-	28, // 16: relais.wire.v1.View.sources:type_name -> relais.wire.v1.Source
-	29, // 17: relais.wire.v1.View.return_path_keys:type_name -> relais.wire.v1.ReturnPathKey
-	25, // 18: relais.wire.v1.Domain.dkim:type_name -> relais.wire.v1.DKIMKey
-	19, // [19:19] is the sub-list for method output_type
-	19, // [19:19] is the sub-list for method input_type
-	19, // [19:19] is the sub-list for extension type_name
-	19, // [19:19] is the sub-list for extension extendee
-	0,  // [0:19] is the sub-list for field type_name
+	33, // 0: relais.wire.v1.JoinRequest.labels:type_name -> relais.wire.v1.JoinRequest.LabelsEntry
+	5,  // 1: relais.wire.v1.JoinRequest.server:type_name -> relais.wire.v1.ServerAddresses
+	5,  // 2: relais.wire.v1.ServerGrant.servers:type_name -> relais.wire.v1.ServerAddresses
+	6,  // 3: relais.wire.v1.JoinReply.server:type_name -> relais.wire.v1.ServerGrant
+	0,  // 4: relais.wire.v1.StreamStart.purpose:type_name -> relais.wire.v1.Purpose
+	11, // 5: relais.wire.v1.Hello.held:type_name -> relais.wire.v1.Revision
+	11, // 6: relais.wire.v1.Report.applied:type_name -> relais.wire.v1.Revision
+	16, // 7: relais.wire.v1.Report.sources:type_name -> relais.wire.v1.HeldSource
+	11, // 8: relais.wire.v1.ViewBegin.revision:type_name -> relais.wire.v1.Revision
+	11, // 9: relais.wire.v1.Ack.revision:type_name -> relais.wire.v1.Revision
+	11, // 10: relais.wire.v1.Nack.revision:type_name -> relais.wire.v1.Revision
+	2,  // 11: relais.wire.v1.Nack.error:type_name -> relais.wire.v1.Error
+	11, // 12: relais.wire.v1.View.revision:type_name -> relais.wire.v1.Revision
+	24, // 13: relais.wire.v1.View.sections:type_name -> relais.wire.v1.Section
+	25, // 14: relais.wire.v1.View.tenants:type_name -> relais.wire.v1.Tenant
+	26, // 15: relais.wire.v1.View.projects:type_name -> relais.wire.v1.Project
+	27, // 16: relais.wire.v1.View.domains:type_name -> relais.wire.v1.Domain
+	29, // 17: relais.wire.v1.View.credentials:type_name -> relais.wire.v1.Credential
+	30, // 18: relais.wire.v1.View.pools:type_name -> relais.wire.v1.Pool
+	31, // 19: relais.wire.v1.View.sources:type_name -> relais.wire.v1.Source
+	32, // 20: relais.wire.v1.View.return_path_keys:type_name -> relais.wire.v1.ReturnPathKey
+	28, // 21: relais.wire.v1.Domain.dkim:type_name -> relais.wire.v1.DKIMKey
+	22, // [22:22] is the sub-list for method output_type
+	22, // [22:22] is the sub-list for method input_type
+	22, // [22:22] is the sub-list for extension type_name
+	22, // [22:22] is the sub-list for extension extendee
+	0,  // [0:22] is the sub-list for field type_name
 }
 
 func init() { file_shared_wire_wire_proto_init() }
@@ -2332,7 +2544,7 @@ func file_shared_wire_wire_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_shared_wire_wire_proto_rawDesc), len(file_shared_wire_wire_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   30,
+			NumMessages:   33,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -26,6 +26,8 @@ import (
 
 const (
 	requestLimit     = 30 * time.Second // for one request to one server
+	connectLimit     = 2 * time.Second
+	handshakeLimit   = 2 * time.Second
 	leaderWait       = 10 * time.Second // for a cluster that is choosing a leader
 	leaderRetryPause = 250 * time.Millisecond
 	maxAnswerBytes   = 64 << 20
@@ -67,7 +69,7 @@ func (a *app) client() (*client, error) {
 	if err != nil || len(raw) != len(pki.Pin{}) || len(c.file.Endpoints) == 0 {
 		return nil, fault.Field(op, "cli", "%s is malformed: it holds endpoints, a ca_pin of 64 hexadecimal digits and a key", path)
 	}
-	c.http = &http.Client{Timeout: requestLimit, Transport: &http.Transport{TLSClientConfig: trust(pki.Pin(raw)), ForceAttemptHTTP2: true}}
+	c.http = &http.Client{Timeout: requestLimit, Transport: &http.Transport{DialTLSContext: dialTLS(trust(pki.Pin(raw))), ForceAttemptHTTP2: true}}
 	return c, nil
 }
 
@@ -126,23 +128,63 @@ func (c *client) do(ctx context.Context, req call, out any) error {
 func (c *client) tryAll(ctx context.Context, req call, out any) (retry bool, err error) {
 	var unreachable []error
 	for _, endpoint := range c.file.Endpoints {
-		retry, err = c.once(ctx, endpoint, req, out)
-		var dial *net.OpError
+		waits, oneErr := c.once(ctx, endpoint, req, out)
 		switch {
-		case err == nil:
+		case oneErr == nil:
 			return false, nil
-		case retry:
+		case waits:
+			retry, err = true, oneErr
 			continue
-		case errors.As(err, &dial) && dial.Op == "dial":
-			unreachable = append(unreachable, err) // it heard nothing of the request
+		case unheard(oneErr), req.method == http.MethodGet && !answered(oneErr) && ctx.Err() == nil:
+			unreachable = append(unreachable, oneErr)
 			continue
 		}
-		return false, err
+		return false, oneErr
 	}
 	if len(unreachable) == len(c.file.Endpoints) {
 		return false, fault.Wrap(errors.Join(unreachable...), fault.Unavailable, "relais-control", "no control server can be reached: is one running?")
 	}
 	return retry, err
+}
+
+// unheard reports whether a server heard nothing of the request.
+func unheard(err error) bool {
+	var dial *net.OpError
+	return errors.As(err, &dial) && dial.Op == "dial" || errors.Is(err, errNoHandshake)
+}
+
+// answered reports whether the error is what a server said.
+func answered(err error) bool {
+	var transport *url.Error
+	return !errors.As(err, &transport)
+}
+
+// errNoHandshake says that a server took the connection and then kept silent,
+// as a stopped process does.
+var errNoHandshake = errors.New("no TLS handshake in time")
+
+// dialTLS connects with the bounds that trying the next server needs.
+func dialTLS(config *tls.Config) func(context.Context, string, string) (net.Conn, error) {
+	return func(ctx context.Context, network, addr string) (net.Conn, error) {
+		conn, err := (&net.Dialer{Timeout: connectLimit}).DialContext(ctx, network, addr)
+		if err != nil {
+			return nil, err
+		}
+		own := config.Clone()
+		own.NextProtos = []string{"h2", "http/1.1"}
+		own.ServerName, _, _ = net.SplitHostPort(addr) // addr is what was just dialed
+		secured := tls.Client(conn, own)
+		limited, cancel := context.WithTimeout(ctx, handshakeLimit)
+		defer cancel()
+		if err := secured.HandshakeContext(limited); err != nil {
+			_ = conn.Close()
+			if limited.Err() != nil && ctx.Err() == nil {
+				return nil, errNoHandshake
+			}
+			return nil, err
+		}
+		return secured, nil
+	}
 }
 
 func (c *client) once(ctx context.Context, endpoint string, req call, out any) (retry bool, err error) {

@@ -41,8 +41,9 @@ type serverFile struct {
 	Format    int         `toml:"format"`
 	Cluster   ids.Cluster `toml:"cluster"`
 	Server    ids.Node    `toml:"server"`
-	Advertise string      `toml:"advertise"` // host or address that others reach this server at
-	Raft      string      `toml:"raft"`      // host:port that peers know this server by; it never changes
+	Advertise string      `toml:"advertise"`       // host or address that others reach this server at
+	Raft      string      `toml:"raft"`            // host:port that peers know this server by; it never changes
+	Peers     []string    `toml:"peers,omitempty"` // raft addresses of the others when this server joined
 }
 
 const serverFileFormat = 1

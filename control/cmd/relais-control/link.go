@@ -40,6 +40,9 @@ func (m members) Member(ctx context.Context, id ids.Node) (enroll.Member, error)
 
 // SetCertificate implements enroll.Members.
 func (m members) SetCertificate(ctx context.Context, c enroll.Certificate) error {
+	if c.Role == pki.RoleControl {
+		return m.SetServerCert(ctx, c.Node, c.SPKI[:])
+	}
 	return m.SetNodeCert(ctx, c.Node, c.Serial, c.SPKI[:], c.NotAfter)
 }
 
@@ -65,7 +68,7 @@ func (r relays) NodeReported(id ids.Node, in dispatch.Report) {
 
 // serveLink opens the port that relays join and connect at.
 func (s *server) serveLink(ctx context.Context, group *errgroup.Group, authority *ca.Authority) error {
-	joins, err := enroll.New(enroll.Config{Cluster: s.file.Cluster, Members: members{s.service}, Signer: authority, Version: buildinfo.Version(), Logger: s.logger, Registerer: s.registry})
+	joins, err := enroll.New(enroll.Config{Cluster: s.file.Cluster, Members: members{s.service}, Servers: joining{s.service, s.kek}, Signer: authority, Version: buildinfo.Version(), Logger: s.logger, Registerer: s.registry})
 	if err != nil {
 		return err
 	}

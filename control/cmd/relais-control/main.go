@@ -96,8 +96,8 @@ func (a *app) root() *cobra.Command {
 	flags.StringVar(&a.dataDir, "data", config.DefaultDataDir, "data directory of the server")
 	flags.StringVar(&a.cliFile, "cli", "", "file with endpoints, CA pin and API key (default: $RELAIS_CLI, else cli.toml in the data directory)")
 	root.AddCommand(
-		a.initCommand(), a.serveCommand(), a.caCommand(),
-		a.tokenCommand(), a.nodeCommand(), a.tenantCommand(), a.projectCommand(), a.domainCommand(),
+		a.initCommand(), a.joinCommand(), a.serveCommand(), a.caCommand(),
+		a.tokenCommand(), a.nodeCommand(), a.serverCommand(), a.tenantCommand(), a.projectCommand(), a.domainCommand(),
 		a.credentialCommand(), a.ipCommand(), a.poolCommand(), a.policyCommand(), a.auditCommand(), a.statusCommand(),
 		a.backupCommand(), a.restoreCommand(), a.recoverCommand(), a.recoveryCommand(),
 	)

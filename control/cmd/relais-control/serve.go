@@ -12,6 +12,7 @@ import (
 	"net/netip"
 	"os"
 	"os/signal"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -32,7 +33,6 @@ import (
 	"github.com/relais-mta/relais/shared/fault"
 	"github.com/relais-mta/relais/shared/pki"
 	"github.com/relais-mta/relais/shared/telemetry"
-	"github.com/relais-mta/relais/shared/wire"
 )
 
 const (
@@ -84,6 +84,9 @@ type server struct {
 	state    *state.Store
 	keeper   *backup.Keeper
 	service  *service.Service
+	kek      pki.Key
+	// answering is service once other servers may be answered from it.
+	answering atomic.Pointer[service.Service]
 
 	supervisor telemetry.Supervisor
 }
@@ -112,20 +115,26 @@ func (s *server) run(ctx context.Context) error {
 	if s.keeper, err = s.newKeeper(st); err != nil {
 		return err
 	}
-	peer := pki.Peer{Cluster: s.file.Cluster, Role: pki.RoleControl}
-	stream, err := cluster.Listen(s.conf.Listen.Raft.String(), s.file.Raft, pki.ServerConfig(s.holder, peer, wire.ALPNRaft), pki.ClientConfig(s.holder, peer, wire.ALPNRaft))
+	key, err := pki.LoadNodeKey(s.paths.nodeKey())
+	if err != nil {
+		return err
+	}
+	stream, err := cluster.Listen(cluster.StreamOptions{Bind: s.conf.Listen.Raft.String(), Advertise: s.file.Raft, Transport: s.conf.Raft.Transport, Holder: s.holder, Cluster: s.file.Cluster,
+		ResetKey: key.Derive("raft quic stateless reset"), Check: checkPeer(st), Logger: s.logger})
 	if err != nil {
 		return err
 	}
 	halt := func(err error) {
-		s.logger.Error("this server halts: its log cannot be applied", "error", err)
+		s.logger.Error("this server halts", "error", err)
 		os.Exit(exitFailed)
 	}
-	s.cluster, err = cluster.Open(cluster.Options{Dir: s.paths.dir, ServerID: s.file.Server.String(), Address: s.file.Raft, Stream: stream, State: st, Logger: s.logger, Registerer: s.registry, Halt: halt})
+	s.cluster, err = cluster.Open(cluster.Options{Dir: s.paths.dir, ServerID: s.file.Server.String(), Address: s.file.Raft, Stream: stream, State: st, Logger: s.logger, Registerer: s.registry, Halt: halt, Requests: s.requests()})
 	if err != nil {
 		return errors.Join(err, stream.Close())
 	}
 	s.service = service.New(service.Options{State: st, Log: s.cluster, Sealer: s.sealer, Logger: s.logger, Version: buildinfo.Version(), Backups: s.keeper})
+	s.service.SetMembership(membership{s.cluster}, s.file.Server)
+	s.answering.Store(s.service)
 	err = s.serve(ctx)
 	s.logger.Info("stopped")
 	return errors.Join(err, s.cluster.Close())
@@ -136,7 +145,7 @@ func (s *server) loadKeys() error {
 	if err != nil {
 		return err
 	}
-	s.sealer = pki.NewSealer(kek)
+	s.kek, s.sealer = kek, pki.NewSealer(kek)
 	if s.holder, err = pki.LoadHolder(pki.Files{Cert: s.paths.leaf(), Key: s.paths.nodeKey(), CA: s.paths.bundle()}); err != nil {
 		return err
 	}
@@ -182,10 +191,10 @@ func (s *server) serve(ctx context.Context) error {
 	local := service.Actor{Name: "admin.sock", Role: control.RoleAdmin}
 	group.Go(func() error {
 		l := tls.NewListener(https, pki.OpenServerConfig(s.web, "h2", "http/1.1"))
-		return s.http(ctx, l, api.New(api.Options{Service: s.service, Logger: s.logger}))
+		return s.http(ctx, l, api.New(api.Options{Service: s.service, Logger: s.logger, Fence: s.cluster.Fence}))
 	})
 	group.Go(func() error {
-		return s.http(ctx, socket, api.New(api.Options{Service: s.service, Logger: s.logger, Local: &local}))
+		return s.http(ctx, socket, api.New(api.Options{Service: s.service, Logger: s.logger, Local: &local, Fence: s.cluster.Fence}))
 	})
 	group.Go(func() error { s.reload(ctx); return nil })
 	s.watchHealth()
@@ -241,7 +250,10 @@ func (s *server) http(ctx context.Context, l net.Listener, h http.Handler) error
 
 // whenReady starts what needs the cluster's state: the CA and the relay link.
 func (s *server) whenReady(ctx context.Context, group *errgroup.Group) error {
-	if err := s.cluster.WaitReady(ctx); err != nil {
+	if err := s.attach(ctx); err != nil {
+		return err
+	}
+	if err := s.cluster.WaitFresh(ctx); err != nil {
 		if ctx.Err() != nil {
 			return nil
 		}
@@ -254,9 +266,10 @@ func (s *server) whenReady(ctx context.Context, group *errgroup.Group) error {
 	if row.ID != s.file.Cluster {
 		return fault.New(fault.Invalid, "relais-control.serve", "the state in %s is of cluster %s, server.toml names %s: the directory is mixed up, restore it from a backup", s.paths.dir, row.ID, s.file.Cluster)
 	}
-	if err := s.service.AnnounceServer(ctx, s.file.Server, hostPort(s.file.Advertise, s.conf.Listen.Link), hostPort(s.file.Advertise, s.conf.Listen.HTTPS), buildinfo.Version()); err != nil {
+	if err := s.announce(ctx); err != nil || ctx.Err() != nil {
 		return err
 	}
+	group.Go(func() error { s.keepEndpoints(ctx); return nil })
 	authority, err := openCA(row, s.sealer)
 	if err != nil {
 		return err
@@ -336,10 +349,10 @@ func (s *server) watchHealth() {
 		if s.cluster.Ready() {
 			return telemetry.OK, ""
 		}
-		if leader, _ := s.cluster.Leader(); leader != "" {
+		if leader, _ := s.cluster.Leader(); leader != "" && s.cluster.Fresh() {
 			return telemetry.OK, "follows " + leader
 		}
-		return telemetry.Critical, "the cluster has no leader: changes and joins wait"
+		return telemetry.Critical, "this server is not in touch with a leader: changes and joins wait"
 	})
 	s.health.Watch("state", func() (telemetry.Severity, string) {
 		if err := s.cluster.Health(); err != nil {

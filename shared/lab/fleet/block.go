@@ -62,6 +62,7 @@ const (
 	placeDNS     = 2   // the lab's name server
 	placeHTTP    = 3   // the lab's report
 	placeRelay   = 10  // listeners of relay i at placeRelay+i
+	placeServer  = 100 // further control server i at placeServer+i
 	placeSource  = 256 // sources of relay i at placeSource+64*i
 	placeFarm    = 1024
 )

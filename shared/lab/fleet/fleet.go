@@ -49,7 +49,8 @@ type Fleet struct {
 	Lab     *lab.Lab
 	Control *Process
 	Relays  []*Relay
-	User    string // credential of the tenant, transactional by default
+	servers []*ControlServer // besides Control
+	User    string           // credential of the tenant, transactional by default
 	Secret  string
 	CAFile  string
 	ca      *x509.CertPool
@@ -416,6 +417,11 @@ func (f *Fleet) Close() error {
 	for _, r := range f.Relays {
 		if r.Process != nil && r.Alive() {
 			keep(r.Stop())
+		}
+	}
+	for _, s := range f.servers {
+		if s.Alive() {
+			keep(s.Stop())
 		}
 	}
 	if f.Control != nil && f.Control.Alive() {

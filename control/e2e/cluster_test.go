@@ -1,0 +1,420 @@
+package e2e
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"encoding/json"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/anishathalye/porcupine"
+	"github.com/pelletier/go-toml/v2"
+
+	"github.com/relais-mta/relais/shared/lab/fleet"
+)
+
+// trio is a fleet with three control servers.
+type trio struct {
+	*fleet.Fleet
+	t       *testing.T
+	servers []*fleet.ControlServer
+}
+
+func startTrio(t *testing.T, cfg fleet.Config) *trio {
+	f := &trio{Fleet: start(t, cfg), t: t}
+	f.servers = []*fleet.ControlServer{f.FirstServer()}
+	for range 2 {
+		s, err := f.AddServer(within(t, time.Minute))
+		if err != nil {
+			t.Fatal(err)
+		}
+		f.servers = append(f.servers, s)
+	}
+	f.waitVoters(3)
+	return f
+}
+
+type serverRow struct {
+	ID          string `json:"id"`
+	Role        string `json:"role"`
+	RaftAddress string `json:"raft_address"`
+}
+
+// list asks one server who belongs to the cluster.
+func (f *trio) list(s *fleet.ControlServer) (rows []serverRow, err error) {
+	out, err := f.CtlAt(f.t.Context(), s, "server", "list", "--json")
+	if err == nil {
+		err = json.Unmarshal(out, &rows)
+	}
+	return rows, err
+}
+
+func (f *trio) waitVoters(want int) {
+	f.t.Helper()
+	eventually(f.t, 40*time.Second, fmt.Sprint(want, " voters"), func() bool {
+		rows, err := f.list(f.servers[0])
+		voters := 0
+		for _, r := range rows {
+			if r.Role == "leader" || r.Role == "voter" {
+				voters++
+			}
+		}
+		return err == nil && voters == want
+	})
+}
+
+// leader returns the server that leads, and one that does not.
+func (f *trio) leader() (leads, follows *fleet.ControlServer) {
+	f.t.Helper()
+	eventually(f.t, 20*time.Second, "a leader", func() bool {
+		leads, follows = nil, nil
+		for _, asked := range f.servers {
+			if !asked.Alive() {
+				continue
+			}
+			rows, err := f.list(asked)
+			if err != nil {
+				return false
+			}
+			for _, r := range rows {
+				for _, s := range f.servers {
+					if strings.HasPrefix(r.RaftAddress, s.Addr.String()+":") && s.Alive() {
+						if r.Role == "leader" {
+							leads = s
+						} else {
+							follows = s
+						}
+					}
+				}
+			}
+			return leads != nil && follows != nil
+		}
+		return false
+	})
+	return leads, follows
+}
+
+// TestThreeServersUnderMail loses the leader, everything, and a follower's disk
+// while mail goes on.
+func TestThreeServersUnderMail(t *testing.T) {
+	f := startTrio(t, fleet.Config{Relays: 2, Open: true, NoDKIM: true})
+	var submitted []fleet.Submitted
+	var stop atomic.Bool
+	var sending sync.WaitGroup
+	var longest time.Duration
+	to := recipients(t, f.Fleet, 40)
+	sending.Go(func() {
+		for round := 0; !stop.Load(); round++ {
+			begin := time.Now()
+			batch, err := f.Submit(t.Context(), fleet.Stream{Recipients: to, Size: 2000, Connections: 2, Tag: fmt.Sprint("round", round)})
+			if err != nil {
+				t.Errorf("mail stopped: %v", err)
+				return
+			}
+			submitted = append(submitted, batch...)
+			longest = max(longest, time.Since(begin))
+		}
+	})
+	defer func() { stop.Store(true); sending.Wait() }()
+
+	leads, follows := f.leader()
+	for _, s := range f.servers { // a change by any server shows on all of them
+		name := "by-" + s.Name
+		if _, err := f.CtlAt(t.Context(), s, "tenant", "add", name); err != nil {
+			t.Fatal(err)
+		}
+	}
+	leads.Kill()
+	killed := time.Now()
+	wrote := 0
+	eventually(t, 20*time.Second, "a change after the leader's end", func() bool {
+		wrote++
+		_, err := f.CtlAt(t.Context(), follows, "tenant", "add", fmt.Sprint("after-", wrote))
+		return err == nil
+	})
+	failover := time.Since(killed)
+	t.Logf("the first change was made %s after the leader was killed", failover.Round(time.Millisecond))
+	if failover > 5*time.Second {
+		t.Errorf("it took %s, want less than 5 s", failover)
+	}
+	if err := f.StartServer(within(t, time.Minute), leads); err != nil {
+		t.Fatal(err)
+	}
+	out, err := f.CtlAt(t.Context(), leads, "tenant", "list")
+	if err != nil || !strings.Contains(string(out), "after-") || !strings.Contains(string(out), "by-"+follows.Name) {
+		t.Errorf("the former leader lacks changes: %v\n%s", err, out)
+	}
+
+	for _, s := range f.servers {
+		if err := s.Stop(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := f.Launch(within(t, time.Minute), f.servers...); err != nil {
+		t.Fatal(err)
+	}
+
+	_, lost := f.leader()
+	if lost == f.servers[0] { // the fleet's own commands need its directory
+		lost = f.servers[1]
+		if l, _ := f.leader(); l == lost {
+			lost = f.servers[2]
+		}
+	}
+	lost.Kill()
+	if err := f.Rejoin(within(t, time.Minute), lost); err != nil {
+		t.Fatal(err)
+	}
+	out, err = f.CtlAt(t.Context(), lost, "tenant", "list")
+	if err != nil || !strings.Contains(string(out), "after-") {
+		t.Errorf("the server that joined anew lacks changes: %v\n%s", err, out)
+	}
+	f.waitVoters(3)
+	if err := f.WaitApplied(t.Context()); err != nil {
+		t.Error(err)
+	}
+
+	stop.Store(true)
+	sending.Wait()
+	a := settle(t, f.Fleet, submitted)
+	t.Logf("%d messages answered 250, %d refused, longest batch of %d took %s", a.accepted, a.refused, len(to), longest.Round(time.Millisecond))
+	if a.refused > 0 || a.accepted == 0 {
+		t.Errorf("%d messages were refused, %d accepted: mail depends on the control plane", a.refused, a.accepted)
+	}
+}
+
+// TestRefusedJoins tries to make servers of what must not become one.
+func TestRefusedJoins(t *testing.T) {
+	f := start(t, fleet.Config{})
+	bin := filepath.Join(binaries, "relais-control")
+	first := f.FirstServer()
+	control, _ := token(t, f, "--role", "control")
+	relay, _ := token(t, f)
+	for _, tc := range []struct{ name, token, dir, want string }{
+		{"a used directory", control, first.Dir, "already"},
+		{"a directory with something else", control, filepath.Dir(first.Dir), "not empty"},
+		{"a relay's token", relay, t.TempDir(), "--role control"},
+	} {
+		out, err := runText(t, bin, "join", "--token", tc.token, "--data", tc.dir, f.LinkAddr())
+		if err == nil || !strings.Contains(out, tc.want) {
+			t.Errorf("%s: %v, want a message with %q:\n%s", tc.name, err, tc.want, out)
+		}
+	}
+	// A refused join used nothing up.
+	dir := t.TempDir()
+	if out, err := runText(t, bin, "join", "--token", control, "--data", dir, "--advertise", "127.0.0.1", f.LinkAddr()); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	kek, err := os.ReadFile(filepath.Join(dir, "identity", "kek.key"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	log, err := os.ReadFile(first.Log)
+	if err != nil || bytes.Contains(log, bytes.TrimSpace(kek)) {
+		t.Errorf("the log of the server holds the key-encryption key (%v)", err)
+	}
+}
+
+// history records what clients did to one register: the row of a tenant.
+type history struct {
+	mu  sync.Mutex
+	ops []porcupine.Operation
+}
+
+// registerInput is what a client asked: to read, or to write at a revision.
+type registerInput struct {
+	write  bool
+	expect uint64
+	value  bool
+}
+
+// registerOutput is what it was told.
+type registerOutput struct {
+	done     bool // the answer came
+	conflict bool
+	revision uint64
+	value    bool
+}
+
+type register struct {
+	revision uint64
+	value    bool
+}
+
+// registerModel is a register with compare-and-swap by revision. A write whose
+// outcome is unknown may have happened with any later revision, so revisions of
+// such writes are learned from what others saw.
+var registerModel = porcupine.NondeterministicModel{
+	Init: func() []any { return []any{register{}} },
+	Step: func(state, input, output any) []any {
+		s, in, out := state.(register), input.(registerInput), output.(registerOutput)
+		known := s.revision != 0
+		switch {
+		case !in.write && !out.done:
+			return []any{s}
+		case !in.write:
+			if known && (out.revision != s.revision || out.value != s.value) {
+				return nil
+			}
+			if !known && s != (register{}) && out.value != s.value {
+				return nil
+			}
+			return []any{register{out.revision, out.value}}
+		case !out.done: // it happened here, or never
+			return []any{s, register{0, in.value}}
+		case out.conflict:
+			if known && in.expect == s.revision {
+				return nil
+			}
+			return []any{s}
+		}
+		if known && in.expect != s.revision {
+			return nil
+		}
+		return []any{register{out.revision, out.value}}
+	},
+}
+
+// TestHistoryIsLinearizable lets clients compare-and-swap and read through all
+// servers while leaders are killed, and checks the history.
+func TestHistoryIsLinearizable(t *testing.T) {
+	f := startTrio(t, fleet.Config{Open: true, NoDKIM: true})
+	var cli struct {
+		Key string `toml:"key"`
+	}
+	text, err := os.ReadFile(filepath.Join(f.servers[0].Dir, "cli.toml"))
+	if err == nil {
+		err = toml.Unmarshal(text, &cli)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.Ctl(t.Context(), "tenant", "add", "register"); err != nil {
+		t.Fatal(err)
+	}
+	ctx := within(t, 25*time.Second)
+	h := &history{}
+	var clients sync.WaitGroup
+	var writes, stop atomic.Int64
+	var took []time.Duration
+	var tookMu sync.Mutex
+	begin := time.Now()
+	for id := range 6 {
+		clients.Go(func() {
+			rng := rand.New(rand.NewPCG(uint64(id), 7))
+			web := &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: f.CA()}}}
+			defer web.CloseIdleConnections()
+			var seen register
+			for stop.Load() == 0 && ctx.Err() == nil {
+				s := f.servers[rng.IntN(len(f.servers))]
+				in := registerInput{write: seen.revision != 0 && rng.IntN(2) == 0, expect: seen.revision, value: !seen.value}
+				call := time.Since(begin)
+				out, unheard := touch(ctx, web, "https://"+s.API(), cli.Key, in)
+				end := time.Since(begin)
+				if unheard {
+					continue
+				}
+				if out.done && !out.conflict {
+					seen = register{out.revision, out.value}
+					if in.write {
+						writes.Add(1)
+						tookMu.Lock()
+						took = append(took, end-call)
+						tookMu.Unlock()
+					}
+				}
+				op := porcupine.Operation{ClientId: id, Input: in, Call: call.Nanoseconds(), Output: out, Return: end.Nanoseconds()}
+				if !out.done {
+					if !in.write {
+						continue
+					}
+					op.Return = time.Hour.Nanoseconds() // it may happen any time after
+					seen = register{}
+				}
+				h.mu.Lock()
+				h.ops = append(h.ops, op)
+				h.mu.Unlock()
+			}
+		})
+	}
+	for range 3 {
+		target := writes.Load() + 60
+		eventually(t, 20*time.Second, "writes", func() bool { return writes.Load() >= target })
+		leads, _ := f.leader()
+		leads.Kill()
+		if err := f.StartServer(within(t, 20*time.Second), leads); err != nil {
+			t.Error(err)
+		}
+	}
+	stop.Store(1)
+	clients.Wait()
+	slices.Sort(took)
+	t.Logf("%d operations, %d writes, p50 of a write over HTTPS %s", len(h.ops), writes.Load(), took[len(took)/2])
+	result := porcupine.CheckOperationsTimeout(registerModel.ToModel(), h.ops, 20*time.Second)
+	if result != porcupine.Ok {
+		t.Errorf("the history of %d operations is %s", len(h.ops), result)
+	}
+}
+
+// touch reads or writes the register at one server. unheard says that nothing
+// can have happened.
+func touch(ctx context.Context, web *http.Client, server, key string, in registerInput) (out registerOutput, unheard bool) {
+	method, path, body := http.MethodGet, "/api/v1/tenants/register", ""
+	if in.write {
+		method, path, body = http.MethodPut, path+"/suspended", fmt.Sprintf(`{"suspended":%t}`, in.value)
+	}
+	req, err := http.NewRequestWithContext(ctx, method, server+path, strings.NewReader(body))
+	if err != nil {
+		return out, true
+	}
+	req.Header.Set("Authorization", "Bearer "+key)
+	if in.write {
+		req.Header.Set("Content-Type", "application/json")
+		req.Header.Set("If-Match", fmt.Sprintf(`"%d"`, in.expect))
+	} else {
+		req.Header.Set("Relais-Read", "fenced")
+	}
+	resp, err := web.Do(req)
+	if err != nil {
+		return out, strings.Contains(err.Error(), "connect: connection refused")
+	}
+	defer resp.Body.Close()
+	text, err := io.ReadAll(resp.Body)
+	if err != nil {
+		return out, false
+	}
+	var answer struct {
+		Revision  uint64 `json:"revision"`
+		Suspended bool   `json:"suspended"`
+		Retry     bool   `json:"retry"`
+	}
+	if json.Unmarshal(text, &answer) != nil {
+		return out, false
+	}
+	switch {
+	case resp.StatusCode == http.StatusOK:
+		return registerOutput{done: true, revision: answer.Revision, value: answer.Suspended}, false
+	case resp.StatusCode == http.StatusConflict:
+		return registerOutput{done: true, conflict: true}, false
+	}
+	return out, answer.Retry || !in.write
+}
+
+// runText runs a program and returns all it printed.
+func runText(t *testing.T, bin string, args ...string) (string, error) {
+	t.Helper()
+	out, err := exec.CommandContext(within(t, time.Minute), bin, args...).CombinedOutput()
+	return string(out), err
+}
