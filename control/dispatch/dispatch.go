@@ -45,7 +45,8 @@ type Nodes interface {
 	// NodeByID returns a relay's row, fault.NotFound for an unknown one.
 	NodeByID(ctx context.Context, id ids.Node) (*control.Node, error)
 	// ViewFor builds what one relay is to know, of the newest revision. The
-	// result is not changed by anybody.
+	// result is not changed by anybody. Views of one revision differ in the node
+	// alone.
 	ViewFor(ctx context.Context, id ids.Node) (*policy.View, error)
 	// WatchRevision returns a channel that is closed at the next change of any
 	// view. It is taken before ViewFor, so that no change is missed.
@@ -124,6 +125,8 @@ type Server struct {
 	config Config
 	builds chan struct{} // one token per view being built and encoded
 
+	encodings encodings
+
 	mu       sync.Mutex
 	sessions map[ids.Node]*session
 	contests map[ids.Node]*contest // nodes that two machines claim to be
@@ -131,6 +134,7 @@ type Server struct {
 	connected  prometheus.GaugeFunc
 	viewBytes  prometheus.Counter
 	viewCount  *prometheus.CounterVec
+	resyncs    prometheus.Counter
 	ackSeconds prometheus.Histogram
 }
 
@@ -150,6 +154,9 @@ func New(config Config) (*Server, error) {
 		viewCount: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "relais_control_views_total", Help: "Views sent to relays, by answer (ack, nack, none).",
 		}, []string{"answer"}),
+		resyncs: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "relais_control_view_resyncs_total", Help: "Changes of a view that did not fit what a relay held, so that it got the whole view.",
+		}),
 		ackSeconds: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Name: "relais_control_view_ack_seconds", Help: "Time from noticing a change to a relay's acknowledgement.",
 			Buckets: []float64{.005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 120},
@@ -158,7 +165,7 @@ func New(config Config) (*Server, error) {
 	s.connected = prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "relais_control_link_sessions", Help: "Relays linked to this server.",
 	}, func() float64 { return float64(s.Sessions()) })
-	for _, collector := range []prometheus.Collector{s.connected, s.viewBytes, s.viewCount, s.ackSeconds} {
+	for _, collector := range []prometheus.Collector{s.connected, s.viewBytes, s.viewCount, s.resyncs, s.ackSeconds} {
 		if err := config.Registerer.Register(collector); err != nil {
 			return nil, fault.Wrap(err, fault.Internal, "dispatch.New", "cannot register metrics")
 		}

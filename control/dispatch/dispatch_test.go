@@ -32,7 +32,9 @@ type nodes struct {
 	rows      map[ids.Node]*control.Node
 	cluster   ids.Cluster
 	revision  uint64
-	size      int // of filler in the view, bytes
+	fill      func(*policy.View) // adds to the views; nil: nothing
+	filled    *policy.View       // of the newest revision
+	size      int                // of filler in the view, bytes
 	buildErr  error
 	builds    int
 	changed   chan struct{}
@@ -62,6 +64,14 @@ func (n *nodes) ViewFor(_ context.Context, id ids.Node) (*policy.View, error) {
 		return nil, n.buildErr
 	}
 	view := &policy.View{Cluster: n.cluster, Generation: 1, Revision: n.revision, Node: id}
+	if n.fill != nil { // once for each revision, as the service does
+		if n.filled == nil || n.filled.Revision != n.revision {
+			n.filled = &policy.View{Cluster: n.cluster, Generation: 1, Revision: n.revision}
+			n.fill(n.filled)
+		}
+		*view = *n.filled
+		view.Node = id
+	}
 	if n.size > 0 {
 		view.Sections = map[string]string{"filler": strings.Repeat("#", n.size)}
 	}

@@ -33,6 +33,8 @@ type session struct {
 	replaced chan struct{} // closed when the node has opened another session
 	nonce    string        // of the relay's process, random at each start; empty: an old relay
 	probes   bool          // the relay answers probes
+	deltas   bool          // the relay takes deltas
+	base     held          // the view that the relay holds; of the view loop
 	heard    atomic.Int64  // when the relay said something, Unix nanoseconds
 	replies  chan uint64   // nonces of answered probes
 
@@ -130,12 +132,14 @@ func (n *session) readHello() error {
 	}
 	n.nonce, n.probes = string(preface.GetBootNonce()), preface.GetCapabilities()&wire.CapabilityProbe != 0
 	n.heard.Store(time.Now().UnixNano())
+	n.deltas = preface.GetCapabilities()&wire.CapabilityDelta != 0
 	version := preface.GetVersion()
 	n.hello = Hello{
 		Version: version[:min(len(version), maxVersionBytes)], Incarnation: preface.GetIncarnation(),
 		Remote: n.link.RemoteAddr(), Transport: n.link.Transport(), Addresses: addresses,
 		Generation: n.held.GetHeld().GetGeneration(), Revision: n.held.GetHeld().GetIndex(),
 	}
+	n.base = held{generation: n.hello.Generation, revision: n.hello.Revision, sum: string(n.held.GetHeldSha256())}
 	return nil
 }
 

@@ -14,14 +14,19 @@ import (
 type offer struct {
 	generation uint64
 	revision   uint64
-	encoded    []byte
-	sum        [sha256.Size]byte
+	shared     *encoding
+	sum        [sha256.Size]byte // of the encoding for this relay
+	cost       time.Duration     // of making it
+}
+
+func (o offer) named() *wire.Revision {
+	return &wire.Revision{Generation: o.generation, Index: o.revision}
 }
 
 // sendViews keeps the relay's view at the newest revision: one view is on its
 // way at a time, and changes meanwhile are made up for by the next one, which
-// is the newest. Between two views it pauses twice as long as the last one
-// took, so that a burst of changes costs a bounded share of the CPU.
+// is the newest. Between two views it pauses twice as long as the last one took
+// to make, so that a burst of changes costs a bounded share of the CPU.
 func (n *session) sendViews(ctx context.Context) error {
 	nodes := n.server.config.Nodes
 	generation, revision := n.hello.Generation, n.hello.Revision
@@ -61,7 +66,7 @@ func (n *session) sendViews(ctx context.Context) error {
 			}
 			generation, revision, offered = next.generation, next.revision, true
 		}
-		if err := pause(ctx, min(2*time.Since(noticed), maxViewPause)); err != nil {
+		if err := pause(ctx, min(2*next.cost, maxViewPause)); err != nil {
 			return err
 		}
 		select {
@@ -80,15 +85,18 @@ func (n *session) build(ctx context.Context) (offer, error) {
 	case <-ctx.Done():
 		return offer{}, ctx.Err()
 	}
+	start := time.Now()
 	view, err := n.server.config.Nodes.ViewFor(ctx, n.node)
 	if err != nil {
 		return offer{}, err
 	}
-	encoded, err := wire.EncodeView(view)
+	shared, err := n.server.encodings.of(view)
 	if err != nil {
 		return offer{}, err
 	}
-	return offer{generation: view.Generation, revision: view.Revision, encoded: encoded, sum: sha256.Sum256(encoded)}, nil
+	next := offer{generation: view.Generation, revision: view.Revision, shared: shared, sum: shared.sum(n.node)}
+	next.cost = time.Since(start)
+	return next, nil
 }
 
 func (n *session) openViewStream(ctx context.Context) (link.Stream, *wire.Conn, error) {
@@ -116,22 +124,20 @@ func (n *session) offer(stream link.Stream, conn *wire.Conn, view offer, noticed
 	if err := stream.SetDeadline(time.Now().Add(ackTimeout)); err != nil {
 		return err
 	}
-	if err := wire.SendView(conn, &wire.Revision{Generation: view.generation, Index: view.revision}, view.encoded); err != nil {
-		return err
-	}
-	server.viewBytes.Add(float64(len(view.encoded)))
-	answer, err := conn.Receive()
+	answer, sent, err := n.exchange(stream, conn, view)
+	server.viewBytes.Add(float64(sent))
 	if err != nil {
 		server.viewCount.WithLabelValues("none").Inc()
 		return fault.Wrap(err, fault.Unavailable, op, "%s gave no answer to revision %d", n.node, view.revision)
 	}
 	took := time.Since(noticed)
-	log := n.log.With("generation", view.generation, "revision", view.revision, "bytes", len(view.encoded), "took", took.String())
+	log := n.log.With("generation", view.generation, "revision", view.revision, "bytes", sent, "took", took.String())
 	switch m := answer.(type) {
 	case *wire.Ack:
 		if got := m.GetRevision(); got.GetIndex() != view.revision || got.GetGeneration() != view.generation {
 			return fault.New(fault.Invalid, op, "the relay acknowledged revision %d where %d was sent", got.GetIndex(), view.revision)
 		}
+		n.base = held{generation: view.generation, revision: view.revision, sum: string(view.sum[:]), ours: true}
 		server.viewCount.WithLabelValues("ack").Inc()
 		server.ackSeconds.Observe(took.Seconds())
 		server.config.Nodes.AckView(n.node, view.revision)

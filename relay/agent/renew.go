@@ -117,7 +117,7 @@ func newMetrics(registerer prometheus.Registerer, a *Agent) (*metrics, error) {
 			Name: "relais_relay_link_sessions_total", Help: "Sessions that control welcomed.",
 		}),
 		views: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "relais_relay_policy_views_total", Help: "Views received, by result (applied, refused).",
+			Name: "relais_relay_policy_views_total", Help: "Views received, by result (applied, refused, resync).",
 		}, []string{"result"}),
 	}
 	gauge := func(name, help string, value func(Health) float64) prometheus.Collector {

@@ -213,7 +213,7 @@ func (s *session) hello() error {
 	member := a.Membership()
 	if err := s.control.Send(&wire.Preface{
 		ProtocolMin: wire.ProtocolMin, ProtocolMax: wire.ProtocolMax, ClusterId: member.Cluster[:], Generation: member.Generation,
-		Capabilities: wire.CapabilityProbe, Incarnation: a.incarnation, BootNonce: a.bootNonce[:], Version: a.options.Version,
+		Capabilities: wire.CapabilityProbe | wire.CapabilityDelta, Incarnation: a.incarnation, BootNonce: a.bootNonce[:], Version: a.options.Version,
 	}); err != nil {
 		return err
 	}
@@ -420,14 +420,18 @@ func (s *session) serveStream(stream link.Stream) error {
 		if err != nil {
 			return err
 		}
-		begin, ok := message.(*wire.ViewBegin)
-		if !ok {
-			return fault.New(fault.Invalid, "agent.serveStream", "the server sent a %T where a view was due", message)
-		}
 		if err := stream.SetReadDeadline(time.Now().Add(viewTimeout)); err != nil {
 			return err
 		}
-		if err := s.receiveView(stream, conn, begin); err != nil {
+		switch begin := message.(type) {
+		case *wire.ViewBegin:
+			err = s.receiveView(stream, conn, begin)
+		case *wire.DeltaBegin:
+			err = s.receiveDelta(stream, conn, begin)
+		default:
+			err = fault.New(fault.Invalid, "agent.serveStream", "the server sent a %T where a view was due", message)
+		}
+		if err != nil {
 			return err
 		}
 	}
@@ -435,17 +439,21 @@ func (s *session) serveStream(stream link.Stream) error {
 
 // receiveView takes one view and answers with Ack or Nack.
 func (s *session) receiveView(stream link.Stream, conn *wire.Conn, begin *wire.ViewBegin) error {
-	a := s.agent
 	encoded, err := wire.ReceiveView(conn, begin)
 	if err != nil {
 		return err
 	}
+	return s.useView(stream, conn, begin.GetRevision(), encoded)
+}
+
+// useView puts a view in use, if it is good, and answers.
+func (s *session) useView(stream link.Stream, conn *wire.Conn, revision *wire.Revision, encoded []byte) error {
+	a := s.agent
 	a.heard()
-	revision := begin.GetRevision()
 	if err := stream.SetWriteDeadline(time.Now().Add(ackTimeout)); err != nil {
 		return err
 	}
-	err = a.apply(encoded, revision)
+	err := a.apply(encoded, revision)
 	a.mu.Lock()
 	a.viewProblem = ""
 	if err != nil {

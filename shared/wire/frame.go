@@ -31,6 +31,7 @@ const (
 // is not known is ignored.
 const (
 	CapabilityProbe uint64 = 1 << 0 // answers Probe
+	CapabilityDelta uint64 = 1 << 1 // takes DeltaBegin where a view is due
 )
 
 const (
@@ -70,6 +71,8 @@ const (
 	TypeViewEnd       Type = 50
 	TypeAck           Type = 51
 	TypeNack          Type = 52
+	TypeDeltaBegin    Type = 53
+	TypeResync        Type = 54
 )
 
 // TypeOf returns the frame type of a message, 0 if it is never a frame.
@@ -113,6 +116,10 @@ func TypeOf(message proto.Message) Type {
 		return TypeAck
 	case *Nack:
 		return TypeNack
+	case *DeltaBegin:
+		return TypeDeltaBegin
+	case *Resync:
+		return TypeResync
 	}
 	return 0
 }
@@ -158,6 +165,10 @@ func newMessage(t Type) proto.Message {
 		return &Ack{}
 	case TypeNack:
 		return &Nack{}
+	case TypeDeltaBegin:
+		return &DeltaBegin{}
+	case TypeResync:
+		return &Resync{}
 	}
 	return nil
 }

@@ -114,16 +114,267 @@ func (x *ProbeReply) GetNonce() uint64 {
 	return 0
 }
 
+// DeltaBegin announces a view as what has changed since another. The encoding
+// of ViewDelta follows in ViewChunks and ViewEnd. It is answered by Ack or Nack
+// as a view is, or by Resync.
+type DeltaBegin struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	From          *Revision              `protobuf:"bytes,1,opt,name=from,proto3" json:"from,omitempty"`
+	FromSha256    []byte                 `protobuf:"bytes,2,opt,name=from_sha256,json=fromSha256,proto3" json:"from_sha256,omitempty"` // of the encoding of the view it starts from
+	To            *Revision              `protobuf:"bytes,3,opt,name=to,proto3" json:"to,omitempty"`
+	ToSha256      []byte                 `protobuf:"bytes,4,opt,name=to_sha256,json=toSha256,proto3" json:"to_sha256,omitempty"` // of the encoding that must come out
+	TotalBytes    uint64                 `protobuf:"varint,5,opt,name=total_bytes,json=totalBytes,proto3" json:"total_bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeltaBegin) Reset() {
+	*x = DeltaBegin{}
+	mi := &file_shared_wire_session_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeltaBegin) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeltaBegin) ProtoMessage() {}
+
+func (x *DeltaBegin) ProtoReflect() protoreflect.Message {
+	mi := &file_shared_wire_session_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeltaBegin.ProtoReflect.Descriptor instead.
+func (*DeltaBegin) Descriptor() ([]byte, []int) {
+	return file_shared_wire_session_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *DeltaBegin) GetFrom() *Revision {
+	if x != nil {
+		return x.From
+	}
+	return nil
+}
+
+func (x *DeltaBegin) GetFromSha256() []byte {
+	if x != nil {
+		return x.FromSha256
+	}
+	return nil
+}
+
+func (x *DeltaBegin) GetTo() *Revision {
+	if x != nil {
+		return x.To
+	}
+	return nil
+}
+
+func (x *DeltaBegin) GetToSha256() []byte {
+	if x != nil {
+		return x.ToSha256
+	}
+	return nil
+}
+
+func (x *DeltaBegin) GetTotalBytes() uint64 {
+	if x != nil {
+		return x.TotalBytes
+	}
+	return 0
+}
+
+// Resync says that the receiver does not hold the view a delta starts from: it
+// needs the whole view.
+type Resync struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Held          *Revision              `protobuf:"bytes,1,opt,name=held,proto3" json:"held,omitempty"` // unset: none
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Resync) Reset() {
+	*x = Resync{}
+	mi := &file_shared_wire_session_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Resync) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Resync) ProtoMessage() {}
+
+func (x *Resync) ProtoReflect() protoreflect.Message {
+	mi := &file_shared_wire_session_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Resync.ProtoReflect.Descriptor instead.
+func (*Resync) Descriptor() ([]byte, []int) {
+	return file_shared_wire_session_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *Resync) GetHeld() *Revision {
+	if x != nil {
+		return x.Held
+	}
+	return nil
+}
+
+// ViewDelta makes the encoding of one view from that of another. An encoding is
+// a sequence of records, one for each element of a list and one for each single
+// field; the edits give the new sequence in order.
+type ViewDelta struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Edits         []*ViewEdit            `protobuf:"bytes,1,rep,name=edits,proto3" json:"edits,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ViewDelta) Reset() {
+	*x = ViewDelta{}
+	mi := &file_shared_wire_session_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ViewDelta) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ViewDelta) ProtoMessage() {}
+
+func (x *ViewDelta) ProtoReflect() protoreflect.Message {
+	mi := &file_shared_wire_session_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ViewDelta.ProtoReflect.Descriptor instead.
+func (*ViewDelta) Descriptor() ([]byte, []int) {
+	return file_shared_wire_session_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *ViewDelta) GetEdits() []*ViewEdit {
+	if x != nil {
+		return x.Edits
+	}
+	return nil
+}
+
+// ViewEdit first takes over records of the old encoding, then adds new ones.
+type ViewEdit struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	KeepFrom      uint32                 `protobuf:"varint,1,opt,name=keep_from,json=keepFrom,proto3" json:"keep_from,omitempty"` // index of the first record taken over
+	KeepCount     uint32                 `protobuf:"varint,2,opt,name=keep_count,json=keepCount,proto3" json:"keep_count,omitempty"`
+	Put           [][]byte               `protobuf:"bytes,3,rep,name=put,proto3" json:"put,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ViewEdit) Reset() {
+	*x = ViewEdit{}
+	mi := &file_shared_wire_session_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ViewEdit) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ViewEdit) ProtoMessage() {}
+
+func (x *ViewEdit) ProtoReflect() protoreflect.Message {
+	mi := &file_shared_wire_session_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ViewEdit.ProtoReflect.Descriptor instead.
+func (*ViewEdit) Descriptor() ([]byte, []int) {
+	return file_shared_wire_session_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *ViewEdit) GetKeepFrom() uint32 {
+	if x != nil {
+		return x.KeepFrom
+	}
+	return 0
+}
+
+func (x *ViewEdit) GetKeepCount() uint32 {
+	if x != nil {
+		return x.KeepCount
+	}
+	return 0
+}
+
+func (x *ViewEdit) GetPut() [][]byte {
+	if x != nil {
+		return x.Put
+	}
+	return nil
+}
+
 var File_shared_wire_session_proto protoreflect.FileDescriptor
 
 const file_shared_wire_session_proto_rawDesc = "" +
 	"\n" +
-	"\x19shared/wire/session.proto\x12\x0erelais.wire.v1\"\x1d\n" +
+	"\x19shared/wire/session.proto\x12\x0erelais.wire.v1\x1a\x16shared/wire/wire.proto\"\x1d\n" +
 	"\x05Probe\x12\x14\n" +
 	"\x05nonce\x18\x01 \x01(\x04R\x05nonce\"\"\n" +
 	"\n" +
 	"ProbeReply\x12\x14\n" +
-	"\x05nonce\x18\x01 \x01(\x04R\x05nonceB*Z(github.com/relais-mta/relais/shared/wireb\x06proto3"
+	"\x05nonce\x18\x01 \x01(\x04R\x05nonce\"\xc3\x01\n" +
+	"\n" +
+	"DeltaBegin\x12,\n" +
+	"\x04from\x18\x01 \x01(\v2\x18.relais.wire.v1.RevisionR\x04from\x12\x1f\n" +
+	"\vfrom_sha256\x18\x02 \x01(\fR\n" +
+	"fromSha256\x12(\n" +
+	"\x02to\x18\x03 \x01(\v2\x18.relais.wire.v1.RevisionR\x02to\x12\x1b\n" +
+	"\tto_sha256\x18\x04 \x01(\fR\btoSha256\x12\x1f\n" +
+	"\vtotal_bytes\x18\x05 \x01(\x04R\n" +
+	"totalBytes\"6\n" +
+	"\x06Resync\x12,\n" +
+	"\x04held\x18\x01 \x01(\v2\x18.relais.wire.v1.RevisionR\x04held\";\n" +
+	"\tViewDelta\x12.\n" +
+	"\x05edits\x18\x01 \x03(\v2\x18.relais.wire.v1.ViewEditR\x05edits\"X\n" +
+	"\bViewEdit\x12\x1b\n" +
+	"\tkeep_from\x18\x01 \x01(\rR\bkeepFrom\x12\x1d\n" +
+	"\n" +
+	"keep_count\x18\x02 \x01(\rR\tkeepCount\x12\x10\n" +
+	"\x03put\x18\x03 \x03(\fR\x03putB*Z(github.com/relais-mta/relais/shared/wireb\x06proto3"
 
 var (
 	file_shared_wire_session_proto_rawDescOnce sync.Once
@@ -137,17 +388,26 @@ func file_shared_wire_session_proto_rawDescGZIP() []byte {
 	return file_shared_wire_session_proto_rawDescData
 }
 
-var file_shared_wire_session_proto_msgTypes = make([]protoimpl.MessageInfo, 2)
+var file_shared_wire_session_proto_msgTypes = make([]protoimpl.MessageInfo, 6)
 var file_shared_wire_session_proto_goTypes = []any{
 	(*Probe)(nil),      // 0: relais.wire.v1.Probe
 	(*ProbeReply)(nil), // 1: relais.wire.v1.ProbeReply
+	(*DeltaBegin)(nil), // 2: relais.wire.v1.DeltaBegin
+	(*Resync)(nil),     // 3: relais.wire.v1.Resync
+	(*ViewDelta)(nil),  // 4: relais.wire.v1.ViewDelta
+	(*ViewEdit)(nil),   // 5: relais.wire.v1.ViewEdit
+	(*Revision)(nil),   // 6: relais.wire.v1.Revision
 }
 var file_shared_wire_session_proto_depIdxs = []int32{
-	0, // [0:0] is the sub-list for method output_type
-	0, // [0:0] is the sub-list for method input_type
-	0, // [0:0] is the sub-list for extension type_name
-	0, // [0:0] is the sub-list for extension extendee
-	0, // [0:0] is the sub-list for field type_name
+	6, // 0: relais.wire.v1.DeltaBegin.from:type_name -> relais.wire.v1.Revision
+	6, // 1: relais.wire.v1.DeltaBegin.to:type_name -> relais.wire.v1.Revision
+	6, // 2: relais.wire.v1.Resync.held:type_name -> relais.wire.v1.Revision
+	5, // 3: relais.wire.v1.ViewDelta.edits:type_name -> relais.wire.v1.ViewEdit
+	4, // [4:4] is the sub-list for method output_type
+	4, // [4:4] is the sub-list for method input_type
+	4, // [4:4] is the sub-list for extension type_name
+	4, // [4:4] is the sub-list for extension extendee
+	0, // [0:4] is the sub-list for field type_name
 }
 
 func init() { file_shared_wire_session_proto_init() }
@@ -155,13 +415,14 @@ func file_shared_wire_session_proto_init() {
 	if File_shared_wire_session_proto != nil {
 		return
 	}
+	file_shared_wire_wire_proto_init()
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_shared_wire_session_proto_rawDesc), len(file_shared_wire_session_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   2,
+			NumMessages:   6,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

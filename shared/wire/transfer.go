@@ -22,6 +22,11 @@ func SendView(c *Conn, revision *Revision, encoded []byte) error {
 	if err := c.Send(&ViewBegin{Revision: revision, TotalBytes: uint64(len(encoded))}); err != nil {
 		return err
 	}
+	return sendChunks(c, encoded)
+}
+
+// sendChunks sends what follows an announcement.
+func sendChunks(c *Conn, encoded []byte) error {
 	for rest := encoded; len(rest) > 0; {
 		n := min(len(rest), chunkBytes)
 		if err := c.Send(&ViewChunk{Data: rest[:n]}); err != nil {
@@ -36,8 +41,12 @@ func SendView(c *Conn, revision *Revision, encoded []byte) error {
 // ReceiveView receives what follows begin and returns the encoded view, whole
 // and with its checksum verified.
 func ReceiveView(c *Conn, begin *ViewBegin) ([]byte, error) {
-	const op = "wire.ReceiveView"
-	total := begin.GetTotalBytes()
+	return receiveChunks(c, begin.GetTotalBytes())
+}
+
+// receiveChunks receives what follows an announcement of total bytes.
+func receiveChunks(c *Conn, total uint64) ([]byte, error) {
+	const op = "wire.receiveChunks"
 	if total > MaxViewBytes {
 		return nil, fault.New(fault.TooLarge, op, "the server announces a view of %d bytes, the limit is %d", total, MaxViewBytes)
 	}

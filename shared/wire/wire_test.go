@@ -92,6 +92,8 @@ func frames() []proto.Message {
 		&ViewChunk{Data: []byte{1, 2, 3}},
 		&ViewEnd{Sha256: hash[:]},
 		&Ack{Revision: revision},
+		&DeltaBegin{From: revision, FromSha256: hash[:], To: &Revision{Generation: 2, Index: 4712}, ToSha256: hash[:], TotalBytes: 3},
+		&Resync{Held: revision},
 		&Nack{Revision: revision, Error: &Error{Kind: 1, Text: "no"}},
 	}
 }
