@@ -30,6 +30,7 @@ type session struct {
 	hello    Hello
 	held     *wire.Hello
 	log      *slog.Logger
+	servers  []string      // link addresses the relay was told
 	replaced chan struct{} // closed when the node has opened another session
 	nonce    string        // of the relay's process, random at each start; empty: an old relay
 	probes   bool          // the relay answers probes
@@ -86,6 +87,7 @@ func (n *session) open(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	n.servers = servers
 	if err := n.server.enter(ctx, n); err != nil {
 		return err
 	}
@@ -263,8 +265,22 @@ func (n *session) wait(ctx context.Context, failed <-chan error) (link.Code, str
 			if _, err := n.authorise(ctx); fault.Is(err, fault.Denied) {
 				return denial(err), fault.Public(err)
 			}
+			if err := n.tellServers(ctx); err != nil {
+				return n.verdict(err)
+			}
 		}
 	}
+}
+
+// tellServers tells the relay which servers there are, if that has changed, so
+// that it can link to any of them when this one is gone.
+func (n *session) tellServers(ctx context.Context) error {
+	servers, err := n.server.config.Nodes.LinkServers(ctx)
+	if err != nil || slices.Equal(servers, n.servers) {
+		return nil // what cannot be read now is told later
+	}
+	n.servers = servers
+	return n.send(&wire.Welcome{ServerTimeMs: time.Now().UnixMilli(), Servers: servers})
 }
 
 func (n *session) verdict(err error) (link.Code, string) {

@@ -246,11 +246,18 @@ func TestNewServersAreRemembered(t *testing.T) {
 	c.servers = []string{c.address, "192.0.2.2:7443", "not an address"}
 	c.mu.Unlock()
 	_, stop := running(t, dir)
-	c.next()
-	waitFor(t, "the list on disk", func() bool {
-		member, err := LoadMembership(dir)
-		return err == nil && len(member.Servers) == 2 && member.Servers[1] == "192.0.2.2:7443"
-	})
+	session := c.next()
+	onDisk := func(n int, last string) func() bool {
+		return func() bool {
+			member, err := LoadMembership(dir)
+			return err == nil && len(member.Servers) == n && member.Servers[n-1] == last
+		}
+	}
+	waitFor(t, "the list on disk", onDisk(2, "192.0.2.2:7443"))
+	if err := session.say(&wire.Welcome{Servers: []string{c.address, "192.0.2.2:7443", "192.0.2.3:7443"}}); err != nil {
+		t.Fatal(err)
+	}
+	waitFor(t, "the list that came later", onDisk(3, "192.0.2.3:7443"))
 	stop()
 }
 

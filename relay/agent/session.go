@@ -305,6 +305,8 @@ func (s *session) receive() error {
 			if err := s.send(&wire.ProbeReply{Nonce: m.GetNonce()}); err != nil {
 				return err
 			}
+		case *wire.Welcome: // other servers than before
+			s.agent.noteServers(m.GetServers())
 		case *wire.Redirect:
 			return s.redirected(m)
 		case *wire.Error:
