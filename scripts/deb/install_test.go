@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -240,12 +241,18 @@ func boot(t *testing.T, packages string) *machine {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
+	m := &machine{t: t}
 	t.Cleanup(func() {
-		_ = cmd.Process.Kill() // ends the whole machine with it
+		// The machine outlives a killed systemd-nspawn, so its own first process
+		// is killed, which ends both.
+		if leader, err := strconv.Atoi(m.leader); err == nil {
+			_ = syscall.Kill(leader, syscall.SIGKILL)
+		} else {
+			_ = cmd.Process.Kill()
+		}
 		_ = cmd.Wait()
 		_ = console.Close()
 	})
-	m := &machine{t: t}
 	wait(t, "the machine has booted", func() (string, bool) {
 		children, err := exec.Command("pgrep", "-P", strconv.Itoa(cmd.Process.Pid)).Output()
 		if m.leader = strings.TrimSpace(string(children)); err != nil || m.leader == "" {
