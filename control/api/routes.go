@@ -75,7 +75,7 @@ func (s *server) registerTenants(a huma.API) {
 		})
 	handle(s, a, route{method: http.MethodPut, path: "/tenants/{tenant}/suspended", id: "suspend-tenant", summary: "Suspend or resume a tenant"},
 		func(ctx context.Context, in *struct {
-			tenantPath
+			Tenant string `path:"tenant" doc:"Id or name"`
 			Precondition
 			Body struct {
 				Suspended bool `json:"suspended"`
