@@ -280,7 +280,9 @@ var registerModel = porcupine.NondeterministicModel{
 			}
 			return []any{s}
 		}
-		if known && in.expect != s.revision {
+		// A write that leaves the row as it is succeeds whatever it expected, so
+		// that a write of unknown outcome can be repeated.
+		if idle := out.revision == s.revision && in.value == s.value; known && in.expect != s.revision && !idle {
 			return nil
 		}
 		return []any{register{out.revision, out.value}}
