@@ -74,6 +74,8 @@ type Agent struct {
 	bootNonce   [16]byte
 	metrics     *metrics
 
+	renewed chan struct{} // gets a token when there is a new certificate
+
 	current atomic.Pointer[applied]
 
 	mu          sync.Mutex
@@ -108,7 +110,7 @@ func Open(options Options) (_ *Agent, err error) {
 	if err != nil {
 		return nil, err
 	}
-	a := &Agent{options: options, member: member}
+	a := &Agent{options: options, member: member, renewed: make(chan struct{}, 1)}
 	if len(a.servers()) == 0 {
 		return nil, fault.Field(op, "control.addresses", "no control server is known: name one as host:port")
 	}

@@ -33,17 +33,18 @@ type controlServer struct {
 	address string
 	stop    func()
 
-	mu          sync.Mutex
-	refusal     error // of joins, after the proof
-	skew        time.Duration
-	leafLife    time.Duration
-	nodes       map[[32]byte]ids.Node // by request
-	requests    int                   // join requests that arrived
-	renewals    int
-	refuseHello error
-	hellos      []*wire.Hello
-	prefaces    []*wire.Preface
-	servers     []string
+	mu            sync.Mutex
+	refusal       error // of joins, after the proof
+	skew          time.Duration
+	leafLife      time.Duration
+	nodes         map[[32]byte]ids.Node // by request
+	requests      int                   // join requests that arrived
+	renewals      int
+	refuseHello   error
+	refuseRenewal error
+	hellos        []*wire.Hello
+	prefaces      []*wire.Preface
+	servers       []string
 
 	sessions chan *relaySession // welcomed ones
 }
@@ -194,6 +195,9 @@ func (c *controlServer) renew(ctx context.Context, session link.Session) (link.C
 		c.mu.Lock()
 		defer c.mu.Unlock()
 		c.renewals++
+		if c.refuseRenewal != nil {
+			return nil, c.refuseRenewal
+		}
 		return c.certify(request.GetCsr(), identity.Node)
 	})
 }

@@ -101,6 +101,10 @@ func (a *Agent) useGrant(g grant) error {
 	}
 	a.holder.Set(cert, g.bundle)
 	a.noteServers(g.servers)
+	select {
+	case a.renewed <- struct{}{}:
+	default: // a token is there already
+	}
 	return nil
 }
 

@@ -45,6 +45,10 @@ func (a *Agent) linkLoop(ctx context.Context) {
 		if len(preferred) > 0 {
 			address, preferred = preferred[0], preferred[1:]
 		}
+		select {
+		case <-a.renewed: // before this try: it says nothing about the next
+		default:
+		}
 		s := &session{agent: a, address: address}
 		err := s.run(ctx)
 		if a.noteEviction(err) {
@@ -70,6 +74,8 @@ func (a *Agent) linkLoop(ctx context.Context) {
 		pause := time.NewTimer(wait)
 		select {
 		case <-pause.C:
+		case <-a.renewed: // what was refused may be accepted now
+			pause.Stop()
 		case <-ctx.Done():
 			pause.Stop()
 		}
