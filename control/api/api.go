@@ -69,6 +69,7 @@ func New(o Options) http.Handler {
 	s.registerOpen(a)
 	s.registerTenants(a)
 	s.registerSending(a)
+	s.registerDNS(a)
 	s.registerNodes(a)
 	s.registerServers(a)
 	s.registerPolicy(a)

@@ -128,6 +128,7 @@ type Domain struct {
 	Selectors  []string    `json:"selectors"`
 	Records    []DNSRecord `json:"records,omitempty" doc:"What to publish in DNS"`
 	Notes      []string    `json:"notes,omitempty"`
+	VerifiedAt *time.Time  `json:"verified_at,omitempty" doc:"When its ownership record was first seen in DNS; absent: never"`
 	CreatedAt  time.Time   `json:"created_at"`
 	Revision   uint64      `json:"revision"`
 }
@@ -189,6 +190,12 @@ type IP struct {
 	Present   *bool     `json:"present,omitempty" doc:"Whether its relay found it on its host; absent while the relay is not connected to the server that answers"`
 	CreatedAt time.Time `json:"created_at"`
 	Revision  uint64    `json:"revision"`
+
+	Usable        bool       `json:"usable" doc:"Reverse DNS is confirmed, or an operator overrides it"`
+	Reverse       string     `json:"reverse,omitempty" enum:"confirmed,failed" doc:"Verdict on its reverse DNS; absent: not checked yet"`
+	ReverseDetail string     `json:"reverse_detail,omitempty" doc:"What the check found"`
+	ReverseAt     *time.Time `json:"reverse_at,omitempty" doc:"When the verdict was reached"`
+	Overridden    bool       `json:"overridden,omitempty" doc:"An operator uses it without confirmed reverse DNS"`
 }
 
 // IPAdd asks for a source address.
@@ -324,7 +331,7 @@ func projectOf(p *control.Project) Project {
 }
 
 func domainOf(d service.DomainView) Domain {
-	out := Domain{Name: string(d.Name), Tenant: d.Tenant.String(), TenantName: d.TenantName, ReturnPath: string(d.ReturnPath), Selectors: []string{}, Notes: d.Notes, CreatedAt: d.CreatedAt, Revision: d.Revision}
+	out := Domain{Name: string(d.Name), Tenant: d.Tenant.String(), TenantName: d.TenantName, ReturnPath: string(d.ReturnPath), Selectors: []string{}, Notes: d.Notes, VerifiedAt: optionalTime(d.VerifiedAt), CreatedAt: d.CreatedAt, Revision: d.Revision}
 	for _, k := range d.DKIM {
 		out.Selectors = append(out.Selectors, k.Selector)
 	}
@@ -341,7 +348,8 @@ func credentialOf(c *control.Credential) Credential {
 
 func ipOf(v service.IPView) IP {
 	return IP{ID: v.ID.String(), Bind: v.Bind.String(), Public: v.Public.String(), EHLO: v.EHLO, PTR: v.PTR, Pool: v.Pool.String(), PoolName: v.PoolName, Node: v.Owner.String(), NodeName: v.OwnerName,
-		Epoch: v.Epoch, Pinned: v.Pinned, State: string(v.State), Present: v.Present, CreatedAt: v.CreatedAt, Revision: v.Revision}
+		Epoch: v.Epoch, Pinned: v.Pinned, State: string(v.State), Present: v.Present, CreatedAt: v.CreatedAt, Revision: v.Revision,
+		Usable: v.Usable(), Reverse: string(v.Reverse), ReverseDetail: v.ReverseDetail, ReverseAt: optionalTime(v.ReverseAt), Overridden: v.Overridden}
 }
 
 func poolOf(p service.PoolView) Pool {

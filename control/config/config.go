@@ -30,6 +30,7 @@ const maxFileBytes = 64 << 10
 type Config struct {
 	Listen Listen `toml:"listen"`
 	TLS    TLS    `toml:"tls"`
+	DNS    DNS    `toml:"dns"`
 	Log    Log    `toml:"log"`
 	Raft   Raft   `toml:"raft"`
 }
@@ -47,6 +48,12 @@ type Listen struct {
 type TLS struct {
 	Cert string `toml:"cert"`
 	Key  string `toml:"key"`
+}
+
+// DNS names the resolvers that records of domains and addresses are checked
+// with; empty: those of /etc/resolv.conf.
+type DNS struct {
+	Resolvers []netip.AddrPort `toml:"resolvers"`
 }
 
 // Log sets the log on standard error.

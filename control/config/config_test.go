@@ -3,6 +3,7 @@ package config
 import (
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"testing"
 
@@ -45,7 +46,7 @@ func TestParseRefuses(t *testing.T) {
 
 func TestLoad(t *testing.T) {
 	dir := t.TempDir()
-	if c, err := Load("", dir); err != nil || c != Default() {
+	if c, err := Load("", dir); err != nil || !reflect.DeepEqual(c, Default()) {
 		t.Fatalf("without a file: %+v, %v", c, err)
 	}
 	if _, err := Load(filepath.Join(dir, "none.toml"), dir); !strings.Contains(fault.Public(err), "none.toml") {

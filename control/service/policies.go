@@ -106,13 +106,26 @@ func (s *Service) checkPolicy(row *control.Policy, sections map[string]string) (
 	if err != nil {
 		return nil, err
 	}
-	if err := policy.CheckReferences(&document, policy.ReferencesOf(base)); err != nil {
+	if err := policy.CheckReferences(&document, s.references(base)); err != nil {
 		return nil, err
 	}
 	next := *base
 	next.Sections, next.Document = merged, document
 	_, err = policy.Compile(&next)
 	return &document, err
+}
+
+// references are the objects that a policy may name: those of a view, and the
+// addresses that no relay may use yet.
+func (s *Service) references(base *policy.View) policy.References {
+	refs := policy.ReferencesOf(base)
+	r := s.state.Read()
+	for _, src := range r.Sources() {
+		if p := r.Pool(src.Pool); p != nil && refs.Pools[p.Name].Sources != nil {
+			refs.Pools[p.Name].Sources[src.Bind] = true
+		}
+	}
+	return refs
 }
 
 // AuditFilter chooses entries of the audit tail; zero fields choose all.

@@ -77,7 +77,7 @@ func domainRecords(d *control.Domain, t *control.Tenant, sources []*control.Sour
 	if len(sources) == 0 {
 		notes = append(notes, "no address that may carry this tenant's mail is in a pool yet, so the SPF and MX records are not complete: add addresses, then show the domain again")
 	}
-	notes = append(notes, "the domain can be used at once: this release does not check the records in DNS")
+	notes = append(notes, "compare what is published with `relais-control domain check "+string(d.Name)+"`; an address is used once its reverse DNS is confirmed")
 	return out, notes
 }
 

@@ -8,6 +8,7 @@ import (
 	"context"
 	"log/slog"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/relais-mta/relais/control"
@@ -60,6 +61,8 @@ type Service struct {
 
 	membership Membership // nil: this server has no others to ask
 	self       ids.Node
+
+	dns atomic.Pointer[dnsBox]
 
 	seenMu sync.Mutex
 	seen   map[ids.Node]*Seen

@@ -415,6 +415,7 @@ func TestViewsCompileAndAreSharedPerRevision(t *testing.T) {
 		t.Error("a tenant is a change of the views")
 	}
 	must[*control.Source](t)(f.AddIP(ctx, operator, IPRequest{Bind: netip.MustParseAddr("198.51.100.1"), EHLO: "mta1.example.net", Node: "edge-1", Pool: "default"}, Change{}))
+	must[IPView](t)(f.OverrideIP(ctx, operator, "198.51.100.1", true, Change{Reason: "test"}))
 	must[DomainView](t)(f.AddDomain(ctx, operator, DomainRequest{Tenant: "acme", Name: "example.com"}, Change{}))
 	a, b := must[*policy.View](t)(f.ViewFor(ctx, node)), must[*policy.View](t)(f.ViewFor(ctx, ids.Node{2}))
 	if a.Node != node || b.Node == node || &a.Domains[0] != &b.Domains[0] {

@@ -56,6 +56,11 @@ func (a *applier) fsmVersionSet(c *command.FSMVersionSet) (any, error) {
 	if version < old.FSMVersion {
 		return nil, fault.Field(op, "version", "%d is below the cluster's %d: versions never go back", version, old.FSMVersion)
 	}
+	if old.FSMVersion < reverseVersion && version >= reverseVersion {
+		if err := a.trustAddresses(); err != nil {
+			return nil, err
+		}
+	}
 	row := *old
 	row.FSMVersion = version
 	return putRow(a, clusterTable, &row, change[control.Cluster]{what: "the cluster", object: row.ID.String(), expect: old.Revision})

@@ -94,3 +94,23 @@ func (a *applier) domainVerify(c *command.DomainVerify) (any, error) {
 	row.VerifiedAt = a.now
 	return putRow(a, domainsTable, &row, change[control.Domain]{what: quoted("domain", string(row.Name)), object: string(row.Name), expect: revisionOr(c.GetExpect(), old.Revision)})
 }
+
+// reverseVersion is the version of the commands that brought verdicts on
+// reverse DNS. Before it no verdict can be recorded, so every address is used.
+const reverseVersion = 2
+
+// trustAddresses gives the addresses that are in use when verdicts begin the
+// benefit of the doubt: an upgrade stops no mail. The check looks at them next.
+func (a *applier) trustAddresses() error {
+	for _, old := range all(a.txn, sourcesTable) {
+		if old.Reverse != control.ReverseUnchecked {
+			continue
+		}
+		row := *old
+		row.Reverse, row.ReverseDetail, row.ReverseAt = control.ReverseConfirmed, "in use before reverse DNS was checked", a.now
+		if err := put(a, sourcesTable, &row); err != nil {
+			return err
+		}
+	}
+	return nil
+}

@@ -138,3 +138,30 @@ func TestVerdicts(t *testing.T) {
 	}
 	w.refused(&command.DomainVerify{Domain: "example.org"}, fault.NotFound, "")
 }
+
+// TestUpgradeStopsNoMail: addresses that were in use before verdicts could be
+// recorded stay in use when the cluster's version rises.
+func TestUpgradeStopsNoMail(t *testing.T) {
+	w := newWorld(t)
+	w.ok(&command.ClusterInit{Cluster: &command.Cluster{Id: id(100), Generation: 1, FsmVersion: 1, CaBundle: []byte("pem"), CredentialKeySealed: make([]byte, 32)}})
+	w.source(8, 1)
+	plain := func(sealed, _ []byte) ([]byte, error) { return sealed, nil }
+	used := func() int {
+		v, err := w.store.Read().View(ids.Node{}, plain)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(v.Sources)
+	}
+	if used() != 1 {
+		t.Error("before the upgrade the address is not used")
+	}
+	w.ok(&command.FSMVersionSet{Version: reverseVersion})
+	if s := w.store.Read().Source(ids.Source(id(8))); used() != 1 || s.Reverse != control.ReverseConfirmed {
+		t.Errorf("after the upgrade: %+v", s)
+	}
+	w.source(9, 2)
+	if used() != 1 {
+		t.Error("an address that came after the upgrade is used unchecked")
+	}
+}

@@ -88,6 +88,9 @@ func (r *Reader) viewDomains(v *policy.View, open OpenFunc) error {
 	rows := r.Domains(ids.Tenant{})
 	v.Domains = make([]policy.Domain, 0, len(rows))
 	for _, d := range rows {
+		if v.Document.Submission.RequireOwnership && d.VerifiedAt.IsZero() {
+			continue
+		}
 		row := policy.Domain{Name: d.Name, Tenant: d.Tenant, ReturnPath: d.ReturnPath}
 		for _, k := range d.DKIM {
 			private, err := open(k.PrivateSealed, DKIMPurpose(d.Name, k.Selector))
@@ -120,7 +123,11 @@ func (r *Reader) viewSources(v *policy.View) {
 	for _, p := range r.Pools() {
 		v.Pools = append(v.Pools, policy.Pool{ID: p.ID, Name: p.Name, Kind: p.Kind, Tenant: p.Tenant})
 	}
+	verdicts := r.Cluster().FSMVersion >= reverseVersion
 	for _, s := range r.Sources() {
+		if verdicts && !s.Usable() {
+			continue // a relay must not even try it
+		}
 		v.Sources = append(v.Sources, policy.Source{ID: s.ID, Bind: s.Bind, Public: s.Public, EHLO: s.EHLO, Pool: s.Pool, Owner: s.Owner, Epoch: s.Epoch, Pinned: s.Pinned})
 	}
 }

@@ -53,6 +53,7 @@ type Submission struct {
 	MinBytesPerSecond     int64    `toml:"min_bytes_per_second"`     // of message data, averaged over 30 s; slower clients get 421
 	AuthFailuresPerIP     int      `toml:"auth_failures_per_ip"`     // within AuthFailureWindow, then 454 until it has passed
 	AuthFailureWindow     Duration `toml:"auth_failure_window"`
+	RequireOwnership      bool     `toml:"require_ownership"` // mail from a domain whose ownership record was never seen is refused
 }
 
 // Inbound bounds port 25, where only our own signed return paths are accepted.

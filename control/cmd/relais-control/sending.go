@@ -51,11 +51,11 @@ func (a *app) domainCommand() *cobra.Command {
 	ls := &cobra.Command{Use: "list", Short: "List sending domains", Example: "  relais-control domain list --tenant acme", Args: cobra.NoArgs}
 	of := ls.Flags().String("tenant", "", "only those of this tenant, id or name")
 	ls.RunE = func(cmd *cobra.Command, _ []string) error {
-		return list(a, cmd, "/domains", tenantQuery(*of), "NAME TENANT RETURN-PATH SELECTORS", func(d api.Domain) []string {
-			return []string{d.Name, d.TenantName, d.ReturnPath, strings.Join(d.Selectors, ",")}
+		return list(a, cmd, "/domains", tenantQuery(*of), "NAME TENANT RETURN-PATH SELECTORS VERIFIED", func(d api.Domain) []string {
+			return []string{d.Name, d.TenantName, d.ReturnPath, strings.Join(d.Selectors, ","), whenOr(d.VerifiedAt, "no")}
 		})
 	}
-	return group("domain", "Add, list and show sending domains", add, ls, shown)
+	return group("domain", "Add, list, show and check sending domains", add, ls, shown, a.domainCheck())
 }
 
 // printDomain prints a domain with its records, or the records alone.
@@ -69,7 +69,7 @@ func printDomain(zone bool) func(io.Writer, api.Domain) error {
 			}
 			return nil
 		}
-		if err := printPairs(w, "Domain", d.Name, "Tenant", d.TenantName, "Return path", d.ReturnPath, "Selectors", strings.Join(d.Selectors, ", ")); err != nil {
+		if err := printPairs(w, "Domain", d.Name, "Tenant", d.TenantName, "Return path", d.ReturnPath, "Selectors", strings.Join(d.Selectors, ", "), "Ownership seen", whenOr(d.VerifiedAt, "never")); err != nil {
 			return err
 		}
 		for _, required := range []bool{true, false} {
@@ -95,9 +95,7 @@ func printDomain(zone bool) func(io.Writer, api.Domain) error {
 }
 
 func (a *app) ipCommand() *cobra.Command {
-	print := func(w io.Writer, i api.IP) error {
-		return printPairs(w, "Id", i.ID, "Bind", i.Bind, "Public", i.Public, "EHLO", i.EHLO, "Pool", i.PoolName, "Node", i.NodeName, "State", i.State, "Epoch", fmt.Sprint(i.Epoch), "Revision", fmt.Sprint(i.Revision))
-	}
+	print := printIP
 	var body api.IPAdd
 	add := &cobra.Command{
 		Use: "add ADDRESS --ehlo NAME", Short: "Add a source address, and assign it if a relay or pool is named",
@@ -136,15 +134,15 @@ func (a *app) ipCommand() *cobra.Command {
 		return show(a, cmd, call{method: http.MethodPost, path: "/ips/" + url.PathEscape(args[0]) + "/assign", body: to, ifMatch: revisionText(cmd, *expect), reason: *why}, print)
 	}
 	ls := &cobra.Command{Use: "list", Short: "List source addresses", Example: "  relais-control ip list --json", Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error {
-		return list(a, cmd, "/ips", nil, "BIND PUBLIC EHLO POOL NODE STATE PRESENT", func(i api.IP) []string {
+		return list(a, cmd, "/ips", nil, "BIND PUBLIC EHLO POOL NODE STATE PRESENT REVERSE", func(i api.IP) []string {
 			present := ""
 			if i.Present != nil {
 				present = yes(*i.Present)
 			}
-			return []string{i.Bind, i.Public, i.EHLO, i.PoolName, i.NodeName, i.State, present}
+			return []string{i.Bind, i.Public, i.EHLO, i.PoolName, i.NodeName, i.State, present, reverseText(i)}
 		})
 	}}
-	return group("ip", "Add, list and assign source addresses", add, ls, assign)
+	return group("ip", "Add, list, assign and check source addresses", add, ls, assign, a.ipCheck(), a.ipOverride())
 }
 
 // revisionText returns the value of --expect if it was given.

@@ -281,6 +281,7 @@ func (s *server) whenReady(ctx context.Context, group *errgroup.Group) error {
 	if err := s.serveLink(ctx, group, authority); err != nil {
 		return err
 	}
+	s.watchDNS(ctx, group)
 	s.health.SetReady(true, "")
 	s.supervisor.Ready("serving")
 	return nil

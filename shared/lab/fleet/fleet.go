@@ -147,8 +147,8 @@ func (f *Fleet) smallProvider() string {
 
 func (f *Fleet) startControl(ctx context.Context) error {
 	config := filepath.Join(f.dirCtl, "control.toml")
-	text := fmt.Sprintf("[listen]\nhttps = %q\nlink = %q\nraft = %q\nmetrics = %q\n", f.addrPort(placeControl, portAPI),
-		f.addrPort(placeControl, portLink), f.addrPort(placeControl, portRaft), f.addrPort(placeControl, portMetrics))
+	text := fmt.Sprintf("[listen]\nhttps = %q\nlink = %q\nraft = %q\nmetrics = %q\n[dns]\nresolvers = [%q]\n", f.addrPort(placeControl, portAPI),
+		f.addrPort(placeControl, portLink), f.addrPort(placeControl, portRaft), f.addrPort(placeControl, portMetrics), f.Lab.DNSAddr())
 	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
 		return fault.Wrap(err, fault.Internal, "fleet.startControl", "%s cannot be written", config)
 	}
@@ -284,10 +284,14 @@ func (f *Fleet) joinRelay(ctx context.Context, i int, token string) (*Relay, err
 	for j := range f.cfg.Sources {
 		addr := f.block.Addr(placeSource + 64*i + j)
 		ehlo := fmt.Sprintf("mta%d-%d.relais.test", i+1, j+1)
+		if err := f.Lab.AddPTR(addr, ehlo); err != nil {
+			return nil, err
+		}
 		if _, err := f.Ctl(ctx, "ip", "add", addr.String(), "--ehlo", ehlo, "--pool", "default", "--node", r.Node); err != nil {
 			return nil, err
 		}
-		if err := f.Lab.AddPTR(addr, ehlo); err != nil {
+		// The leader would do it by itself a moment later.
+		if _, err := f.Ctl(ctx, "ip", "check", addr.String()); err != nil {
 			return nil, err
 		}
 		r.Sources = append(r.Sources, addr)
