@@ -68,7 +68,7 @@ func submitUnderFire(t *testing.T, f *fleet.Fleet, round int, fire func()) []fle
 		to[i] = fmt.Sprintf("accept-%d-%d@boutique-%02d.test", round, i, 1+i%40)
 	}
 	fire()
-	submitted, err := f.Submit(within(t, 3*time.Second), fleet.Stream{Recipients: to, Size: 4000, Connections: 20, Tag: fmt.Sprint("fire", round)})
+	submitted, err := f.Submit(within(t, 1500*time.Millisecond), fleet.Stream{Recipients: to, Size: 4000, Connections: 20, Tag: fmt.Sprint("fire", round)})
 	if err != nil && len(submitted) == 0 {
 		t.Logf("round %d: %v", round, err)
 	}

@@ -179,6 +179,33 @@ func TestPolicyChangeReachesRelays(t *testing.T) {
 	}
 }
 
+// TestRestartedRelayDeliversSoon measures the time from the start of a relay
+// with an empty queue to its first delivery. The bound is far above what a
+// quiet machine needs; the log tells the real number.
+func TestRestartedRelayDeliversSoon(t *testing.T) {
+	f := start(t, fleet.Config{Open: true})
+	r := f.Relays[0]
+	if err := r.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	begun := time.Now()
+	if err := f.Restart(within(t, time.Minute), r); err != nil {
+		t.Fatal(err)
+	}
+	ready := time.Since(begun)
+	if _, err := f.Submit(within(t, time.Minute), fleet.Stream{Recipients: recipients(t, f, 1), Size: 1000, Connections: 1, Tag: "soon"}); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Lab.WaitFor(within(t, time.Minute), func(r lab.Report) bool { return r.Accepted == 1 }); err != nil {
+		t.Fatal(err)
+	}
+	took := time.Since(begun)
+	t.Logf("ready after %v, first mail delivered after %v", ready.Round(time.Millisecond), took.Round(time.Millisecond))
+	if took > 20*time.Second {
+		t.Errorf("the first delivery took %v", took)
+	}
+}
+
 // TestQueueTellsWhy asks the operator's commands about mail that waits.
 func TestQueueTellsWhy(t *testing.T) {
 	f := start(t, fleet.Config{Open: true})
