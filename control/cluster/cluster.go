@@ -62,6 +62,8 @@ type Options struct {
 	Halt       func(error)            // called when the log cannot be applied or written; must end the process
 	Requests   map[string]PeerHandler // what other servers may ask besides what this package answers
 	Tuning     Tuning
+
+	wrapLogs func(raft.LogStore) raft.LogStore // tests make a disk hang with it
 }
 
 // Cluster is this server's part of the cluster. Use Open.
@@ -104,6 +106,10 @@ func Open(o Options) (*Cluster, error) {
 	if c.stores, err = openStores(o.Dir, o.Logger, c.verified); err != nil {
 		return nil, err
 	}
+	logs := c.stores.logs
+	if o.wrapLogs != nil {
+		logs = o.wrapLogs(logs)
+	}
 	logger := newRaftLogger(o.Logger)
 	var transport raft.Transport
 	if o.Stream != nil {
@@ -116,7 +122,7 @@ func Open(o Options) (*Cluster, error) {
 	notify := make(chan bool, notifyBuffer)
 	conf := raftConfig(o.ServerID, c.tuning)
 	conf.Logger, conf.NotifyCh = logger, notify
-	c.raft, err = raft.NewRaft(conf, machine{fsm.New(o.State, o.Halt), o.State, c.results}, c.stores.logs, c.stores.wal, c.stores.snapshots, transport)
+	c.raft, err = raft.NewRaft(conf, machine{fsm.New(o.State, o.Halt), o.State, c.results}, logs, c.stores.wal, c.stores.snapshots, transport)
 	if err != nil {
 		_ = c.transport.Close()
 		c.stores.close()

@@ -75,9 +75,10 @@ type roster struct {
 }
 
 type heard struct {
-	at    time.Time // of the last answer
-	lag   uint64
-	since time.Time // it has followed closely
+	at      time.Time // of the last answer
+	applied uint64
+	lag     uint64
+	since   time.Time // it has followed closely
 }
 
 func (c *Cluster) onStatus(context.Context, ids.Node, []byte) (any, error) {
@@ -195,7 +196,7 @@ func (c *Cluster) heardFrom(id raft.ServerID, answer *status, last uint64) {
 		}
 		return
 	}
-	h.at, h.lag = now, last-min(last, answer.Applied)
+	h.at, h.applied, h.lag = now, answer.Applied, last-min(last, answer.Applied)
 	switch {
 	case h.lag >= maxTrailing:
 		h.since = time.Time{}
@@ -286,12 +287,7 @@ func mayLose(members []Member, m Member) bool {
 
 // reconcile makes the raft configuration what plan wants.
 func (c *Cluster) reconcile(members []Member) error {
-	removed := make(map[string]bool)
-	for _, row := range c.state.Read().Servers() {
-		if row.State == control.NodeEvicted {
-			removed[row.ID.String()] = true
-		}
-	}
+	removed := c.removedServers(members)
 	now := time.Now()
 	voters := 0
 	for _, m := range members {
@@ -322,6 +318,26 @@ func (c *Cluster) reconcile(members []Member) error {
 		c.logger.Info("membership changed", "server", change.id, "address", m.Address, "promoted", change.promote, "demoted", change.demote, "removed", change.remove)
 	}
 	return nil
+}
+
+// removedServers returns who no longer belongs. One that answers is to learn it
+// from its own state first: afterwards it hears nothing any more.
+func (c *Cluster) removedServers(members []Member) map[string]bool {
+	removed := make(map[string]bool)
+	c.roster.mu.Lock()
+	defer c.roster.mu.Unlock()
+	for _, row := range c.state.Read().Servers() {
+		if row.State != control.NodeEvicted {
+			continue
+		}
+		id := row.ID.String()
+		answers := slices.ContainsFunc(members, func(m Member) bool { return m.ID == id && m.Alive && !m.Leader })
+		if h := c.roster.heard[raft.ServerID(id)]; answers && h != nil && h.applied < row.Revision {
+			continue
+		}
+		removed[id] = true
+	}
+	return removed
 }
 
 func (c *Cluster) apply(change memberChange, m Member) error {

@@ -117,6 +117,7 @@ func (p *Peers) serve(conn *quic.Conn) {
 		_ = conn.CloseWithError(quic.ApplicationErrorCode(CodeDenied), clipText(fault.Public(err)))
 		return
 	}
+	defer func() { _ = conn.CloseWithError(quic.ApplicationErrorCode(CodeStopping), "") }()
 	for {
 		stream, err := conn.AcceptStream(p.ctx)
 		if err != nil {
@@ -246,12 +247,17 @@ func (p *Peers) forget(address string, conn *quic.Conn) {
 func (p *Peers) Close() error {
 	p.mu.Lock()
 	p.cancel() // under the lock: no dialing begins after it
+	for _, c := range p.conns {
+		if c.conn != nil {
+			_ = c.conn.CloseWithError(quic.ApplicationErrorCode(CodeStopping), "") // so that the peer need not find out
+		}
+	}
 	p.mu.Unlock()
+	p.running.Wait()
 	err := p.transport.Close()
 	if closeErr := p.socket.Close(); err == nil && !errors.Is(closeErr, net.ErrClosed) {
 		err = closeErr
 	}
-	p.running.Wait()
 	return fault.Wrap(err, fault.Internal, "link.Peers.Close", "cannot close the socket")
 }
 
