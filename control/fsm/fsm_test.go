@@ -94,3 +94,22 @@ func TestUnknownCommandHalts(t *testing.T) {
 		t.Errorf("halted with %v at index %d", halted, st.Read().Index())
 	}
 }
+
+// TestNewerSnapshotHalts: raft would try an older snapshot and start from that.
+func TestNewerSnapshotHalts(t *testing.T) {
+	st := state.New()
+	b, err := command.Encode(&command.ClusterInit{Cluster: &command.Cluster{Id: bytes.Repeat([]byte{1}, 16), Generation: 1, FsmVersion: uint32(command.FSMVersion) + 1}}, time.UnixMilli(1_767_225_600_000), 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	New(st, func(err error) { t.Error(err) }).Apply(&raft.Log{Index: 1, Type: raft.LogCommand, Data: b})
+	var snapshot bytes.Buffer
+	if _, err := st.Read().WriteTo(&snapshot); err != nil {
+		t.Fatal(err)
+	}
+	var halted error
+	err = New(state.New(), func(err error) { halted = err }).Restore(io.NopCloser(&snapshot))
+	if !errors.Is(halted, command.ErrUnknown) || err == nil {
+		t.Errorf("halted with %v, restored with %v", halted, err)
+	}
+}
