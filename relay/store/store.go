@@ -176,10 +176,12 @@ func (s *Store) open(cfg Config) error {
 	return s.register(cfg.Registerer)
 }
 
+func (s *Store) lockPath() string { return filepath.Join(s.dir, "lock") }
+
 // takeLock makes sure that one process has the directory open. The lock goes
 // with the process, however it ends.
 func (s *Store) takeLock() error {
-	f, err := os.OpenFile(filepath.Join(s.dir, "lock"), os.O_RDWR|os.O_CREATE, 0o600)
+	f, err := os.OpenFile(s.lockPath(), os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return diskFault(err, "store.Open")
 	}
