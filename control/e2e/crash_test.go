@@ -51,6 +51,9 @@ func TestKilledRelayLosesNothing(t *testing.T) {
 	a := settle(t, f, submitted)
 	rep := f.Lab.Report()
 	t.Logf("%d answered 250, %d of them arrived, %d arrived twice, after %d kills", a.accepted, a.delivered, rep.Duplicated, kills)
+	if a.delivered != a.accepted {
+		t.Errorf("%d messages ended without arriving, at providers that take everything", a.accepted-a.delivered)
+	}
 	if a.accepted < 200 {
 		t.Errorf("only %d messages were accepted: the test shows little", a.accepted)
 	}
@@ -197,6 +200,9 @@ func TestPowerCutLosesNothing(t *testing.T) {
 	}
 	a := settle(t, f, submitted)
 	t.Logf("%d answered 250, %d of them arrived, %d arrived twice, after %d power cuts", a.accepted, a.delivered, f.Lab.Report().Duplicated, cuts)
+	if a.delivered != a.accepted {
+		t.Errorf("%d messages ended without arriving, at providers that take everything", a.accepted-a.delivered)
+	}
 	if a.accepted < 50 {
 		t.Errorf("only %d messages were accepted: the test shows little", a.accepted)
 	}
