@@ -3,6 +3,7 @@ package pki
 import (
 	"crypto/tls"
 	"crypto/x509"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -13,15 +14,17 @@ import (
 // replaced while connections are served: a renewal or a SIGHUP swaps them and
 // the next handshake sees the new ones. Safe for concurrent use.
 type Holder struct {
-	current atomic.Pointer[held]
-	files   *Files
+	current   atomic.Pointer[held]
+	files     *Files
+	replacing sync.Mutex
 }
 
 type held struct {
-	cert   *tls.Certificate
-	bundle []*x509.Certificate
-	roots  *x509.CertPool
-	extra  *x509.CertPool // issuing CAs of the bundle
+	cert    *tls.Certificate
+	trust   Trust
+	roots   *x509.CertPool
+	extra   *x509.CertPool // issuing CAs of the bundle
+	dropped []string       // key ids of issuing CAs that were in the bundle
 }
 
 // Files names the PEM files of a Holder. CA may be empty for a certificate
@@ -50,8 +53,24 @@ func LoadHolder(files Files) (*Holder, error) {
 
 // Set replaces certificate and bundle.
 func (h *Holder) Set(cert *tls.Certificate, bundle []*x509.Certificate) {
-	next := &held{cert: cert, bundle: bundle, roots: x509.NewCertPool(), extra: x509.NewCertPool()}
-	for _, ca := range bundle {
+	h.replacing.Lock()
+	defer h.replacing.Unlock()
+	t := Trust{Bundle: bundle}
+	var old []*x509.Certificate
+	if current := h.current.Load(); current != nil {
+		old = current.trust.Bundle
+		t.Refused, t.Revoked = current.trust.Refused, current.trust.Revoked
+	}
+	h.store(cert, t, old)
+}
+
+// store puts a new pair in use. The caller holds replacing.
+func (h *Holder) store(cert *tls.Certificate, t Trust, old []*x509.Certificate) {
+	next := &held{cert: cert, trust: t, roots: x509.NewCertPool(), extra: x509.NewCertPool()}
+	if current := h.current.Load(); current != nil {
+		next.dropped = droppedFrom(current.dropped, old, t.Bundle)
+	}
+	for _, ca := range t.Bundle {
 		if isSelfSigned(ca) {
 			next.roots.AddCert(ca)
 		} else {
@@ -89,7 +108,7 @@ func (h *Holder) Certificate() *tls.Certificate { return h.current.Load().cert }
 func (h *Holder) Leaf() *x509.Certificate { return h.current.Load().cert.Leaf }
 
 // Bundle returns the CAs believed.
-func (h *Holder) Bundle() []*x509.Certificate { return h.current.Load().bundle }
+func (h *Holder) Bundle() []*x509.Certificate { return h.current.Load().trust.Bundle }
 
 // GetCertificate is for the field of the same name of a tls.Config of one's own.
 func (h *Holder) GetCertificate(*tls.ClientHelloInfo) (*tls.Certificate, error) {

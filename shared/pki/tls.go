@@ -20,6 +20,10 @@ type Peer struct {
 	Cluster ids.Cluster
 	Role    Role          // of the peer; empty: any node of the cluster
 	Grace   time.Duration // accept a leaf that ended at most this long ago
+	// Known accepts a leaf of an issuing CA that is believed no more, because
+	// who presents it is otherwise known to hold its key. nil: nobody is. The
+	// chain, role and cluster were checked before.
+	Known func(identity Identity, leaf *x509.Certificate) bool
 }
 
 // base holds what every configuration of ours has: TLS 1.3 alone, and no
@@ -52,7 +56,7 @@ func OpenServerConfig(h *Holder, alpn ...string) *tls.Config {
 	config.GetCertificate = func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 		current := h.current.Load()
 		withRoot := *current.cert
-		for _, ca := range current.bundle {
+		for _, ca := range current.trust.Bundle {
 			if isSelfSigned(ca) && !slices.ContainsFunc(withRoot.Certificate, func(der []byte) bool { return string(der) == string(ca.Raw) }) {
 				withRoot.Certificate = append(slices.Clip(withRoot.Certificate), ca.Raw)
 			}
@@ -140,7 +144,8 @@ func (h *Holder) verify(chain []*x509.Certificate, peer Peer, usage x509.ExtKeyU
 	for _, cert := range chain[1:] {
 		intermediates.AddCert(cert)
 	}
-	if err := checkChain(leaf, current.roots, intermediates, usage, at); err != nil {
+	chains, err := checkChain(leaf, current.roots, intermediates, usage, at)
+	if err != nil {
 		return err
 	}
 	identity, err := CertIdentity(leaf)
@@ -152,6 +157,12 @@ func (h *Holder) verify(chain []*x509.Certificate, peer Peer, usage x509.ExtKeyU
 	}
 	if peer.Role != "" && identity.Role != peer.Role {
 		return fault.New(fault.Denied, op, "the peer is a %s node, want a %s node", identity.Role, peer.Role)
+	}
+	if err := current.trust.revoked(leaf, identity); err != nil {
+		return err
+	}
+	if !slices.ContainsFunc(chains, current.acceptsChain) && (peer.Known == nil || !peer.Known(identity, leaf)) {
+		return fault.New(fault.Denied, op, "the peer's certificate is of an issuing CA (%s) that the cluster has dropped: the peer has to renew it", IssuerKeyID(leaf))
 	}
 	return nil
 }
@@ -175,7 +186,7 @@ func verifyPinned(chain []*x509.Certificate, pins []Pin, now time.Time) error {
 	if !found {
 		return &PinError{Presented: PinOf(chain[len(chain)-1]), Wanted: pins}
 	}
-	if err := checkChain(chain[0], roots, intermediates, x509.ExtKeyUsageServerAuth, now); err != nil {
+	if _, err := checkChain(chain[0], roots, intermediates, x509.ExtKeyUsageServerAuth, now); err != nil {
 		return err
 	}
 	identity, err := CertIdentity(chain[0])
@@ -188,24 +199,24 @@ func verifyPinned(chain []*x509.Certificate, pins []Pin, now time.Time) error {
 	return nil
 }
 
-// checkChain runs the chain check of RFC 5280 section 6 and explains the
-// commonest failure, a wrong clock.
-func checkChain(leaf *x509.Certificate, roots, intermediates *x509.CertPool, usage x509.ExtKeyUsage, now time.Time) error {
+// checkChain runs the chain check of RFC 5280 section 6, returns the chains from
+// leaf to root, and explains the commonest failure, a wrong clock.
+func checkChain(leaf *x509.Certificate, roots, intermediates *x509.CertPool, usage x509.ExtKeyUsage, now time.Time) ([][]*x509.Certificate, error) {
 	const op = "pki.checkChain"
-	_, err := leaf.Verify(x509.VerifyOptions{
+	chains, err := leaf.Verify(x509.VerifyOptions{
 		Roots: roots, Intermediates: intermediates, CurrentTime: now, KeyUsages: []x509.ExtKeyUsage{usage},
 	})
 	if err == nil {
-		return nil
+		return chains, nil
 	}
 	const layout = time.RFC3339
 	switch {
 	case now.Before(leaf.NotBefore):
-		return fault.Wrap(err, fault.Denied, op, "the peer's certificate begins at %s, but this machine's clock says %s: set the clock",
+		return nil, fault.Wrap(err, fault.Denied, op, "the peer's certificate begins at %s, but this machine's clock says %s: set the clock",
 			leaf.NotBefore.UTC().Format(layout), now.UTC().Format(layout))
 	case now.After(leaf.NotAfter):
-		return fault.Wrap(err, fault.Denied, op, "the peer's certificate ended at %s and this machine's clock says %s: set the clock, or let the peer renew",
+		return nil, fault.Wrap(err, fault.Denied, op, "the peer's certificate ended at %s and this machine's clock says %s: set the clock, or let the peer renew",
 			leaf.NotAfter.UTC().Format(layout), now.UTC().Format(layout))
 	}
-	return fault.Wrap(err, fault.Denied, op, "the peer's certificate is not of a CA we believe")
+	return nil, fault.Wrap(err, fault.Denied, op, "the peer's certificate is not of a CA we believe")
 }
