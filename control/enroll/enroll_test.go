@@ -111,6 +111,13 @@ func (m *members) setState(node ids.Node, state control.NodeState) {
 	m.nodes[node] = member
 }
 
+// recorded returns the certificates recorded so far and the number of nodes.
+func (m *members) recorded() (certs []Certificate, nodes int) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return slices.Clone(m.certs), len(m.nodes)
+}
+
 // world is a cluster with one enrolling server and a client side.
 type world struct {
 	t         *testing.T
@@ -232,8 +239,9 @@ func TestJoin(t *testing.T) {
 	if reply.GetState() != "active" || reply.GetGeneration() != 3 || !slices.Equal(reply.GetServers(), []string{"192.0.2.1:7443"}) || len(reply.GetBundle()) != 2 {
 		t.Errorf("reply %v", reply)
 	}
-	if len(w.members.certs) != 1 || w.members.certs[0].Node != identity.Node || w.members.certs[0].Serial != chain[0].SerialNumber.Text(16) || w.members.certs[0].SPKI != pki.PinOf(chain[0]) {
-		t.Errorf("recorded %+v", w.members.certs)
+	certs, _ := w.members.recorded()
+	if len(certs) != 1 || certs[0].Node != identity.Node || certs[0].Serial != chain[0].SerialNumber.Text(16) || certs[0].SPKI != pki.PinOf(chain[0]) {
+		t.Errorf("recorded %+v", certs)
 	}
 	if got := testutil.ToFloat64(w.server.outcomes.WithLabelValues("join", "ok")); got != 1 {
 		t.Errorf("counted %v joins", got)
@@ -270,8 +278,8 @@ func TestJoinRefusals(t *testing.T) {
 	if texts["forged"] != texts["unknown"] {
 		t.Errorf("a forged and an unknown token differ: %q, %q", texts["forged"], texts["unknown"])
 	}
-	if len(w.members.nodes) != 0 || len(w.members.certs) != 0 {
-		t.Errorf("a refused join left %d nodes and %d certificates", len(w.members.nodes), len(w.members.certs))
+	if certs, nodes := w.members.recorded(); nodes != 0 || len(certs) != 0 {
+		t.Errorf("a refused join left %d nodes and %d certificates", nodes, len(certs))
 	}
 }
 
@@ -336,8 +344,8 @@ func TestParallelJoins(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	if good != uses || len(w.members.nodes) != uses {
-		t.Errorf("%d joins and %d nodes with %d uses", good, len(w.members.nodes), uses)
+	if _, nodes := w.members.recorded(); good != uses || nodes != uses {
+		t.Errorf("%d joins and %d nodes with %d uses", good, nodes, uses)
 	}
 }
 
