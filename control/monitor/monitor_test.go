@@ -22,11 +22,11 @@ import (
 	"github.com/relais-mta/relais/shared/ids"
 )
 
-// zone answers from records in zone-file syntax; names in fail get SERVFAIL.
+// zone answers from records in zone-file syntax; the broken name gets SERVFAIL.
 type zone struct {
 	mu      sync.Mutex
 	records []dns.RR
-	fail    map[string]bool
+	broken  string
 }
 
 func (z *zone) set(t testing.TB, records ...string) {
@@ -41,6 +41,13 @@ func (z *zone) set(t testing.TB, records ...string) {
 		}
 		z.records = append(z.records, rr)
 	}
+}
+
+// breakName answers SERVFAIL for one name, and no other.
+func (z *zone) breakName(name string) {
+	z.mu.Lock()
+	defer z.mu.Unlock()
+	z.broken = name
 }
 
 // ServeDNS implements dns.Handler.
@@ -62,7 +69,7 @@ func (z *zone) ServeDNS(w dns.ResponseWriter, q *dns.Msg) {
 	if !found {
 		a.Rcode = dns.RcodeNameError
 	}
-	if z.fail[name] {
+	if name == z.broken {
 		a.Answer, a.Rcode = nil, dns.RcodeServerFailure
 	}
 	if _, udp := w.RemoteAddr().(*net.UDPAddr); udp {
@@ -73,7 +80,7 @@ func (z *zone) ServeDNS(w dns.ResponseWriter, q *dns.Msg) {
 
 func newZone(t testing.TB) (*zone, *Resolver) {
 	t.Helper()
-	z := &zone{fail: map[string]bool{}}
+	z := &zone{}
 	var pc net.PacketConn
 	var l net.Listener
 	for range 20 { // UDP and TCP on one port
@@ -133,7 +140,7 @@ func TestReverse(t *testing.T) {
 	}
 	z.set(t, ptr4, a4)
 	for _, name := range []string{"mta1.example.net.", "7.100.51.198.in-addr.arpa."} {
-		z.fail = map[string]bool{name: true}
+		z.breakName(name)
 		if got, _, err := r.Reverse(t.Context(), v4, "mta1.example.net"); err == nil || got != control.ReverseUnchecked {
 			t.Errorf("SERVFAIL for %s: got %q, %v; nothing is known", name, got, err)
 		}
@@ -207,7 +214,7 @@ func TestDomain(t *testing.T) {
 			t.Errorf("nothing was found about %s", tc.check)
 		}
 	}
-	z.fail = map[string]bool{"rp.example.com.": true}
+	z.breakName("rp.example.com.")
 	for _, f := range r.Domain(t.Context(), facts) {
 		if (f.Check == "spf" || f.Check == "return-path") && f.Status != service.FindingUnknown {
 			t.Errorf("SERVFAIL: %+v", f)
