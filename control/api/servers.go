@@ -7,6 +7,7 @@ import (
 
 	"github.com/danielgtaylor/huma/v2"
 
+	"github.com/relais-mta/relais/control"
 	"github.com/relais-mta/relais/control/service"
 )
 
@@ -23,6 +24,7 @@ type Server struct {
 	LinkAddress string `json:"link_address"`
 	HTTPAddress string `json:"http_address"`
 	Revision    uint64 `json:"revision"`
+	Problem     string `json:"problem,omitempty" doc:"What is wrong with it, and what helps"`
 }
 
 func serverOf(v service.ServerView) Server {
@@ -37,8 +39,21 @@ func serverOf(v service.ServerView) Server {
 		default:
 			out.Role = "follower"
 		}
+		out.Problem = problemOfServer(v)
 	}
 	return out
+}
+
+// problemOfServer says in a sentence what is wrong with a member and what helps.
+func problemOfServer(v service.ServerView) string {
+	switch m := v.Member; {
+	case v.State == control.NodeEvicted:
+		return "it was removed and still counts: it leaves once it has heard of it, or once enough of the others answer"
+	case !m.Alive:
+		return "it does not answer the leader: start it, or see its log; if its disk is lost, empty its data directory and let it join again at its address, or remove it"
+	default:
+		return m.Problem
+	}
 }
 
 func (s *server) registerServers(a huma.API) {

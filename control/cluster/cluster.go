@@ -103,7 +103,7 @@ func Open(o Options) (*Cluster, error) {
 		id: o.ServerID, address: o.Address, dir: o.Dir, tuning: o.Tuning, results: newResults(), roster: roster{heard: make(map[raft.ServerID]*heard)}}
 	c.tuning.setDefaults()
 	var err error
-	if c.stores, err = openStores(o.Dir, o.Logger, c.verified); err != nil {
+	if c.stores, err = openStores(o.Dir, o.Logger, c.verified, o.Halt); err != nil {
 		return nil, err
 	}
 	logs := c.stores.logs
@@ -122,11 +122,11 @@ func Open(o Options) (*Cluster, error) {
 	notify := make(chan bool, notifyBuffer)
 	conf := raftConfig(o.ServerID, c.tuning)
 	conf.Logger, conf.NotifyCh = logger, notify
-	c.raft, err = raft.NewRaft(conf, machine{fsm.New(o.State, o.Halt), o.State, c.results}, logs, c.stores.wal, c.stores.snapshots, transport)
+	c.raft, err = raft.NewRaft(conf, machine{fsm.New(o.State, o.Halt), o.State, c.results}, logs, c.stores.stable, c.stores.snapshots, transport)
 	if err != nil {
 		_ = c.transport.Close()
 		c.stores.close()
-		return nil, fault.Wrap(err, fault.Internal, op, "raft does not start from %s", o.Dir)
+		return nil, fault.Wrap(err, fault.Internal, op, "raft does not start from %s: %s", filepath.Join(o.Dir, raftDir), damagedRemedy)
 	}
 	c.metrics.watch(o.Registerer, c)
 	c.workers.Go(func() { c.lead(notify) })
@@ -171,7 +171,7 @@ func Bootstrap(dir, serverID, address string, logger *slog.Logger) error {
 	if Exists(dir) {
 		return fault.Field(op, "data", "%s holds a cluster already: start it with serve, or name an empty directory", dir)
 	}
-	s, err := openStores(dir, logger, nil)
+	s, err := openStores(dir, logger, nil, nil)
 	if err != nil {
 		return err
 	}
@@ -182,7 +182,7 @@ func Bootstrap(dir, serverID, address string, logger *slog.Logger) error {
 	conf.Logger = newRaftLogger(logger)
 	_, transport := raft.NewInmemTransport(raft.ServerAddress(address))
 	voters := raft.Configuration{Servers: []raft.Server{{Suffrage: raft.Voter, ID: raft.ServerID(serverID), Address: raft.ServerAddress(address)}}}
-	err = raft.BootstrapCluster(conf, s.logs, s.wal, s.snapshots, transport, voters)
+	err = raft.BootstrapCluster(conf, s.logs, s.stable, s.snapshots, transport, voters)
 	return fault.Wrap(err, fault.Internal, op, "the first voter cannot be written to %s", dir)
 }
 
@@ -205,6 +205,11 @@ func (c *Cluster) lead(notify <-chan bool) {
 					// Without the barrier this server may lack entries; let another lead.
 					c.logger.Error("this server steps down", "error", c.raft.LeadershipTransfer().Error())
 				}
+				continue
+			}
+			if err := c.sound(); err != nil {
+				// Its state would become everybody's measure.
+				c.logger.Error("this server must not lead and steps down", "error", err, "transfer", c.raft.LeadershipTransfer().Error())
 				continue
 			}
 			c.setReady(true)
@@ -268,13 +273,21 @@ func (c *Cluster) Leader() (address, serverID string) {
 // Health returns nil, or why this server must not serve: its state differs
 // from the leader's, or its log is damaged.
 func (c *Cluster) Health() error {
+	if err := c.sound(); err != nil {
+		return err
+	}
+	return c.removed()
+}
+
+// sound returns nil, or what is wrong with this server's state or log.
+func (c *Cluster) sound() error {
 	if d := c.state.Diverged(); d != nil {
 		return d
 	}
 	if err := c.unsound.Load(); err != nil {
 		return *err
 	}
-	return c.removed()
+	return nil
 }
 
 // removed returns an error if this server was taken out of the cluster.

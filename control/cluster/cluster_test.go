@@ -191,6 +191,13 @@ func TestStateHash(t *testing.T) {
 	if err := c.Health(); err == nil || !strings.Contains(err.Error(), "differs from the leader's") {
 		t.Errorf("a diverged server says %v", err)
 	}
+	if text := c.problem(); !strings.Contains(text, "move its data directory away") || !strings.Contains(text, "relais-control join") {
+		t.Errorf("an operator is told %q", text)
+	}
+	members, err := c.members()
+	if err != nil || len(members) != 1 || !strings.Contains(members[0].Problem, "differs from the leader's") {
+		t.Errorf("in the list: %+v, %v", members, err)
+	}
 	waitFor(t, func() bool { return testutil.ToFloat64(c.metrics.divergences) == 1 }, "the divergence to be counted")
 }
 

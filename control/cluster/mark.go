@@ -24,7 +24,8 @@ import (
 // itself, so after a power cut it may be too low, never too high.
 type markedLog struct {
 	*wal.WAL
-	file *os.File
+	file   *os.File
+	writer writer
 }
 
 var _ raft.MonotonicLogStore = (*markedLog)(nil)
@@ -37,14 +38,14 @@ const (
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
 // openMarked wraps the log and refuses one that lost its tail.
-func openMarked(base string, w *wal.WAL) (*markedLog, error) {
+func openMarked(base string, w *wal.WAL, toDisk writer) (*markedLog, error) {
 	const op = "cluster.openStores"
 	path := filepath.Join(base, markFile)
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return nil, fault.Wrap(err, fault.Internal, op, "%s cannot be opened", path)
 	}
-	m := &markedLog{WAL: w, file: f}
+	m := &markedLog{WAL: w, file: f, writer: toDisk}
 	last, err := w.LastIndex()
 	if err != nil {
 		return nil, fault.Wrap(closeAfter(f, err), fault.Internal, op, "the raft log in %s cannot be read", base)
@@ -83,9 +84,9 @@ func (m *markedLog) StoreLog(l *raft.Log) error { return m.StoreLogs([]*raft.Log
 // StoreLogs implements raft.LogStore.
 func (m *markedLog) StoreLogs(logs []*raft.Log) error {
 	if err := m.WAL.StoreLogs(logs); err != nil || len(logs) == 0 {
-		return err
+		return m.writer.check(err)
 	}
-	return m.set(logs[len(logs)-1].Index)
+	return m.writer.check(m.set(logs[len(logs)-1].Index))
 }
 
 // DeleteRange implements raft.LogStore. A mark that goes back must be there
@@ -105,10 +106,10 @@ func (m *markedLog) DeleteRange(from, to uint64) error {
 			mark = 0 // nothing is left, and what comes next may begin anywhere
 		}
 		if err := errors.Join(m.set(mark), m.file.Sync()); err != nil {
-			return err
+			return m.writer.check(err)
 		}
 	}
-	return m.WAL.DeleteRange(from, to)
+	return m.writer.check(m.WAL.DeleteRange(from, to))
 }
 
 // Close closes log and mark.

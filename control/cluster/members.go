@@ -56,15 +56,18 @@ type Member struct {
 	Address string    `json:"address"` // of raft
 	Voter   bool      `json:"voter"`
 	Leader  bool      `json:"leader"`
-	Alive   bool      `json:"alive"` // it answered the leader within the last seconds
-	Lag     uint64    `json:"lag"`   // entries it has not applied, when it answered last
-	Since   time.Time `json:"since"` // it has followed closely; zero if it does not
+	Alive   bool      `json:"alive"`             // it answered the leader within the last seconds
+	Lag     uint64    `json:"lag"`               // entries it has not applied, when it answered last
+	Since   time.Time `json:"since"`             // it has followed closely; zero if it does not
+	Problem string    `json:"problem,omitempty"` // what is wrong with it, by its own word, and what helps
 }
 
 // status is what a server says of itself to the leader.
 type status struct {
 	Applied uint64 `json:"applied"`
 	Term    uint64 `json:"term"`
+	Problem string `json:"problem,omitempty"`
+	Unfit   bool   `json:"unfit,omitempty"` // to vote: its state or log is not sound
 }
 
 // roster is the leader's memory of the other servers.
@@ -79,10 +82,11 @@ type heard struct {
 	applied uint64
 	lag     uint64
 	since   time.Time // it has followed closely
+	problem string
 }
 
 func (c *Cluster) onStatus(context.Context, ids.Node, []byte) (any, error) {
-	return status{Applied: c.raft.AppliedIndex(), Term: c.raft.CurrentTerm()}, nil
+	return status{Applied: c.raft.AppliedIndex(), Term: c.raft.CurrentTerm(), Problem: c.problem(), Unfit: c.sound() != nil}, nil
 }
 
 // onMembers tells another server who belongs to the cluster.
@@ -118,9 +122,9 @@ func (c *Cluster) members() ([]Member, error) {
 	for _, s := range conf.Configuration().Servers {
 		m := Member{ID: string(s.ID), Address: string(s.Address), Voter: s.Suffrage == raft.Voter}
 		if m.ID == c.id {
-			m.Leader, m.Alive, m.Since = true, true, now.Add(-c.tuning.StableFor)
+			m.Leader, m.Alive, m.Since, m.Problem = true, true, now.Add(-c.tuning.StableFor), c.problem()
 		} else if h := c.roster.heard[s.ID]; h != nil {
-			m.Alive, m.Lag, m.Since = now.Sub(h.at) < maxReadAge, h.lag, h.since
+			m.Alive, m.Lag, m.Since, m.Problem = now.Sub(h.at) < maxReadAge, h.lag, h.since, h.problem
 		}
 		out = append(out, m)
 	}
@@ -196,9 +200,9 @@ func (c *Cluster) heardFrom(id raft.ServerID, answer *status, last uint64) {
 		}
 		return
 	}
-	h.at, h.applied, h.lag = now, answer.Applied, last-min(last, answer.Applied)
+	h.at, h.applied, h.lag, h.problem = now, answer.Applied, last-min(last, answer.Applied), answer.Problem
 	switch {
-	case h.lag >= maxTrailing:
+	case h.lag >= maxTrailing || answer.Unfit:
 		h.since = time.Time{}
 	case h.since.IsZero():
 		h.since = now

@@ -31,6 +31,7 @@ const (
 	peerHeaderTimeout = 5 * time.Second
 	peerIdleTimeout   = time.Minute
 	maxIdlePeerConns  = 8
+	leaderPollPeriod  = 50 * time.Millisecond
 )
 
 // answer is what a server says to another. Exactly one of Error and the other
@@ -233,7 +234,9 @@ func (c *Cluster) forward(ctx context.Context, cmd command.Command) (state.Resul
 	if err != nil {
 		return state.Result{}, err
 	}
-	out, err := c.peers.ask(ctx, to, "propose", data)
+	asking, enough := c.whileLeads(ctx, id)
+	out, err := c.peers.ask(asking, to, "propose", data)
+	enough()
 	var unreachable *unreachableError
 	switch {
 	case errors.As(err, &unreachable):
@@ -250,6 +253,29 @@ func (c *Cluster) forward(ctx context.Context, cmd command.Command) (state.Resul
 		return state.Result{}, unknown(errors.Join(err, fault.New(fault.Unavailable, op, "the change is entry %d, which this server has not seen go by", out.Index)))
 	}
 	return result, result.Err
+}
+
+// whileLeads returns a context that ends when this server learns that another
+// one leads: what was asked of the former leader, paused or cut off, may be
+// answered much later or never.
+func (c *Cluster) whileLeads(ctx context.Context, leader string) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancel(ctx)
+	go func() { // ends with the request
+		tick := time.NewTicker(leaderPollPeriod)
+		defer tick.Stop()
+		for {
+			select {
+			case <-tick.C:
+			case <-ctx.Done():
+				return
+			}
+			if _, now := c.Leader(); now != leader && now != "" {
+				cancel()
+				return
+			}
+		}
+	}()
+	return ctx, cancel
 }
 
 // onFence confirms that this server leads and returns the index of its state:
@@ -273,12 +299,15 @@ func (c *Cluster) Fence(ctx context.Context) error {
 		return fault.Wrap(control.ErrNoLeader, fault.Unavailable, op, "the cluster has no leader now: try again in a few seconds")
 	}
 	var index uint64
-	if err := c.askFor(ctx, to, "fence", nil, &index); err != nil {
+	asking, enough := c.whileLeads(ctx, id)
+	err := c.askFor(asking, to, "fence", nil, &index)
+	enough()
+	if err != nil {
 		return err
 	}
 	ctx, cancel := context.WithTimeout(ctx, catchUpTimeout)
 	defer cancel()
-	_, _, err := c.await(ctx, index)
+	_, _, err = c.await(ctx, index)
 	return fault.Wrap(err, fault.Timeout, op, "this server has not caught up with entry %d: ask another one", index)
 }
 

@@ -41,7 +41,7 @@ func Recover(dir, serverID, address string, logger *slog.Logger) (err error) {
 	if err := forgetMark(dir); err != nil {
 		return err
 	}
-	s, err := openStores(dir, logger, nil)
+	s, err := openStores(dir, logger, nil, nil)
 	if err != nil {
 		return err
 	}
@@ -56,6 +56,6 @@ func Recover(dir, serverID, address string, logger *slog.Logger) (err error) {
 	conf.LocalID, conf.Logger = raft.ServerID(serverID), newRaftLogger(logger)
 	_, transport := raft.NewInmemTransport(raft.ServerAddress(address))
 	only := raft.Configuration{Servers: []raft.Server{{Suffrage: raft.Voter, ID: raft.ServerID(serverID), Address: raft.ServerAddress(address)}}}
-	err = raft.RecoverCluster(conf, fsm.New(state.New(), func(error) {}), s.logs, s.wal, s.snapshots, transport, only)
+	err = raft.RecoverCluster(conf, fsm.New(state.New(), func(error) {}), s.logs, s.stable, s.snapshots, transport, only)
 	return fault.Wrap(err, fault.Internal, op, "the raft log in %s cannot be recovered", dir)
 }

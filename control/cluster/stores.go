@@ -18,29 +18,38 @@ import (
 // raftDir is the folder of the data directory that raft owns.
 const raftDir = "raft"
 
+// damagedRemedy is what helps a server whose log or snapshots cannot be read.
+const damagedRemedy = "in a cluster of several servers, move the data directory away and join again; with one server restore the last backup"
+
 // stores are the parts of raft that live on disk: log and votes in a
 // write-ahead log, snapshots as files. The verifier in front of the log compares
 // what is read back with what was written, from one StateHash to the next.
 type stores struct {
-	wal       *wal.WAL
+	stable    stable
 	verifier  *verifier.LogStore
 	logs      raft.LogStore
 	snapshots raft.SnapshotStore
 }
 
-func openStores(dir string, logger *slog.Logger, report verifier.ReportFn) (*stores, error) {
+// openStores opens the log of a data directory. fail is called when it cannot be
+// written any more.
+func openStores(dir string, logger *slog.Logger, report verifier.ReportFn, fail func(error)) (*stores, error) {
 	const op = "cluster.openStores"
 	base := filepath.Join(dir, raftDir)
 	walDir := filepath.Join(base, "log")
 	if err := os.MkdirAll(walDir, 0o700); err != nil {
 		return nil, fault.Wrap(err, fault.Internal, op, "the folder %s cannot be made", walDir)
 	}
-	hlog := newRaftLogger(logger)
-	w, err := wal.Open(walDir, wal.WithLogger(hlog))
-	if err != nil {
-		return nil, fault.Wrap(err, fault.Internal, op, "the raft log in %s cannot be opened: is another server running on it?", walDir)
+	if err := checkSpace(base); err != nil {
+		return nil, err
 	}
-	marked, err := openMarked(base, w)
+	hlog := newRaftLogger(logger)
+	w, err := wal.Open(walDir, wal.WithLogger(hlog), wal.WithSegmentSize(segmentBytes))
+	if err != nil {
+		return nil, fault.Wrap(err, fault.Internal, op, "the raft log in %s cannot be opened. If another server runs on it, stop that; if it is damaged, %s", walDir, damagedRemedy)
+	}
+	toDisk := writer{base, fail}
+	marked, err := openMarked(base, w, toDisk)
 	if err != nil {
 		return nil, closeAfter(w, err)
 	}
@@ -48,7 +57,7 @@ func openStores(dir string, logger *slog.Logger, report verifier.ReportFn) (*sto
 	if err != nil {
 		return nil, fault.Wrap(closeAfter(marked, err), fault.Internal, op, "the snapshots in %s cannot be opened", base)
 	}
-	s := &stores{wal: w, snapshots: snapshots}
+	s := &stores{stable: stable{w, toDisk}, snapshots: snapshots}
 	s.verifier = verifier.NewLogStore(marked, isCheckpoint, report, &walmetrics.NoOpCollector{})
 	s.logs, err = raft.NewLogCache(logCacheEntries, s.verifier)
 	if err != nil {

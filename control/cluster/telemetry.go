@@ -24,8 +24,8 @@ type metrics struct {
 func newMetrics(reg prometheus.Registerer) *metrics {
 	m := &metrics{
 		commitSeconds: prometheus.NewHistogram(prometheus.HistogramOpts{
-			Name: "relais_control_raft_commit_seconds", Help: "Time from proposing a change to having applied it.",
-			Buckets: prometheus.ExponentialBuckets(0.0005, 2, 14),
+			Name: "relais_control_raft_commit_seconds", Help: "Time the leader took from proposing a change to having applied it.",
+			Buckets: commitBuckets,
 		}),
 		proposals: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "relais_control_raft_proposals_total", Help: "Changes proposed, by command and outcome: applied, refused by a rule, or lost.",
@@ -51,6 +51,10 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 	return m
 }
 
+// commitBuckets are fine where a commit ought to be, on the disks and in the
+// networks that servers have.
+var commitBuckets = []float64{.0005, .001, .0015, .002, .003, .004, .005, .0075, .01, .02, .05, .1, .25, .5, 1, 2.5, 5}
+
 // watch registers the numbers that raft itself keeps.
 func (m *metrics) watch(reg prometheus.Registerer, c *Cluster) {
 	gauge := func(name, help string, value func() float64) {
@@ -61,6 +65,13 @@ func (m *metrics) watch(reg prometheus.Registerer, c *Cluster) {
 			return 1
 		}
 		return 0
+	})
+	gauge("relais_control_disk_free_bytes", "Space on the disk of the data directory that may be used; 0 if it does not answer.", func() float64 {
+		free, err := freeBytes(c.dir)
+		if err != nil {
+			return 0
+		}
+		return float64(free)
 	})
 	gauge("relais_control_raft_term", "Current raft term.", func() float64 { return float64(c.raft.CurrentTerm()) })
 	gauge("relais_control_raft_last_index", "Index of the last entry in this server's log.", func() float64 { return float64(c.raft.LastIndex()) })

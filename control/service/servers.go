@@ -32,6 +32,8 @@ type ServerMember struct {
 	Leader bool
 	Alive  bool
 	Lag    uint64 // entries that it has not applied
+	// Problem is what is wrong with it, by its own word, and what helps.
+	Problem string
 }
 
 // ServerView is a server's row with what the leader knows of it.
@@ -57,12 +59,12 @@ func (s *Service) Servers(ctx context.Context, a Actor, removed bool) ([]ServerV
 	}
 	var out []ServerView
 	for _, row := range s.state.Read().Servers() {
-		if row.State == control.NodeEvicted && !removed {
-			continue
-		}
 		v := ServerView{Server: *row}
 		if i := slices.IndexFunc(members, func(m ServerMember) bool { return m.ID == row.ID.String() }); i >= 0 {
 			v.Member = &members[i]
+		}
+		if row.State == control.NodeEvicted && !removed && v.Member == nil {
+			continue // one that still counts is shown
 		}
 		out = append(out, v)
 	}

@@ -6,6 +6,7 @@ package service
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"sync"
 	"sync/atomic"
@@ -94,7 +95,8 @@ func (c Change) meta(a Actor) *command.Meta { return &command.Meta{Actor: a.Name
 // enter is the door: no use case goes on before it.
 func (s *Service) enter(a Actor, need control.Role, op string) error {
 	if err := s.log.Health(); err != nil {
-		return fault.Wrap(err, fault.Unavailable, op, "this server does not serve because its state is not sound: ask another server and see this one's log")
+		// Nothing was changed, and another server can answer.
+		return fault.Wrap(errors.Join(control.ErrNoLeader, err), fault.Unavailable, op, "this server does not serve, ask another one: %s", fault.Public(err))
 	}
 	if err := s.fresh(op); err != nil {
 		return err

@@ -67,8 +67,11 @@ type Divergence struct {
 }
 
 // Error implements error.
-func (d *Divergence) Error() string {
-	return fault.New(fault.Internal, "state.Apply", "the state of this server differs from the leader's at log index %d (%x, leader %x): stop it, move its data directory away and let it join again", d.Index, d.Got[:8], d.Want[:8]).Error()
+func (d *Divergence) Error() string { return d.Unwrap().Error() }
+
+// Unwrap lets the text be shown to operators.
+func (d *Divergence) Unwrap() error {
+	return fault.New(fault.Internal, "state.Apply", "the state of this server differs from the leader's at log index %d (%x, leader %x): stop it, move its data directory away and let it join again with `relais-control join --token ct1.…`", d.Index, d.Got[:8], d.Want[:8])
 }
 
 // New returns an empty state.

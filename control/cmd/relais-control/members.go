@@ -38,7 +38,7 @@ func (m membership) ServerMembers(ctx context.Context) ([]service.ServerMember, 
 	members, err := m.Members(ctx)
 	out := make([]service.ServerMember, 0, len(members))
 	for _, one := range members {
-		out = append(out, service.ServerMember{ID: one.ID, Voter: one.Voter, Leader: one.Leader, Alive: one.Alive, Lag: one.Lag})
+		out = append(out, service.ServerMember{ID: one.ID, Voter: one.Voter, Leader: one.Leader, Alive: one.Alive, Lag: one.Lag, Problem: one.Problem})
 	}
 	return out, err
 }
@@ -173,7 +173,7 @@ func (a *app) serverCommand() *cobra.Command {
 }
 
 func listServers(a *app, cmd *cobra.Command, removed bool) error {
-	return list(a, cmd, "/servers", url.Values{"removed": {fmt.Sprint(removed)}}, "ID NAME STATE ROLE ALIVE LAG VERSION ADDRESS", func(s api.Server) []string {
-		return []string{s.ID, s.Name, s.State, s.Role, yes(s.Alive), fmt.Sprint(s.Lag), s.Version, s.RaftAddress}
+	return list(a, cmd, "/servers", url.Values{"removed": {fmt.Sprint(removed)}}, "ID NAME STATE ROLE ALIVE LAG VERSION ADDRESS PROBLEM", func(s api.Server) []string {
+		return []string{s.ID, s.Name, s.State, s.Role, yes(s.Alive), fmt.Sprint(s.Lag), s.Version, s.RaftAddress, s.Problem}
 	})
 }

@@ -361,6 +361,12 @@ func (s *server) watchHealth() {
 		}
 		return telemetry.OK, ""
 	})
+	s.health.Watch("disk", func() (telemetry.Severity, string) {
+		if err := s.cluster.Space(); err != nil {
+			return telemetry.Warning, fault.Public(err)
+		}
+		return telemetry.OK, ""
+	})
 	s.health.Watch("clones", func() (telemetry.Severity, string) {
 		if problem := s.service.CloneProblem(); problem != "" {
 			return telemetry.Warning, problem
