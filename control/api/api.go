@@ -74,6 +74,7 @@ func New(o Options) http.Handler {
 	s.registerServers(a)
 	s.registerPolicy(a)
 	s.registerRecovery(a)
+	s.registerUpgrade(a)
 	return router
 }
 

@@ -23,7 +23,7 @@ func (s *server) registerOpen(a huma.API) {
 	handle(s, a, route{method: http.MethodGet, path: "/version", id: "get-version", summary: "What answers", open: true},
 		func(context.Context, *struct{}) (*Out[Version], error) {
 			i := s.svc.Info()
-			return out(Version{Version: i.Version, Cluster: i.Cluster.String(), Leader: i.Leader, Index: i.Index, Revision: i.Revision}, i.Index), nil
+			return out(Version{Version: i.Version, Cluster: i.Cluster.String(), Commands: i.Commands, Leader: i.Leader, Index: i.Index, Revision: i.Revision}, i.Index), nil
 		})
 	handle(s, a, route{method: http.MethodGet, path: "/health", id: "get-health", summary: "Whether this server serves", open: true},
 		func(context.Context, *struct{}) (*healthOut, error) {

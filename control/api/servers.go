@@ -20,6 +20,7 @@ type Server struct {
 	Alive       bool   `json:"alive" doc:"It answered the leader within the last seconds"`
 	Lag         uint64 `json:"lag" doc:"Log entries that it has not applied"`
 	Version     string `json:"version"`
+	Commands    uint16 `json:"commands" doc:"Newest version of the commands that it knows"`
 	RaftAddress string `json:"raft_address"`
 	LinkAddress string `json:"link_address"`
 	HTTPAddress string `json:"http_address"`
@@ -28,7 +29,7 @@ type Server struct {
 }
 
 func serverOf(v service.ServerView) Server {
-	out := Server{ID: v.ID.String(), Name: v.Name, State: string(v.State), Role: "none", Version: v.Version, RaftAddress: v.RaftAddress, LinkAddress: v.LinkAddress, HTTPAddress: v.HTTPAddress, Revision: v.Revision}
+	out := Server{ID: v.ID.String(), Name: v.Name, State: string(v.State), Role: "none", Version: v.Version, Commands: v.MaxFSMVersion, RaftAddress: v.RaftAddress, LinkAddress: v.LinkAddress, HTTPAddress: v.HTTPAddress, Revision: v.Revision}
 	if m := v.Member; m != nil {
 		out.Alive, out.Lag = m.Alive, m.Lag
 		switch {

@@ -268,6 +268,7 @@ type AuditEntry struct {
 type Version struct {
 	Version  string `json:"version"`
 	Cluster  string `json:"cluster,omitempty"`
+	Commands uint16 `json:"commands" doc:"Version of the commands that the cluster works at"`
 	Leader   bool   `json:"leader"`
 	Index    uint64 `json:"index" doc:"Last change applied here"`
 	Revision uint64 `json:"revision" doc:"Last change that relays must hear of"`

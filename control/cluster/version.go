@@ -13,5 +13,5 @@ func (c *Cluster) gate(cmd command.Command) error {
 		return nil
 	}
 	return fault.New(fault.Unavailable, "cluster.Propose",
-		"this needs version %d of the commands, the cluster works at %d: upgrade every server, the version is raised ten minutes after the last one", command.Since(command.TypeOf(cmd)), row.FSMVersion)
+		"this needs version %d of the commands, the cluster works at %d: upgrade every server, the version is raised ten minutes after the last one, or by `relais-control upgrade finish`", command.Since(command.TypeOf(cmd)), row.FSMVersion)
 }

@@ -184,6 +184,7 @@ func (s *Service) Authenticate(key string) (Actor, error) {
 type Info struct {
 	Version  string
 	Cluster  ids.Cluster
+	Commands uint16 // version of the commands that the cluster works at
 	Leader   bool
 	Index    uint64 // of the last change applied here
 	Revision uint64 // of the last change that relays must hear of
@@ -194,7 +195,7 @@ func (s *Service) Info() Info {
 	r := s.state.Read()
 	i := Info{Version: s.version, Leader: s.log.Ready(), Index: r.Index(), Revision: r.ViewRevision()}
 	if c := r.Cluster(); c != nil {
-		i.Cluster = c.ID
+		i.Cluster, i.Commands = c.ID, c.FSMVersion
 	}
 	return i
 }

@@ -313,7 +313,7 @@ func parseSince(text string, now time.Time) (time.Time, error) {
 func (a *app) statusCommand() *cobra.Command {
 	return &cobra.Command{Use: "status", Short: "Show the server that answers", Example: "  relais-control status --json", Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error {
 		return show(a, cmd, call{method: http.MethodGet, path: "/version"}, func(w io.Writer, v api.Version) error {
-			return printPairs(w, "Version", v.Version, "Cluster", v.Cluster, "Leads", yes(v.Leader), "Index", fmt.Sprint(v.Index), "Revision", fmt.Sprint(v.Revision))
+			return printPairs(w, "Version", v.Version, "Cluster", v.Cluster, "Commands", fmt.Sprint("version ", v.Commands), "Leads", yes(v.Leader), "Index", fmt.Sprint(v.Index), "Revision", fmt.Sprint(v.Revision))
 		})
 	}}
 }

@@ -173,7 +173,7 @@ func (a *app) serverCommand() *cobra.Command {
 }
 
 func listServers(a *app, cmd *cobra.Command, removed bool) error {
-	return list(a, cmd, "/servers", url.Values{"removed": {fmt.Sprint(removed)}}, "ID NAME STATE ROLE ALIVE LAG VERSION ADDRESS PROBLEM", func(s api.Server) []string {
-		return []string{s.ID, s.Name, s.State, s.Role, yes(s.Alive), fmt.Sprint(s.Lag), s.Version, s.RaftAddress, s.Problem}
+	return list(a, cmd, "/servers", url.Values{"removed": {fmt.Sprint(removed)}}, "ID NAME STATE ROLE ALIVE LAG VERSION COMMANDS ADDRESS PROBLEM", func(s api.Server) []string {
+		return []string{s.ID, s.Name, s.State, s.Role, yes(s.Alive), fmt.Sprint(s.Lag), s.Version, fmt.Sprint(s.Commands), s.RaftAddress, s.Problem}
 	})
 }
