@@ -39,7 +39,7 @@ generate:
 peers:
 	@scripts/debian-peers.sh
 
-test: peers check unit e2e
+test: peers check unit e2e test-deb
 
 # Everything but the end-to-end tests, which start real processes and are run alone.
 unit:
@@ -63,7 +63,7 @@ deb:
 # Installs, starts, upgrades and purges the packages in a Debian of their own,
 # booted with systemd-nspawn. Needs root; the first run fetches that Debian.
 test-deb:
-	@scripts/debian-peers.sh debootstrap systemd-container lintian
+	@scripts/debian-peers.sh mmdebstrap systemd-container lintian
 	$(GO) vet -tags deb ./scripts/deb
 	$(GO) test $(TESTFLAGS) -tags deb -timeout 10m -v -run TestPackages ./scripts/deb
 

@@ -4,40 +4,23 @@ package main
 
 import (
 	"bytes"
-	"context"
 	"encoding/json"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
 	"strings"
-	"syscall"
 	"testing"
-	"time"
+
+	"golang.org/x/sync/errgroup"
 )
-
-// Bounds of the test's waits.
-const (
-	bootTimeout    = 90 * time.Second
-	commandTimeout = 120 * time.Second
-	pollInterval   = 100 * time.Millisecond
-	slowCommand    = 5 * time.Second // is named in the log
-)
-
-// base is the Debian that the packages are tried in, kept between runs.
-const base = "bin/deb-base"
-
-// machine is a booted Debian.
-type machine struct {
-	t      *testing.T
-	leader string // process id of its first process, as seen from here
-}
 
 // TestPackages takes both packages through their life on a machine of their
 // own, where systemd starts them by their units: with every restriction that
 // the units ask for.
 func TestPackages(t *testing.T) {
 	t.Chdir("../..")
+	var group errgroup.Group
+	group.Go(func() error { return fetch(t.Context()) })
 	packages := t.TempDir()
 	older := buildBoth(t, filepath.Join(packages, "1"), "v0.0.1")
 	newer := buildBoth(t, filepath.Join(packages, "2"), "v0.0.2")
@@ -48,16 +31,36 @@ func TestPackages(t *testing.T) {
 		}
 	}
 	lint(t, newer)
+	if err := group.Wait(); err != nil {
+		t.Fatal(err)
+	}
 	inside := func(files []string) string {
-		var out []string
-		for _, f := range files {
-			out = append(out, strings.Replace(f, packages, "/packages", 1))
-		}
-		return strings.Join(out, " ")
+		return strings.ReplaceAll(strings.Join(files, " "), packages, "/packages")
 	}
 	m := boot(t, packages)
+	m.surround()
 
 	m.sh("dpkg -i " + inside(older))
+	m.installed()
+	m.start()
+	secret := m.tenant()
+	m.accept(secret)
+	m.upgrade(inside(older), inside(newer))
+	m.accept(secret)
+	m.live()
+	m.reinstall(inside(newer[:1]))
+	m.deliver()
+
+	m.sh("dpkg --purge relais-relay")
+	m.sh("test ! -e /var/lib/relais/relay && test ! -e /etc/relais/relay.toml && test -d /var/lib/relais/control")
+	m.want("systemctl is-active relais-control", "active")
+	m.sh("dpkg --purge relais-control")
+	m.sh("test ! -e /var/lib/relais && test ! -e /etc/relais && ! systemctl cat relais-control relais-relay && getent passwd relais")
+}
+
+// installed looks at what the packages put on a machine that has not joined.
+func (m *machine) installed() {
+	m.t.Helper()
 	m.want("getent passwd relais", "/var/lib/relais")
 	for i := range products {
 		p := &products[i]
@@ -66,39 +69,6 @@ func TestPackages(t *testing.T) {
 		m.sh("dpkg --verify " + p.name + " && systemd-analyze verify --man=no " + p.unit())
 		m.sh("systemd-analyze security --threshold=20 --no-pager " + p.unit())
 	}
-	m.start()
-	m.mail()
-
-	m.sh("echo '# kept' >>/etc/relais/relay.toml")
-	before := m.pid("relais-relay")
-	m.sh("dpkg -i " + inside(newer))
-	m.until("the relay is ready after the upgrade", "curl -fsS http://127.0.0.1:9090/readyz")
-	if m.pid("relais-relay") == before {
-		t.Error("after the upgrade the old process still runs")
-	}
-	m.want("relais-relay status", "v0.0.2")
-	m.waiting(1)
-	m.sh("grep -q '^# kept$' /etc/relais/relay.toml")
-	m.want("journalctl --no-pager -u relais-relay", "Deactivated successfully", "the relay is stopping")
-	m.sh("! journalctl --no-pager -u relais-relay | grep -i 'failed with result'")
-
-	m.sh("systemctl reload relais-relay relais-control")
-	m.want("systemctl is-active relais-relay relais-control", "active\nactive")
-	m.sh("kill -KILL " + m.pid("relais-relay"))
-	m.until("the relay is started again after a crash", "curl -fsS http://127.0.0.1:9090/readyz")
-	m.waiting(1)
-
-	m.sh("dpkg --remove relais-relay")
-	m.sh("test -d /var/lib/relais/relay/store && test -f /etc/relais/relay.toml && ! pgrep -x relais-relay")
-	m.sh("dpkg -i " + strings.Fields(inside(newer))[0])
-	m.until("the relay is back after its package was installed again", "curl -fsS http://127.0.0.1:9090/readyz")
-	m.waiting(1)
-
-	m.sh("dpkg --purge relais-relay")
-	m.sh("test ! -e /var/lib/relais/relay && test ! -e /etc/relais/relay.toml && test -d /var/lib/relais/control")
-	m.want("systemctl is-active relais-control", "active")
-	m.sh("dpkg --purge relais-control")
-	m.sh("test ! -e /var/lib/relais && test ! -e /etc/relais && ! systemctl cat relais-control relais-relay && getent passwd relais")
 }
 
 // start makes the machine a cluster of one server and one relay.
@@ -111,158 +81,123 @@ func (m *machine) start() {
 	if err := json.Unmarshal([]byte(m.sh("relais-control token create --role relay --json")), &token); err != nil || token.Token == "" {
 		m.t.Fatalf("no token: %v", err)
 	}
+	m.sh(`printf '[lab]\nsmtp_port = 2525\nallow_private = true\n' >>/etc/relais/relay.toml`)
 	m.sh("relais-relay join --token " + token.Token + " 127.0.0.1:7443 --config /etc/relais/relay.toml")
 	m.sh("systemctl start relais-relay")
-	m.until("the relay is ready", "curl -fsS http://127.0.0.1:9090/readyz")
+	m.until("the relay is ready", ready)
 	m.want("systemctl show -p User,StatusText,NotifyAccess,WatchdogUSec relais-relay", "User=relais", "StatusText=accepts and delivers mail", "WatchdogUSec=1min")
 	m.want("ps -o user= -C relais-relay,relais-control", "relais")
 	m.sh("! find /var/lib/relais/relay /var/lib/relais/control ! -user relais | grep .")
 }
 
-// mail puts one message into the queue, where it stays: nothing is reachable.
-func (m *machine) mail() {
+const ready = "curl -fsS http://127.0.0.1:9090/readyz"
+
+// tenant makes somebody who may send, and returns the credential as curl wants
+// it. The address to send from is not on the machine yet.
+func (m *machine) tenant() string {
 	m.t.Helper()
 	m.sh("relais-control tenant add acme")
 	m.sh("relais-control domain add example.com --tenant acme")
-	m.sh("ip address add 192.0.2.10/32 dev lo")
-	m.sh("relais-control ip add 192.0.2.10 --ehlo mx10.example.net --pool default")
 	var nodes []struct{ ID string }
 	if err := json.Unmarshal([]byte(m.sh("relais-control node list --json")), &nodes); err != nil || len(nodes) == 0 {
 		m.t.Fatalf("no nodes: %v", err)
 	}
-	m.sh("relais-control ip assign 192.0.2.10 --node " + nodes[len(nodes)-1].ID)
+	m.sh("relais-control ip add " + source + " --ehlo " + sourceName + " --pool default --node " + nodes[len(nodes)-1].ID)
+	m.sh("relais-control ip check " + source)
 	var c struct{ ID, Secret string } // the id is the user name
 	if err := json.Unmarshal([]byte(m.sh("relais-control credential create --tenant acme --json")), &c); err != nil || c.Secret == "" {
 		m.t.Fatalf("no credential: %v", err)
 	}
-	m.until("the relay accepts a message", "printf 'From: a@example.com\\r\\nTo: b@example.org\\r\\nSubject: kept\\r\\n\\r\\nkept\\r\\n' >/tmp/m && curl -fsSk smtps://127.0.0.1:465 --user '"+
-		c.ID+":"+c.Secret+"' --mail-from a@example.com --mail-rcpt b@example.org --upload-file /tmp/m")
-	m.waiting(1)
+	return c.ID + ":" + c.Secret
 }
 
-// waiting checks how many recipients wait in the relay's queue.
-func (m *machine) waiting(want int) {
+// accept puts one more message into the queue, where it waits for its source.
+func (m *machine) accept(secret string) {
+	m.t.Helper()
+	before := m.waits()
+	m.until("the relay accepts a message", "id=$(cat /proc/sys/kernel/random/uuid) && printf 'From: a@example.com\\r\\nTo: b@"+destination+
+		"\\r\\nMessage-ID: <%s@example.com>\\r\\nSubject: kept\\r\\n\\r\\nkept\\r\\n' $id >/tmp/m && curl -fsSk smtps://127.0.0.1:465 --user '"+
+		secret+"' --mail-from a@example.com --mail-rcpt b@"+destination+" --upload-file /tmp/m")
+	m.waiting(before + 1)
+}
+
+// upgrade goes to the newer version, back and forth again, with mail that waits.
+func (m *machine) upgrade(older, newer string) {
+	t := m.t
+	t.Helper()
+	want := m.waits()
+	for _, step := range []struct{ packages, version, says string }{
+		{newer, "v0.0.2", "over (0.0.1)"},
+		{older, "v0.0.1", "downgrading relais-relay from 0.0.2 to 0.0.1"},
+		{newer, "v0.0.2", "over (0.0.1)"},
+	} {
+		before := m.pid("relais-relay")
+		m.want("dpkg -i "+step.packages+" 2>&1", step.says)
+		m.until("the relay is ready as "+step.version, ready)
+		m.until("the server is ready as "+step.version, "curl -fsS http://127.0.0.1:9091/readyz")
+		if m.pid("relais-relay") == before {
+			t.Errorf("as %s is installed the old process still runs", step.version)
+		}
+		m.want("relais-relay status", step.version)
+		m.want("relais-control status", step.version)
+		m.until("the link is up again", "relais-relay status --json | grep -q '\"connected\": *true'")
+		m.waiting(want)
+		m.sh("grep -q '^smtp_port = 2525$' /etc/relais/relay.toml")
+	}
+	m.want("journalctl --no-pager -u relais-relay", "Deactivated successfully", "the relay is stopping")
+	m.sh("! journalctl --no-pager -u relais-relay -u relais-control | grep -i 'failed with result'")
+	m.sh("! find /var/lib/relais/relay /var/lib/relais/control ! -user relais | grep .")
+}
+
+// live is what systemd does for a service from day to day.
+func (m *machine) live() {
+	m.t.Helper()
+	want := m.waits()
+	m.sh("systemctl reload relais-relay relais-control")
+	m.want("systemctl is-active relais-relay relais-control", "active\nactive")
+	m.sh("kill -KILL " + m.pid("relais-relay"))
+	m.until("the relay is started again after a crash", ready)
+	m.waiting(want)
+}
+
+// reinstall removes the relay's package, which keeps its queue, and what its
+// operator wrote and decided.
+func (m *machine) reinstall(relay string) {
+	m.t.Helper()
+	want := m.waits()
+	m.sh("dpkg --remove relais-relay")
+	m.sh("test -d /var/lib/relais/relay/store && test -f /etc/relais/relay.toml && ! pgrep -x relais-relay")
+	m.sh("dpkg -i " + relay)
+	m.until("the relay is back after its package was installed again", ready)
+	m.waiting(want)
+}
+
+// deliver puts the source address onto the machine, and the mail goes.
+func (m *machine) deliver() {
+	m.t.Helper()
+	want := m.waits()
+	m.sh("ip address add " + source + "/32 dev lo")
+	m.arrived(int64(want))
+	m.until("the queue is empty", `relais-relay queue summary --json | grep -q '"waiting": *0[,}]'`)
+}
+
+// waits returns how many recipients wait in the relay's queue.
+func (m *machine) waits() int {
 	m.t.Helper()
 	var s struct {
 		Waiting int `json:"waiting"`
 	}
-	if err := json.Unmarshal([]byte(m.sh("relais-relay queue summary --json")), &s); err != nil || s.Waiting != want {
-		m.t.Errorf("%d recipients wait, want %d (%v)", s.Waiting, want, err)
+	if err := json.Unmarshal([]byte(m.sh("relais-relay queue summary --json")), &s); err != nil {
+		m.t.Fatal(err)
 	}
+	return s.Waiting
 }
 
-func (m *machine) pid(unit string) string {
+func (m *machine) waiting(want int) {
 	m.t.Helper()
-	return m.sh("systemctl show -p MainPID --value " + unit)
-}
-
-// sh runs a shell command on the machine and returns what it prints.
-func (m *machine) sh(command string) string {
-	m.t.Helper()
-	start := time.Now()
-	out, err := m.try(command)
-	if took := time.Since(start); took > slowCommand {
-		m.t.Logf("%v: %s", took.Round(time.Second), command)
+	if got := m.waits(); got != want {
+		m.t.Errorf("%d recipients wait, want %d", got, want)
 	}
-	if err != nil {
-		journal, _ := m.try("journalctl --no-pager -n 40 -o cat -u relais-relay -u relais-control")
-		m.t.Fatalf("%s: %v\n%s\n%s", command, err, out, journal)
-	}
-	return strings.TrimSpace(out)
-}
-
-func (m *machine) try(command string) (string, error) {
-	ctx, cancel := context.WithTimeout(m.t.Context(), commandTimeout)
-	defer cancel()
-	cmd := exec.CommandContext(ctx, "nsenter", "--target", m.leader, "--all", "env", "-i",
-		"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C.UTF-8", "DEBIAN_FRONTEND=noninteractive", "sh", "-c", "cd /; "+command)
-	var errors bytes.Buffer
-	cmd.Stderr = &errors
-	out, err := cmd.Output()
-	if err != nil {
-		return string(out) + errors.String(), err
-	}
-	return string(out), nil
-}
-
-// want runs a command whose output must hold the texts.
-func (m *machine) want(command string, texts ...string) {
-	m.t.Helper()
-	out := m.sh(command)
-	for _, text := range texts {
-		if !strings.Contains(out, text) {
-			m.t.Errorf("%s prints %q, want %q in it", command, out, text)
-		}
-	}
-}
-
-// until repeats a command until it succeeds.
-func (m *machine) until(what, command string) {
-	m.t.Helper()
-	wait(m.t, what, func() (string, bool) {
-		out, err := m.try(command)
-		return out, err == nil
-	})
-}
-
-func wait(t *testing.T, what string, done func() (string, bool)) {
-	t.Helper()
-	tick := time.NewTicker(pollInterval)
-	defer tick.Stop()
-	deadline := time.After(bootTimeout)
-	for {
-		last, ok := done()
-		if ok {
-			return
-		}
-		select {
-		case <-tick.C:
-		case <-deadline:
-			t.Fatalf("waited %v in vain until %s: %s", bootTimeout, what, last)
-		}
-	}
-}
-
-// boot starts a Debian whose changes are forgotten when the test ends.
-func boot(t *testing.T, packages string) *machine {
-	t.Helper()
-	if _, err := os.Stat(filepath.Join(base, "complete")); err != nil {
-		run(t, "rm", "-rf", base)
-		run(t, "debootstrap", "--variant=minbase", "--include=systemd,systemd-sysv,dbus,adduser,ca-certificates,curl,iproute2,procps", "bookworm", base)
-		run(t, "touch", filepath.Join(base, "complete"))
-	}
-	console, err := os.Create(filepath.Join(t.TempDir(), "console"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	cmd := exec.Command("systemd-nspawn", "--quiet", "--register=no", "--keep-unit", "--private-network", "--volatile=overlay",
-		"--machine=relais-deb-"+strconv.Itoa(os.Getpid()), "--bind-ro="+packages+":/packages", "--directory="+base, "--boot")
-	cmd.Stdout, cmd.Stderr = console, console
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	m := &machine{t: t}
-	t.Cleanup(func() {
-		// The machine outlives a killed systemd-nspawn, so its own first process
-		// is killed, which ends both.
-		if leader, err := strconv.Atoi(m.leader); err == nil {
-			_ = syscall.Kill(leader, syscall.SIGKILL)
-		} else {
-			_ = cmd.Process.Kill()
-		}
-		_ = cmd.Wait()
-		_ = console.Close()
-	})
-	wait(t, "the machine has booted", func() (string, bool) {
-		children, err := exec.Command("pgrep", "-P", strconv.Itoa(cmd.Process.Pid)).Output()
-		if m.leader = strings.TrimSpace(string(children)); err != nil || m.leader == "" {
-			return string(contents(t, console.Name())), false
-		}
-		state, _ := m.try("systemctl is-system-running")
-		state = strings.TrimSpace(strings.SplitN(state, "\n", 2)[0])
-		return state + string(contents(t, console.Name())), state == "running" || state == "degraded"
-	})
-	return m
 }
 
 // buildBoth builds the packages under a version and returns their files,
@@ -286,13 +221,6 @@ func lint(t *testing.T, files []string) {
 	out, err := exec.Command("lintian", append([]string{"--allow-root", "--fail-on", "error,warning"}, files...)...).CombinedOutput()
 	if err != nil {
 		t.Errorf("lintian: %v\n%s", err, out)
-	}
-}
-
-func run(t *testing.T, name string, args ...string) {
-	t.Helper()
-	if out, err := exec.Command(name, args...).CombinedOutput(); err != nil {
-		t.Fatalf("%s: %v\n%s", name, err, out)
 	}
 }
 
