@@ -28,6 +28,7 @@ import (
 	"github.com/relais-mta/relais/relay/store"
 	"github.com/relais-mta/relais/relay/submission"
 	"github.com/relais-mta/relais/shared/buildinfo"
+	"github.com/relais-mta/relais/shared/memlimit"
 	"github.com/relais-mta/relais/shared/pki"
 	"github.com/relais-mta/relais/shared/policy"
 	"github.com/relais-mta/relais/shared/telemetry"
@@ -97,6 +98,7 @@ func newNode(ctx context.Context, dir string, cfg *config.Config) (_ *node, err 
 		return nil, err
 	}
 	n := &node{cfg: cfg, dir: dir, log: telemetry.NewLogger(os.Stderr, level), health: telemetry.NewHealth(time.Now), failed: make(chan error, 16)}
+	memlimit.Apply(os.DirFS("/"), os.Getenv, n.log)
 	n.supervisor = telemetry.NewSupervisor(os.Getenv, n.log)
 	n.registry = telemetry.NewRegistry("relay", n.health)
 	n.health.SetReady(false, "the relay is starting")
