@@ -109,6 +109,7 @@ type Server struct {
 	Zone          string
 	SPKI          []byte // SHA-256 of the SubjectPublicKeyInfo of its certificate
 	State         NodeState
+	Certificates  []ServerCertificate // that it was given and that may not be over; oldest first
 	Revision      uint64
 }
 

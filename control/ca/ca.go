@@ -48,7 +48,7 @@ const (
 
 // Material is the CA as it is replicated: nothing in it is a secret by itself.
 type Material struct {
-	Bundle         []byte // certificates in PEM: the issuing CA, then the root
+	Bundle         []byte // certificates in PEM: the issuing CA that signs, another that is believed while the key is changed, the root
 	Sealed         []byte // private keys of both, under the KEK
 	KEKID          string
 	RecoverySealed []byte // the KEK, under the recovery key
@@ -203,8 +203,9 @@ func Open(material Material, cluster ids.Cluster, sealer *pki.Sealer) (*Authorit
 	if err != nil {
 		return nil, fault.Wrap(err, fault.Invalid, op, "the CA bundle of %s is damaged", cluster)
 	}
-	if len(bundle) != 2 {
-		return nil, fault.New(fault.Invalid, op, "the CA bundle of %s has %d certificates, want the issuing CA and the root", cluster, len(bundle))
+	root := pki.Root(bundle)
+	if len(bundle) < 2 || root != bundle[len(bundle)-1] {
+		return nil, fault.New(fault.Invalid, op, "the CA bundle of %s has %d certificates, want the issuing CA that signs first and the root last", cluster, len(bundle))
 	}
 	keys, err := sealer.Open(material.Sealed, []byte(aadKeys+cluster.String()))
 	if err != nil {
@@ -215,14 +216,15 @@ func Open(material Material, cluster ids.Cluster, sealer *pki.Sealer) (*Authorit
 	if err != nil {
 		return nil, err
 	}
-	a := &Authority{cluster: cluster, bundle: bundle, issuing: bundle[0], root: bundle[1], key: key}
+	a := &Authority{cluster: cluster, bundle: bundle, issuing: bundle[0], root: root, key: key}
 	if public, ok := a.issuing.PublicKey.(*ecdsa.PublicKey); !ok || !key.PublicKey.Equal(public) {
 		return nil, fault.New(fault.Invalid, op, "the issuing certificate of %s does not match its key", cluster)
 	}
 	return a, nil
 }
 
-// Bundle returns the CAs that nodes believe: the issuing CA and the root.
+// Bundle returns the CAs that nodes believe: the issuing CA that signs, another
+// one while the key is changed, the root.
 func (a *Authority) Bundle() []*x509.Certificate { return a.bundle }
 
 // Root returns the root certificate, to be installed where browsers look.

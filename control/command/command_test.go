@@ -54,6 +54,12 @@ func samples() []Command {
 		&DomainVerify{Meta: meta, Expect: 24, Domain: "example.com"},
 		&ClusterRecover{Meta: meta, Generation: 2, Cause: "restore", Server: &Server{Id: id(7), Name: "c1", RaftAddress: "10.0.0.1:7444", LinkAddress: "10.0.0.1:7443", HttpAddress: "10.0.0.1:8443", Version: "1", MaxFsmVersion: 2, State: "active"}},
 		&RecoveryEnd{Meta: meta, Generation: 2},
+		&CARotate{Meta: meta, Next: &IssuingCA{KeyId: "ab12", Certificate: []byte("pem"), Sealed: []byte("s"), NotAfterMs: 7000}, AtOnce: true, OldKeyId: "cd34", OldNotAfterMs: 6000},
+		&CAAck{Meta: meta, Rotation: "ab12", Phase: "distribute", Members: [][]byte{id(5), id(7)}},
+		&CAAdvance{Meta: meta, Rotation: "ab12", Phase: "sign", Force: true},
+		&CASkip{Meta: meta, Rotation: "ab12", Member: id(5)},
+		&CARollback{Meta: meta, Rotation: "ab12"},
+		&CAPrune{Meta: meta},
 	}
 }
 

@@ -124,8 +124,12 @@ func (r *Cluster) Row() (*control.Cluster, error) {
 
 // ServerRecord returns the record of the row.
 func ServerRecord(v *control.Server) *Server {
-	return &Server{Id: optionalID(v.ID), Name: v.Name, RaftAddress: v.RaftAddress, LinkAddress: v.LinkAddress, HttpAddress: v.HTTPAddress,
+	r := &Server{Id: optionalID(v.ID), Name: v.Name, RaftAddress: v.RaftAddress, LinkAddress: v.LinkAddress, HttpAddress: v.HTTPAddress,
 		Version: v.Version, MaxFsmVersion: uint32(v.MaxFSMVersion), Zone: v.Zone, Spki: v.SPKI, State: string(v.State)}
+	for _, c := range v.Certificates {
+		r.Certificates = append(r.Certificates, &ServerCertificate{Serial: c.Serial, NotAfterMs: millis(c.NotAfter)})
+	}
+	return r
 }
 
 // Row returns the row of the record.
@@ -134,6 +138,9 @@ func (r *Server) Row() (*control.Server, error) {
 	v := &control.Server{Name: r.GetName(), RaftAddress: r.GetRaftAddress(), LinkAddress: r.GetLinkAddress(), HTTPAddress: r.GetHttpAddress(),
 		Version: r.GetVersion(), MaxFSMVersion: uint16(r.GetMaxFsmVersion()), Zone: r.GetZone(), SPKI: r.GetSpki(), State: control.NodeState(r.GetState())}
 	setID(&s, "server", &v.ID, r.GetId())
+	for _, c := range r.GetCertificates() {
+		v.Certificates = append(v.Certificates, control.ServerCertificate{Serial: c.GetSerial(), NotAfter: fromMillis(c.GetNotAfterMs())})
+	}
 	return v, s.err
 }
 

@@ -250,6 +250,7 @@ type Server struct {
 	Zone          string                 `protobuf:"bytes,8,opt,name=zone,proto3" json:"zone,omitempty"`
 	Spki          []byte                 `protobuf:"bytes,9,opt,name=spki,proto3" json:"spki,omitempty"`
 	State         string                 `protobuf:"bytes,10,opt,name=state,proto3" json:"state,omitempty"`
+	Certificates  []*ServerCertificate   `protobuf:"bytes,20,rep,name=certificates,proto3" json:"certificates,omitempty"` // since version 3
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -354,6 +355,66 @@ func (x *Server) GetState() string {
 	return ""
 }
 
+func (x *Server) GetCertificates() []*ServerCertificate {
+	if x != nil {
+		return x.Certificates
+	}
+	return nil
+}
+
+// ServerCertificate is a certificate that a server was given.
+type ServerCertificate struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Serial        string                 `protobuf:"bytes,1,opt,name=serial,proto3" json:"serial,omitempty"` // hexadecimal
+	NotAfterMs    int64                  `protobuf:"varint,2,opt,name=not_after_ms,json=notAfterMs,proto3" json:"not_after_ms,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ServerCertificate) Reset() {
+	*x = ServerCertificate{}
+	mi := &file_control_command_records_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ServerCertificate) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ServerCertificate) ProtoMessage() {}
+
+func (x *ServerCertificate) ProtoReflect() protoreflect.Message {
+	mi := &file_control_command_records_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ServerCertificate.ProtoReflect.Descriptor instead.
+func (*ServerCertificate) Descriptor() ([]byte, []int) {
+	return file_control_command_records_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *ServerCertificate) GetSerial() string {
+	if x != nil {
+		return x.Serial
+	}
+	return ""
+}
+
+func (x *ServerCertificate) GetNotAfterMs() int64 {
+	if x != nil {
+		return x.NotAfterMs
+	}
+	return 0
+}
+
 type Node struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
 	Id             []byte                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -374,7 +435,7 @@ type Node struct {
 
 func (x *Node) Reset() {
 	*x = Node{}
-	mi := &file_control_command_records_proto_msgTypes[4]
+	mi := &file_control_command_records_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -386,7 +447,7 @@ func (x *Node) String() string {
 func (*Node) ProtoMessage() {}
 
 func (x *Node) ProtoReflect() protoreflect.Message {
-	mi := &file_control_command_records_proto_msgTypes[4]
+	mi := &file_control_command_records_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -399,7 +460,7 @@ func (x *Node) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Node.ProtoReflect.Descriptor instead.
 func (*Node) Descriptor() ([]byte, []int) {
-	return file_control_command_records_proto_rawDescGZIP(), []int{4}
+	return file_control_command_records_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Node) GetId() []byte {
@@ -496,7 +557,7 @@ type Redemption struct {
 
 func (x *Redemption) Reset() {
 	*x = Redemption{}
-	mi := &file_control_command_records_proto_msgTypes[5]
+	mi := &file_control_command_records_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -508,7 +569,7 @@ func (x *Redemption) String() string {
 func (*Redemption) ProtoMessage() {}
 
 func (x *Redemption) ProtoReflect() protoreflect.Message {
-	mi := &file_control_command_records_proto_msgTypes[5]
+	mi := &file_control_command_records_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -521,7 +582,7 @@ func (x *Redemption) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Redemption.ProtoReflect.Descriptor instead.
 func (*Redemption) Descriptor() ([]byte, []int) {
-	return file_control_command_records_proto_rawDescGZIP(), []int{5}
+	return file_control_command_records_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Redemption) GetCsrHash() []byte {
@@ -559,7 +620,7 @@ type JoinToken struct {
 
 func (x *JoinToken) Reset() {
 	*x = JoinToken{}
-	mi := &file_control_command_records_proto_msgTypes[6]
+	mi := &file_control_command_records_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -571,7 +632,7 @@ func (x *JoinToken) String() string {
 func (*JoinToken) ProtoMessage() {}
 
 func (x *JoinToken) ProtoReflect() protoreflect.Message {
-	mi := &file_control_command_records_proto_msgTypes[6]
+	mi := &file_control_command_records_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -584,7 +645,7 @@ func (x *JoinToken) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinToken.ProtoReflect.Descriptor instead.
 func (*JoinToken) Descriptor() ([]byte, []int) {
-	return file_control_command_records_proto_rawDescGZIP(), []int{6}
+	return file_control_command_records_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *JoinToken) GetId() []byte {
@@ -691,7 +752,7 @@ type Tenant struct {
 
 func (x *Tenant) Reset() {
 	*x = Tenant{}
-	mi := &file_control_command_records_proto_msgTypes[7]
+	mi := &file_control_command_records_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -703,7 +764,7 @@ func (x *Tenant) String() string {
 func (*Tenant) ProtoMessage() {}
 
 func (x *Tenant) ProtoReflect() protoreflect.Message {
-	mi := &file_control_command_records_proto_msgTypes[7]
+	mi := &file_control_command_records_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -716,7 +777,7 @@ func (x *Tenant) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Tenant.ProtoReflect.Descriptor instead.
 func (*Tenant) Descriptor() ([]byte, []int) {
-	return file_control_command_records_proto_rawDescGZIP(), []int{7}
+	return file_control_command_records_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Tenant) GetId() []byte {
@@ -766,7 +827,7 @@ type Project struct {
 
 func (x *Project) Reset() {
 	*x = Project{}
-	mi := &file_control_command_records_proto_msgTypes[8]
+	mi := &file_control_command_records_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -778,7 +839,7 @@ func (x *Project) String() string {
 func (*Project) ProtoMessage() {}
 
 func (x *Project) ProtoReflect() protoreflect.Message {
-	mi := &file_control_command_records_proto_msgTypes[8]
+	mi := &file_control_command_records_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -791,7 +852,7 @@ func (x *Project) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Project.ProtoReflect.Descriptor instead.
 func (*Project) Descriptor() ([]byte, []int) {
-	return file_control_command_records_proto_rawDescGZIP(), []int{8}
+	return file_control_command_records_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Project) GetId() []byte {
@@ -834,7 +895,7 @@ type DKIMKey struct {
 
 func (x *DKIMKey) Reset() {
 	*x = DKIMKey{}
-	mi := &file_control_command_records_proto_msgTypes[9]
+	mi := &file_control_command_records_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -846,7 +907,7 @@ func (x *DKIMKey) String() string {
 func (*DKIMKey) ProtoMessage() {}
 
 func (x *DKIMKey) ProtoReflect() protoreflect.Message {
-	mi := &file_control_command_records_proto_msgTypes[9]
+	mi := &file_control_command_records_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -859,7 +920,7 @@ func (x *DKIMKey) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DKIMKey.ProtoReflect.Descriptor instead.
 func (*DKIMKey) Descriptor() ([]byte, []int) {
-	return file_control_command_records_proto_rawDescGZIP(), []int{9}
+	return file_control_command_records_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *DKIMKey) GetSelector() string {
@@ -904,7 +965,7 @@ type Domain struct {
 
 func (x *Domain) Reset() {
 	*x = Domain{}
-	mi := &file_control_command_records_proto_msgTypes[10]
+	mi := &file_control_command_records_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -916,7 +977,7 @@ func (x *Domain) String() string {
 func (*Domain) ProtoMessage() {}
 
 func (x *Domain) ProtoReflect() protoreflect.Message {
-	mi := &file_control_command_records_proto_msgTypes[10]
+	mi := &file_control_command_records_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -929,7 +990,7 @@ func (x *Domain) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Domain.ProtoReflect.Descriptor instead.
 func (*Domain) Descriptor() ([]byte, []int) {
-	return file_control_command_records_proto_rawDescGZIP(), []int{10}
+	return file_control_command_records_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Domain) GetName() string {
@@ -993,7 +1054,7 @@ type Credential struct {
 
 func (x *Credential) Reset() {
 	*x = Credential{}
-	mi := &file_control_command_records_proto_msgTypes[11]
+	mi := &file_control_command_records_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1005,7 +1066,7 @@ func (x *Credential) String() string {
 func (*Credential) ProtoMessage() {}
 
 func (x *Credential) ProtoReflect() protoreflect.Message {
-	mi := &file_control_command_records_proto_msgTypes[11]
+	mi := &file_control_command_records_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1018,7 +1079,7 @@ func (x *Credential) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Credential.ProtoReflect.Descriptor instead.
 func (*Credential) Descriptor() ([]byte, []int) {
-	return file_control_command_records_proto_rawDescGZIP(), []int{11}
+	return file_control_command_records_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Credential) GetId() []byte {
@@ -1111,7 +1172,7 @@ type Pool struct {
 
 func (x *Pool) Reset() {
 	*x = Pool{}
-	mi := &file_control_command_records_proto_msgTypes[12]
+	mi := &file_control_command_records_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1123,7 +1184,7 @@ func (x *Pool) String() string {
 func (*Pool) ProtoMessage() {}
 
 func (x *Pool) ProtoReflect() protoreflect.Message {
-	mi := &file_control_command_records_proto_msgTypes[12]
+	mi := &file_control_command_records_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1136,7 +1197,7 @@ func (x *Pool) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Pool.ProtoReflect.Descriptor instead.
 func (*Pool) Descriptor() ([]byte, []int) {
-	return file_control_command_records_proto_rawDescGZIP(), []int{12}
+	return file_control_command_records_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Pool) GetId() []byte {
@@ -1197,7 +1258,7 @@ type Source struct {
 
 func (x *Source) Reset() {
 	*x = Source{}
-	mi := &file_control_command_records_proto_msgTypes[13]
+	mi := &file_control_command_records_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1209,7 +1270,7 @@ func (x *Source) String() string {
 func (*Source) ProtoMessage() {}
 
 func (x *Source) ProtoReflect() protoreflect.Message {
-	mi := &file_control_command_records_proto_msgTypes[13]
+	mi := &file_control_command_records_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1222,7 +1283,7 @@ func (x *Source) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Source.ProtoReflect.Descriptor instead.
 func (*Source) Descriptor() ([]byte, []int) {
-	return file_control_command_records_proto_rawDescGZIP(), []int{13}
+	return file_control_command_records_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Source) GetId() []byte {
@@ -1340,7 +1401,7 @@ type PolicySection struct {
 
 func (x *PolicySection) Reset() {
 	*x = PolicySection{}
-	mi := &file_control_command_records_proto_msgTypes[14]
+	mi := &file_control_command_records_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1352,7 +1413,7 @@ func (x *PolicySection) String() string {
 func (*PolicySection) ProtoMessage() {}
 
 func (x *PolicySection) ProtoReflect() protoreflect.Message {
-	mi := &file_control_command_records_proto_msgTypes[14]
+	mi := &file_control_command_records_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1365,7 +1426,7 @@ func (x *PolicySection) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PolicySection.ProtoReflect.Descriptor instead.
 func (*PolicySection) Descriptor() ([]byte, []int) {
-	return file_control_command_records_proto_rawDescGZIP(), []int{14}
+	return file_control_command_records_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *PolicySection) GetName() string {
@@ -1391,7 +1452,7 @@ type Policy struct {
 
 func (x *Policy) Reset() {
 	*x = Policy{}
-	mi := &file_control_command_records_proto_msgTypes[15]
+	mi := &file_control_command_records_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1403,7 +1464,7 @@ func (x *Policy) String() string {
 func (*Policy) ProtoMessage() {}
 
 func (x *Policy) ProtoReflect() protoreflect.Message {
-	mi := &file_control_command_records_proto_msgTypes[15]
+	mi := &file_control_command_records_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1416,7 +1477,7 @@ func (x *Policy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Policy.ProtoReflect.Descriptor instead.
 func (*Policy) Descriptor() ([]byte, []int) {
-	return file_control_command_records_proto_rawDescGZIP(), []int{15}
+	return file_control_command_records_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Policy) GetSections() []*PolicySection {
@@ -1441,7 +1502,7 @@ type PolicyVersion struct {
 
 func (x *PolicyVersion) Reset() {
 	*x = PolicyVersion{}
-	mi := &file_control_command_records_proto_msgTypes[16]
+	mi := &file_control_command_records_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1453,7 +1514,7 @@ func (x *PolicyVersion) String() string {
 func (*PolicyVersion) ProtoMessage() {}
 
 func (x *PolicyVersion) ProtoReflect() protoreflect.Message {
-	mi := &file_control_command_records_proto_msgTypes[16]
+	mi := &file_control_command_records_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1466,7 +1527,7 @@ func (x *PolicyVersion) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PolicyVersion.ProtoReflect.Descriptor instead.
 func (*PolicyVersion) Descriptor() ([]byte, []int) {
-	return file_control_command_records_proto_rawDescGZIP(), []int{16}
+	return file_control_command_records_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *PolicyVersion) GetRevision() uint64 {
@@ -1518,7 +1579,7 @@ type Operator struct {
 
 func (x *Operator) Reset() {
 	*x = Operator{}
-	mi := &file_control_command_records_proto_msgTypes[17]
+	mi := &file_control_command_records_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1530,7 +1591,7 @@ func (x *Operator) String() string {
 func (*Operator) ProtoMessage() {}
 
 func (x *Operator) ProtoReflect() protoreflect.Message {
-	mi := &file_control_command_records_proto_msgTypes[17]
+	mi := &file_control_command_records_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1543,7 +1604,7 @@ func (x *Operator) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Operator.ProtoReflect.Descriptor instead.
 func (*Operator) Descriptor() ([]byte, []int) {
-	return file_control_command_records_proto_rawDescGZIP(), []int{17}
+	return file_control_command_records_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Operator) GetId() []byte {
@@ -1603,7 +1664,7 @@ type APIKey struct {
 
 func (x *APIKey) Reset() {
 	*x = APIKey{}
-	mi := &file_control_command_records_proto_msgTypes[18]
+	mi := &file_control_command_records_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1615,7 +1676,7 @@ func (x *APIKey) String() string {
 func (*APIKey) ProtoMessage() {}
 
 func (x *APIKey) ProtoReflect() protoreflect.Message {
-	mi := &file_control_command_records_proto_msgTypes[18]
+	mi := &file_control_command_records_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1628,7 +1689,7 @@ func (x *APIKey) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use APIKey.ProtoReflect.Descriptor instead.
 func (*APIKey) Descriptor() ([]byte, []int) {
-	return file_control_command_records_proto_rawDescGZIP(), []int{18}
+	return file_control_command_records_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *APIKey) GetId() []byte {
@@ -1691,7 +1752,7 @@ type ReturnPathKey struct {
 
 func (x *ReturnPathKey) Reset() {
 	*x = ReturnPathKey{}
-	mi := &file_control_command_records_proto_msgTypes[19]
+	mi := &file_control_command_records_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1703,7 +1764,7 @@ func (x *ReturnPathKey) String() string {
 func (*ReturnPathKey) ProtoMessage() {}
 
 func (x *ReturnPathKey) ProtoReflect() protoreflect.Message {
-	mi := &file_control_command_records_proto_msgTypes[19]
+	mi := &file_control_command_records_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1716,7 +1777,7 @@ func (x *ReturnPathKey) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReturnPathKey.ProtoReflect.Descriptor instead.
 func (*ReturnPathKey) Descriptor() ([]byte, []int) {
-	return file_control_command_records_proto_rawDescGZIP(), []int{19}
+	return file_control_command_records_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *ReturnPathKey) GetId() uint32 {
@@ -1750,7 +1811,7 @@ type Checkpoint struct {
 
 func (x *Checkpoint) Reset() {
 	*x = Checkpoint{}
-	mi := &file_control_command_records_proto_msgTypes[20]
+	mi := &file_control_command_records_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1762,7 +1823,7 @@ func (x *Checkpoint) String() string {
 func (*Checkpoint) ProtoMessage() {}
 
 func (x *Checkpoint) ProtoReflect() protoreflect.Message {
-	mi := &file_control_command_records_proto_msgTypes[20]
+	mi := &file_control_command_records_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1775,7 +1836,7 @@ func (x *Checkpoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Checkpoint.ProtoReflect.Descriptor instead.
 func (*Checkpoint) Descriptor() ([]byte, []int) {
-	return file_control_command_records_proto_rawDescGZIP(), []int{20}
+	return file_control_command_records_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Checkpoint) GetIndex() uint64 {
@@ -1806,7 +1867,7 @@ type Progress struct {
 
 func (x *Progress) Reset() {
 	*x = Progress{}
-	mi := &file_control_command_records_proto_msgTypes[21]
+	mi := &file_control_command_records_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1818,7 +1879,7 @@ func (x *Progress) String() string {
 func (*Progress) ProtoMessage() {}
 
 func (x *Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_control_command_records_proto_msgTypes[21]
+	mi := &file_control_command_records_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1831,7 +1892,7 @@ func (x *Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Progress.ProtoReflect.Descriptor instead.
 func (*Progress) Descriptor() ([]byte, []int) {
-	return file_control_command_records_proto_rawDescGZIP(), []int{21}
+	return file_control_command_records_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Progress) GetIndex() uint64 {
@@ -1885,7 +1946,7 @@ type AuditEntry struct {
 
 func (x *AuditEntry) Reset() {
 	*x = AuditEntry{}
-	mi := &file_control_command_records_proto_msgTypes[22]
+	mi := &file_control_command_records_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1897,7 +1958,7 @@ func (x *AuditEntry) String() string {
 func (*AuditEntry) ProtoMessage() {}
 
 func (x *AuditEntry) ProtoReflect() protoreflect.Message {
-	mi := &file_control_command_records_proto_msgTypes[22]
+	mi := &file_control_command_records_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1910,7 +1971,7 @@ func (x *AuditEntry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditEntry.ProtoReflect.Descriptor instead.
 func (*AuditEntry) Descriptor() ([]byte, []int) {
-	return file_control_command_records_proto_rawDescGZIP(), []int{22}
+	return file_control_command_records_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *AuditEntry) GetIndex() uint64 {
@@ -1993,7 +2054,7 @@ const file_control_command_records_proto_rawDesc = "" +
 	"\tca_sealed\x18\x06 \x01(\fR\bcaSealed\x12\x15\n" +
 	"\x06kek_id\x18\a \x01(\tR\x05kekId\x12'\n" +
 	"\x0frecovery_sealed\x18\b \x01(\fR\x0erecoverySealed\x122\n" +
-	"\x15credential_key_sealed\x18\t \x01(\fR\x13credentialKeySealed\"\x95\x02\n" +
+	"\x15credential_key_sealed\x18\t \x01(\fR\x13credentialKeySealed\"\xdf\x02\n" +
 	"\x06Server\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\fR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12!\n" +
@@ -2005,7 +2066,12 @@ const file_control_command_records_proto_rawDesc = "" +
 	"\x04zone\x18\b \x01(\tR\x04zone\x12\x12\n" +
 	"\x04spki\x18\t \x01(\fR\x04spki\x12\x14\n" +
 	"\x05state\x18\n" +
-	" \x01(\tR\x05state\"\xda\x02\n" +
+	" \x01(\tR\x05state\x12H\n" +
+	"\fcertificates\x18\x14 \x03(\v2$.relais.control.v1.ServerCertificateR\fcertificates\"M\n" +
+	"\x11ServerCertificate\x12\x16\n" +
+	"\x06serial\x18\x01 \x01(\tR\x06serial\x12 \n" +
+	"\fnot_after_ms\x18\x02 \x01(\x03R\n" +
+	"notAfterMs\"\xda\x02\n" +
 	"\x04Node\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\fR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x14\n" +
@@ -2186,45 +2252,47 @@ func file_control_command_records_proto_rawDescGZIP() []byte {
 	return file_control_command_records_proto_rawDescData
 }
 
-var file_control_command_records_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
+var file_control_command_records_proto_msgTypes = make([]protoimpl.MessageInfo, 24)
 var file_control_command_records_proto_goTypes = []any{
-	(*Meta)(nil),          // 0: relais.control.v1.Meta
-	(*Label)(nil),         // 1: relais.control.v1.Label
-	(*Cluster)(nil),       // 2: relais.control.v1.Cluster
-	(*Server)(nil),        // 3: relais.control.v1.Server
-	(*Node)(nil),          // 4: relais.control.v1.Node
-	(*Redemption)(nil),    // 5: relais.control.v1.Redemption
-	(*JoinToken)(nil),     // 6: relais.control.v1.JoinToken
-	(*Tenant)(nil),        // 7: relais.control.v1.Tenant
-	(*Project)(nil),       // 8: relais.control.v1.Project
-	(*DKIMKey)(nil),       // 9: relais.control.v1.DKIMKey
-	(*Domain)(nil),        // 10: relais.control.v1.Domain
-	(*Credential)(nil),    // 11: relais.control.v1.Credential
-	(*Pool)(nil),          // 12: relais.control.v1.Pool
-	(*Source)(nil),        // 13: relais.control.v1.Source
-	(*PolicySection)(nil), // 14: relais.control.v1.PolicySection
-	(*Policy)(nil),        // 15: relais.control.v1.Policy
-	(*PolicyVersion)(nil), // 16: relais.control.v1.PolicyVersion
-	(*Operator)(nil),      // 17: relais.control.v1.Operator
-	(*APIKey)(nil),        // 18: relais.control.v1.APIKey
-	(*ReturnPathKey)(nil), // 19: relais.control.v1.ReturnPathKey
-	(*Checkpoint)(nil),    // 20: relais.control.v1.Checkpoint
-	(*Progress)(nil),      // 21: relais.control.v1.Progress
-	(*AuditEntry)(nil),    // 22: relais.control.v1.AuditEntry
+	(*Meta)(nil),              // 0: relais.control.v1.Meta
+	(*Label)(nil),             // 1: relais.control.v1.Label
+	(*Cluster)(nil),           // 2: relais.control.v1.Cluster
+	(*Server)(nil),            // 3: relais.control.v1.Server
+	(*ServerCertificate)(nil), // 4: relais.control.v1.ServerCertificate
+	(*Node)(nil),              // 5: relais.control.v1.Node
+	(*Redemption)(nil),        // 6: relais.control.v1.Redemption
+	(*JoinToken)(nil),         // 7: relais.control.v1.JoinToken
+	(*Tenant)(nil),            // 8: relais.control.v1.Tenant
+	(*Project)(nil),           // 9: relais.control.v1.Project
+	(*DKIMKey)(nil),           // 10: relais.control.v1.DKIMKey
+	(*Domain)(nil),            // 11: relais.control.v1.Domain
+	(*Credential)(nil),        // 12: relais.control.v1.Credential
+	(*Pool)(nil),              // 13: relais.control.v1.Pool
+	(*Source)(nil),            // 14: relais.control.v1.Source
+	(*PolicySection)(nil),     // 15: relais.control.v1.PolicySection
+	(*Policy)(nil),            // 16: relais.control.v1.Policy
+	(*PolicyVersion)(nil),     // 17: relais.control.v1.PolicyVersion
+	(*Operator)(nil),          // 18: relais.control.v1.Operator
+	(*APIKey)(nil),            // 19: relais.control.v1.APIKey
+	(*ReturnPathKey)(nil),     // 20: relais.control.v1.ReturnPathKey
+	(*Checkpoint)(nil),        // 21: relais.control.v1.Checkpoint
+	(*Progress)(nil),          // 22: relais.control.v1.Progress
+	(*AuditEntry)(nil),        // 23: relais.control.v1.AuditEntry
 }
 var file_control_command_records_proto_depIdxs = []int32{
-	1,  // 0: relais.control.v1.Node.labels:type_name -> relais.control.v1.Label
-	1,  // 1: relais.control.v1.JoinToken.labels:type_name -> relais.control.v1.Label
-	5,  // 2: relais.control.v1.JoinToken.redemptions:type_name -> relais.control.v1.Redemption
-	9,  // 3: relais.control.v1.Domain.dkim:type_name -> relais.control.v1.DKIMKey
-	14, // 4: relais.control.v1.Policy.sections:type_name -> relais.control.v1.PolicySection
-	14, // 5: relais.control.v1.PolicyVersion.sections:type_name -> relais.control.v1.PolicySection
-	20, // 6: relais.control.v1.Progress.checkpoints:type_name -> relais.control.v1.Checkpoint
-	7,  // [7:7] is the sub-list for method output_type
-	7,  // [7:7] is the sub-list for method input_type
-	7,  // [7:7] is the sub-list for extension type_name
-	7,  // [7:7] is the sub-list for extension extendee
-	0,  // [0:7] is the sub-list for field type_name
+	4,  // 0: relais.control.v1.Server.certificates:type_name -> relais.control.v1.ServerCertificate
+	1,  // 1: relais.control.v1.Node.labels:type_name -> relais.control.v1.Label
+	1,  // 2: relais.control.v1.JoinToken.labels:type_name -> relais.control.v1.Label
+	6,  // 3: relais.control.v1.JoinToken.redemptions:type_name -> relais.control.v1.Redemption
+	10, // 4: relais.control.v1.Domain.dkim:type_name -> relais.control.v1.DKIMKey
+	15, // 5: relais.control.v1.Policy.sections:type_name -> relais.control.v1.PolicySection
+	15, // 6: relais.control.v1.PolicyVersion.sections:type_name -> relais.control.v1.PolicySection
+	21, // 7: relais.control.v1.Progress.checkpoints:type_name -> relais.control.v1.Checkpoint
+	8,  // [8:8] is the sub-list for method output_type
+	8,  // [8:8] is the sub-list for method input_type
+	8,  // [8:8] is the sub-list for extension type_name
+	8,  // [8:8] is the sub-list for extension extendee
+	0,  // [0:8] is the sub-list for field type_name
 }
 
 func init() { file_control_command_records_proto_init() }
@@ -2238,7 +2306,7 @@ func file_control_command_records_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_control_command_records_proto_rawDesc), len(file_control_command_records_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   23,
+			NumMessages:   24,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -2,16 +2,23 @@ package command
 
 import "github.com/relais-mta/relais/control"
 
-// firstTypes is the last type number of version 1 of the commands. What was
-// added later is logged only when every server of the cluster knows it.
-const firstTypes = 20
+// firstTypes and secondTypes are the last type numbers of versions 1 and 2 of the
+// commands. What was added later is logged only when every server of the cluster
+// knows it.
+const (
+	firstTypes  = 20
+	secondTypes = 59
+)
 
 // Since returns the first version of the commands that has the type.
 func Since(t Type) uint16 {
 	if t&^IgnorableBit <= firstTypes {
 		return 1
 	}
-	return 2
+	if t&^IgnorableBit <= secondTypes {
+		return 2
+	}
+	return 3
 }
 
 // RecoveryRecord returns the record of the row.

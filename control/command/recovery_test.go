@@ -19,6 +19,9 @@ func TestOldServersApplyWhatTheyKnow(t *testing.T) {
 		if TypeOf(c)&^IgnorableBit > TypeFSMVersionSet {
 			want = 2
 		}
+		if TypeOf(c) >= TypeCARotate && TypeOf(c) <= TypeCAPrune {
+			want = 3
+		}
 		if got := binary.BigEndian.Uint16(b[1:]); got != want {
 			t.Errorf("%s is stamped with version %d, want %d", TypeOf(c), got, want)
 		}

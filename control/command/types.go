@@ -38,6 +38,12 @@ const (
 	TypeDomainVerify     Type = 44
 	TypeClusterRecover   Type = 50
 	TypeRecoveryEnd      Type = 51
+	TypeCARotate         Type = 60
+	TypeCAAck            Type = 61
+	TypeCAAdvance        Type = 62
+	TypeCASkip           Type = 63
+	TypeCARollback       Type = 64
+	TypeCAPrune          Type = 65
 	TypeStateHash        Type = 1 | IgnorableBit // says nothing that changes the state
 )
 
@@ -83,6 +89,12 @@ var registry = []registration{
 	{TypeDomainVerify, "domain.verify", func() Command { return new(DomainVerify) }},
 	{TypeClusterRecover, "cluster.recover", func() Command { return new(ClusterRecover) }},
 	{TypeRecoveryEnd, "recovery.end", func() Command { return new(RecoveryEnd) }},
+	{TypeCARotate, "ca.rotate", func() Command { return new(CARotate) }},
+	{TypeCAAck, "ca.ack", func() Command { return new(CAAck) }},
+	{TypeCAAdvance, "ca.advance", func() Command { return new(CAAdvance) }},
+	{TypeCASkip, "ca.skip", func() Command { return new(CASkip) }},
+	{TypeCARollback, "ca.rollback", func() Command { return new(CARollback) }},
+	{TypeCAPrune, "ca.prune", func() Command { return new(CAPrune) }},
 	{TypeStateHash, "state-hash", func() Command { return new(StateHash) }},
 }
 
@@ -159,5 +171,5 @@ func TypeOf(c Command) Type {
 	case *StateHash:
 		return TypeStateHash
 	}
-	return 0
+	return rotationType(c)
 }

@@ -177,7 +177,7 @@ func checkServer(r *Server) error {
 	}
 	_, err := r.Row()
 	return first(err, checkName("name", r.GetName(), MaxHostNameBytes), checkText("raft_address", r.GetRaftAddress()), checkText("link_address", r.GetLinkAddress()),
-		checkText("http_address", r.GetHttpAddress()), checkText("version", r.GetVersion()), checkText("zone", r.GetZone()), checkBytes("spki", r.GetSpki(), 0, 32), oneOf("state", r.GetState(), nodeStates...))
+		checkText("http_address", r.GetHttpAddress()), checkText("version", r.GetVersion()), checkText("zone", r.GetZone()), checkBytes("spki", r.GetSpki(), 0, 32), oneOf("state", r.GetState(), nodeStates...), checkCertificates(r.GetCertificates()))
 }
 
 // Validate implements Command.

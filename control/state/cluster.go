@@ -71,7 +71,12 @@ func (a *applier) serverUpsert(c *command.ServerUpsert) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	return putRow(a, serversTable, row, change[control.Server]{what: quoted("server", row.Name), object: row.ID.String(), expect: c.GetExpect()})
+	old := get(a.txn, serversTable, "id", row.ID[:])
+	out, err := putRow(a, serversTable, row, change[control.Server]{what: quoted("server", row.Name), object: row.ID.String(), expect: c.GetExpect()})
+	if err == nil && row.State == control.NodeEvicted && old != nil && old.State != control.NodeEvicted {
+		err = a.revokeServer(old)
+	}
+	return out, err
 }
 
 // Cluster returns the row about the cluster, or nil before it was initialised.

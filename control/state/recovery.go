@@ -38,6 +38,9 @@ func (a *applier) clusterRecover(c *command.ClusterRecover) (any, error) {
 		if s.ID != server.ID {
 			remove(a, serversTable, s)
 			a.audit(s.ID.String(), s.Summary(), "")
+			if err := a.revokeServer(s); err != nil {
+				return nil, err
+			}
 		}
 	}
 	if err := put(a, serversTable, server); err != nil {

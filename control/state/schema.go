@@ -29,6 +29,9 @@ const (
 	sectionAudit          = 16
 	sectionPolicyVersions = 20
 	sectionRecovery       = 24
+	sectionRotation       = 26
+	sectionRefusedCAs     = 27
+	sectionRevoked        = 28
 	maxSections           = 32
 )
 
@@ -47,6 +50,8 @@ const (
 	maxAPIKeys        = 10_000
 	maxReturnPathKeys = 16
 	maxAuditEntries   = 10_000
+	maxRefusedCAs     = 16
+	maxRevoked        = 64
 )
 
 const progressTable = "progress"
@@ -75,7 +80,7 @@ var sections = []interface {
 }{
 	clusterTable, serversTable, nodesTable, tokensTable, tenantsTable, projectsTable, domainsTable, credentialsTable,
 	poolsTable, sourcesTable, policyTable, operatorsTable, apiKeysTable, returnPathKeysTable, auditTable,
-	recoveryTable, policyVersionsTable,
+	recoveryTable, policyVersionsTable, rotationTable, refusedCAsTable, revokedTable,
 }
 
 // apply dispatches an entry to the function of its command.
@@ -137,6 +142,25 @@ func (a *applier) apply(body command.Command) (any, error) {
 		return a.recoveryEnd(c)
 	case *command.StateHash:
 		return nil, nil // compared by Store.Apply
+	}
+	return a.applyRotation(body)
+}
+
+// applyRotation dispatches the commands about the issuing key.
+func (a *applier) applyRotation(body command.Command) (any, error) {
+	switch c := body.(type) {
+	case *command.CARotate:
+		return a.caRotate(c)
+	case *command.CAAck:
+		return a.caAck(c)
+	case *command.CAAdvance:
+		return a.caAdvance(c)
+	case *command.CASkip:
+		return a.caSkip(c)
+	case *command.CARollback:
+		return a.caRollback(c)
+	case *command.CAPrune:
+		return a.caPrune(c)
 	}
 	return nil, fault.New(fault.Internal, op, "no rule applies a %T", body)
 }

@@ -54,6 +54,7 @@ func (r *Reader) View(node ids.Node, open OpenFunc) (*policy.View, error) {
 	}
 	r.viewTenants(v)
 	r.viewSources(v)
+	r.viewTrust(v)
 	return v, nil
 }
 

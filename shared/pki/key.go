@@ -36,6 +36,9 @@ func NewNodeKey() (*NodeKey, error) {
 	return nodeKey(private)
 }
 
+// NodeKeyOf returns the key of a private key on P-256.
+func NodeKeyOf(private *ecdsa.PrivateKey) (*NodeKey, error) { return nodeKey(private) }
+
 func nodeKey(private *ecdsa.PrivateKey) (*NodeKey, error) {
 	if private.Curve != elliptic.P256() {
 		return nil, fault.New(fault.Invalid, "pki.NodeKey", "the key is on curve %s, want P-256", private.Params().Name)

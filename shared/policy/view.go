@@ -29,6 +29,20 @@ type View struct {
 	Sources        []Source // of all relays: a relay must know pools that are placed elsewhere
 	ReturnPathKeys []ReturnPathKey
 	CredentialKey  [32]byte // keys the SHA-256 of credential secrets
+	Trust          Trust
+}
+
+// Trust is whom a relay believes to be a control server.
+type Trust struct {
+	CAs            [][]byte // certificates in DER: the issuing CA that signs first, the root last; none: as they were
+	RefusedCAs     []string // key ids of issuing CAs that were given up
+	RevokedServers []RevokedServer
+}
+
+// RevokedServer is a control server that was removed.
+type RevokedServer struct {
+	Server  ids.Node
+	Serials []string // of its certificates, hexadecimal
 }
 
 // Tenant is a customer of the installation.

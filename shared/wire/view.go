@@ -25,6 +25,12 @@ func EncodeView(v *policy.View) ([]byte, error) {
 		NodeId:        EncodeID(v.Node),
 		CredentialKey: v.CredentialKey[:],
 		Draining:      v.Draining,
+		CaBundle:      v.Trust.CAs,
+		RefusedCas:    v.Trust.RefusedCAs,
+	}
+	for i := range v.Trust.RevokedServers {
+		r := &v.Trust.RevokedServers[i]
+		out.RevokedServers = append(out.RevokedServers, &RevokedServer{ServerId: EncodeID(r.Server), Serials: r.Serials})
 	}
 	for name, text := range v.Sections {
 		out.Sections = append(out.Sections, &Section{Name: name, Text: text})
@@ -118,6 +124,11 @@ func DecodeView(encoded []byte) (*policy.View, error) {
 	}
 	d.owners(&in)
 	d.sources(&in)
+	d.view.Trust = policy.Trust{CAs: in.GetCaBundle(), RefusedCAs: in.GetRefusedCas(), RevokedServers: sized[policy.RevokedServer](len(in.GetRevokedServers()))}
+	for i, r := range in.GetRevokedServers() {
+		d.view.Trust.RevokedServers[i].Serials = r.GetSerials()
+		d.note(DecodeID(r.GetServerId(), &d.view.Trust.RevokedServers[i].Server))
+	}
 	if d.err != nil {
 		return nil, fault.Wrap(d.err, fault.Invalid, op, "the view is damaged")
 	}

@@ -1029,7 +1029,10 @@ type Report struct {
 	QueueBytes         uint64                 `protobuf:"varint,7,opt,name=queue_bytes,json=queueBytes,proto3" json:"queue_bytes,omitempty"`
 	FreeBytes          uint64                 `protobuf:"varint,8,opt,name=free_bytes,json=freeBytes,proto3" json:"free_bytes,omitempty"`
 	Sources            []*HeldSource          `protobuf:"bytes,9,rep,name=sources,proto3" json:"sources,omitempty"`
-	Problems           []string               `protobuf:"bytes,10,rep,name=problems,proto3" json:"problems,omitempty"` // what health says, one sentence each
+	Problems           []string               `protobuf:"bytes,10,rep,name=problems,proto3" json:"problems,omitempty"`                             // what health says, one sentence each
+	BundleSha256       []byte                 `protobuf:"bytes,20,opt,name=bundle_sha256,json=bundleSha256,proto3" json:"bundle_sha256,omitempty"` // over the DER of the CAs that the relay believes, in order
+	LeafIssuer         string                 `protobuf:"bytes,21,opt,name=leaf_issuer,json=leafIssuer,proto3" json:"leaf_issuer,omitempty"`       // key id of the CA that its certificate is of
+	LeafSerial         string                 `protobuf:"bytes,22,opt,name=leaf_serial,json=leafSerial,proto3" json:"leaf_serial,omitempty"`       // of its certificate, hexadecimal
 	unknownFields      protoimpl.UnknownFields
 	sizeCache          protoimpl.SizeCache
 }
@@ -1132,6 +1135,27 @@ func (x *Report) GetProblems() []string {
 		return x.Problems
 	}
 	return nil
+}
+
+func (x *Report) GetBundleSha256() []byte {
+	if x != nil {
+		return x.BundleSha256
+	}
+	return nil
+}
+
+func (x *Report) GetLeafIssuer() string {
+	if x != nil {
+		return x.LeafIssuer
+	}
+	return ""
+}
+
+func (x *Report) GetLeafSerial() string {
+	if x != nil {
+		return x.LeafSerial
+	}
+	return ""
 }
 
 // HeldSource says whether an assigned source address is on the host.
@@ -1505,7 +1529,10 @@ type View struct {
 	Sources        []*Source              `protobuf:"bytes,11,rep,name=sources,proto3" json:"sources,omitempty"`
 	ReturnPathKeys []*ReturnPathKey       `protobuf:"bytes,12,rep,name=return_path_keys,json=returnPathKeys,proto3" json:"return_path_keys,omitempty"`
 	CredentialKey  []byte                 `protobuf:"bytes,13,opt,name=credential_key,json=credentialKey,proto3" json:"credential_key,omitempty"`
-	Draining       bool                   `protobuf:"varint,14,opt,name=draining,proto3" json:"draining,omitempty"` // the relay takes no new mail
+	Draining       bool                   `protobuf:"varint,14,opt,name=draining,proto3" json:"draining,omitempty"`                      // the relay takes no new mail
+	CaBundle       [][]byte               `protobuf:"bytes,20,rep,name=ca_bundle,json=caBundle,proto3" json:"ca_bundle,omitempty"`       // CAs to believe, in DER: the issuing CA that signs first, the root last; empty: as they were
+	RefusedCas     []string               `protobuf:"bytes,21,rep,name=refused_cas,json=refusedCas,proto3" json:"refused_cas,omitempty"` // key ids of issuing CAs that were given up
+	RevokedServers []*RevokedServer       `protobuf:"bytes,22,rep,name=revoked_servers,json=revokedServers,proto3" json:"revoked_servers,omitempty"`
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
@@ -1638,6 +1665,81 @@ func (x *View) GetDraining() bool {
 	return false
 }
 
+func (x *View) GetCaBundle() [][]byte {
+	if x != nil {
+		return x.CaBundle
+	}
+	return nil
+}
+
+func (x *View) GetRefusedCas() []string {
+	if x != nil {
+		return x.RefusedCas
+	}
+	return nil
+}
+
+func (x *View) GetRevokedServers() []*RevokedServer {
+	if x != nil {
+		return x.RevokedServers
+	}
+	return nil
+}
+
+// RevokedServer is a control server that was removed: whoever presents its
+// certificates is refused.
+type RevokedServer struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	ServerId      []byte                 `protobuf:"bytes,1,opt,name=server_id,json=serverId,proto3" json:"server_id,omitempty"`
+	Serials       []string               `protobuf:"bytes,2,rep,name=serials,proto3" json:"serials,omitempty"` // hexadecimal
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RevokedServer) Reset() {
+	*x = RevokedServer{}
+	mi := &file_shared_wire_wire_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RevokedServer) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RevokedServer) ProtoMessage() {}
+
+func (x *RevokedServer) ProtoReflect() protoreflect.Message {
+	mi := &file_shared_wire_wire_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RevokedServer.ProtoReflect.Descriptor instead.
+func (*RevokedServer) Descriptor() ([]byte, []int) {
+	return file_shared_wire_wire_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *RevokedServer) GetServerId() []byte {
+	if x != nil {
+		return x.ServerId
+	}
+	return nil
+}
+
+func (x *RevokedServer) GetSerials() []string {
+	if x != nil {
+		return x.Serials
+	}
+	return nil
+}
+
 // Section is one section of the policy document, in TOML.
 type Section struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -1649,7 +1751,7 @@ type Section struct {
 
 func (x *Section) Reset() {
 	*x = Section{}
-	mi := &file_shared_wire_wire_proto_msgTypes[23]
+	mi := &file_shared_wire_wire_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1661,7 +1763,7 @@ func (x *Section) String() string {
 func (*Section) ProtoMessage() {}
 
 func (x *Section) ProtoReflect() protoreflect.Message {
-	mi := &file_shared_wire_wire_proto_msgTypes[23]
+	mi := &file_shared_wire_wire_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1674,7 +1776,7 @@ func (x *Section) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Section.ProtoReflect.Descriptor instead.
 func (*Section) Descriptor() ([]byte, []int) {
-	return file_shared_wire_wire_proto_rawDescGZIP(), []int{23}
+	return file_shared_wire_wire_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Section) GetName() string {
@@ -1702,7 +1804,7 @@ type Tenant struct {
 
 func (x *Tenant) Reset() {
 	*x = Tenant{}
-	mi := &file_shared_wire_wire_proto_msgTypes[24]
+	mi := &file_shared_wire_wire_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1714,7 +1816,7 @@ func (x *Tenant) String() string {
 func (*Tenant) ProtoMessage() {}
 
 func (x *Tenant) ProtoReflect() protoreflect.Message {
-	mi := &file_shared_wire_wire_proto_msgTypes[24]
+	mi := &file_shared_wire_wire_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1727,7 +1829,7 @@ func (x *Tenant) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Tenant.ProtoReflect.Descriptor instead.
 func (*Tenant) Descriptor() ([]byte, []int) {
-	return file_shared_wire_wire_proto_rawDescGZIP(), []int{24}
+	return file_shared_wire_wire_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Tenant) GetId() []byte {
@@ -1762,7 +1864,7 @@ type Project struct {
 
 func (x *Project) Reset() {
 	*x = Project{}
-	mi := &file_shared_wire_wire_proto_msgTypes[25]
+	mi := &file_shared_wire_wire_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1774,7 +1876,7 @@ func (x *Project) String() string {
 func (*Project) ProtoMessage() {}
 
 func (x *Project) ProtoReflect() protoreflect.Message {
-	mi := &file_shared_wire_wire_proto_msgTypes[25]
+	mi := &file_shared_wire_wire_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1787,7 +1889,7 @@ func (x *Project) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Project.ProtoReflect.Descriptor instead.
 func (*Project) Descriptor() ([]byte, []int) {
-	return file_shared_wire_wire_proto_rawDescGZIP(), []int{25}
+	return file_shared_wire_wire_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Project) GetId() []byte {
@@ -1823,7 +1925,7 @@ type Domain struct {
 
 func (x *Domain) Reset() {
 	*x = Domain{}
-	mi := &file_shared_wire_wire_proto_msgTypes[26]
+	mi := &file_shared_wire_wire_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1835,7 +1937,7 @@ func (x *Domain) String() string {
 func (*Domain) ProtoMessage() {}
 
 func (x *Domain) ProtoReflect() protoreflect.Message {
-	mi := &file_shared_wire_wire_proto_msgTypes[26]
+	mi := &file_shared_wire_wire_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1848,7 +1950,7 @@ func (x *Domain) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Domain.ProtoReflect.Descriptor instead.
 func (*Domain) Descriptor() ([]byte, []int) {
-	return file_shared_wire_wire_proto_rawDescGZIP(), []int{26}
+	return file_shared_wire_wire_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *Domain) GetName() string {
@@ -1890,7 +1992,7 @@ type DKIMKey struct {
 
 func (x *DKIMKey) Reset() {
 	*x = DKIMKey{}
-	mi := &file_shared_wire_wire_proto_msgTypes[27]
+	mi := &file_shared_wire_wire_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1902,7 +2004,7 @@ func (x *DKIMKey) String() string {
 func (*DKIMKey) ProtoMessage() {}
 
 func (x *DKIMKey) ProtoReflect() protoreflect.Message {
-	mi := &file_shared_wire_wire_proto_msgTypes[27]
+	mi := &file_shared_wire_wire_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1915,7 +2017,7 @@ func (x *DKIMKey) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DKIMKey.ProtoReflect.Descriptor instead.
 func (*DKIMKey) Descriptor() ([]byte, []int) {
-	return file_shared_wire_wire_proto_rawDescGZIP(), []int{27}
+	return file_shared_wire_wire_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *DKIMKey) GetSelector() string {
@@ -1955,7 +2057,7 @@ type Credential struct {
 
 func (x *Credential) Reset() {
 	*x = Credential{}
-	mi := &file_shared_wire_wire_proto_msgTypes[28]
+	mi := &file_shared_wire_wire_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1967,7 +2069,7 @@ func (x *Credential) String() string {
 func (*Credential) ProtoMessage() {}
 
 func (x *Credential) ProtoReflect() protoreflect.Message {
-	mi := &file_shared_wire_wire_proto_msgTypes[28]
+	mi := &file_shared_wire_wire_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1980,7 +2082,7 @@ func (x *Credential) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Credential.ProtoReflect.Descriptor instead.
 func (*Credential) Descriptor() ([]byte, []int) {
-	return file_shared_wire_wire_proto_rawDescGZIP(), []int{28}
+	return file_shared_wire_wire_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *Credential) GetId() []byte {
@@ -2051,7 +2153,7 @@ type Pool struct {
 
 func (x *Pool) Reset() {
 	*x = Pool{}
-	mi := &file_shared_wire_wire_proto_msgTypes[29]
+	mi := &file_shared_wire_wire_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2063,7 +2165,7 @@ func (x *Pool) String() string {
 func (*Pool) ProtoMessage() {}
 
 func (x *Pool) ProtoReflect() protoreflect.Message {
-	mi := &file_shared_wire_wire_proto_msgTypes[29]
+	mi := &file_shared_wire_wire_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2076,7 +2178,7 @@ func (x *Pool) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Pool.ProtoReflect.Descriptor instead.
 func (*Pool) Descriptor() ([]byte, []int) {
-	return file_shared_wire_wire_proto_rawDescGZIP(), []int{29}
+	return file_shared_wire_wire_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *Pool) GetId() []byte {
@@ -2123,7 +2225,7 @@ type Source struct {
 
 func (x *Source) Reset() {
 	*x = Source{}
-	mi := &file_shared_wire_wire_proto_msgTypes[30]
+	mi := &file_shared_wire_wire_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2135,7 +2237,7 @@ func (x *Source) String() string {
 func (*Source) ProtoMessage() {}
 
 func (x *Source) ProtoReflect() protoreflect.Message {
-	mi := &file_shared_wire_wire_proto_msgTypes[30]
+	mi := &file_shared_wire_wire_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2148,7 +2250,7 @@ func (x *Source) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Source.ProtoReflect.Descriptor instead.
 func (*Source) Descriptor() ([]byte, []int) {
-	return file_shared_wire_wire_proto_rawDescGZIP(), []int{30}
+	return file_shared_wire_wire_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *Source) GetId() []byte {
@@ -2217,7 +2319,7 @@ type ReturnPathKey struct {
 
 func (x *ReturnPathKey) Reset() {
 	*x = ReturnPathKey{}
-	mi := &file_shared_wire_wire_proto_msgTypes[31]
+	mi := &file_shared_wire_wire_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2229,7 +2331,7 @@ func (x *ReturnPathKey) String() string {
 func (*ReturnPathKey) ProtoMessage() {}
 
 func (x *ReturnPathKey) ProtoReflect() protoreflect.Message {
-	mi := &file_shared_wire_wire_proto_msgTypes[31]
+	mi := &file_shared_wire_wire_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2242,7 +2344,7 @@ func (x *ReturnPathKey) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReturnPathKey.ProtoReflect.Descriptor instead.
 func (*ReturnPathKey) Descriptor() ([]byte, []int) {
-	return file_shared_wire_wire_proto_rawDescGZIP(), []int{31}
+	return file_shared_wire_wire_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *ReturnPathKey) GetId() uint32 {
@@ -2344,7 +2446,7 @@ const file_shared_wire_wire_proto_rawDesc = "" +
 	"\x05state\x18\x04 \x01(\tR\x05state\"<\n" +
 	"\bRedirect\x12\x18\n" +
 	"\aservers\x18\x01 \x03(\tR\aservers\x12\x16\n" +
-	"\x06reason\x18\x02 \x01(\tR\x06reason\"\x90\x03\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\"\xf7\x03\n" +
 	"\x06Report\x12\x14\n" +
 	"\x05nonce\x18\x01 \x01(\x04R\x05nonce\x12 \n" +
 	"\fsent_time_ms\x18\x02 \x01(\x03R\n" +
@@ -2359,7 +2461,12 @@ const file_shared_wire_wire_proto_rawDesc = "" +
 	"free_bytes\x18\b \x01(\x04R\tfreeBytes\x124\n" +
 	"\asources\x18\t \x03(\v2\x1a.relais.wire.v1.HeldSourceR\asources\x12\x1a\n" +
 	"\bproblems\x18\n" +
-	" \x03(\tR\bproblems\"Y\n" +
+	" \x03(\tR\bproblems\x12#\n" +
+	"\rbundle_sha256\x18\x14 \x01(\fR\fbundleSha256\x12\x1f\n" +
+	"\vleaf_issuer\x18\x15 \x01(\tR\n" +
+	"leafIssuer\x12\x1f\n" +
+	"\vleaf_serial\x18\x16 \x01(\tR\n" +
+	"leafSerial\"Y\n" +
 	"\n" +
 	"HeldSource\x12\x1b\n" +
 	"\tsource_id\x18\x01 \x01(\fR\bsourceId\x12\x14\n" +
@@ -2380,7 +2487,7 @@ const file_shared_wire_wire_proto_rawDesc = "" +
 	"\brevision\x18\x01 \x01(\v2\x18.relais.wire.v1.RevisionR\brevision\"i\n" +
 	"\x04Nack\x124\n" +
 	"\brevision\x18\x01 \x01(\v2\x18.relais.wire.v1.RevisionR\brevision\x12+\n" +
-	"\x05error\x18\x02 \x01(\v2\x15.relais.wire.v1.ErrorR\x05error\"\x82\x05\n" +
+	"\x05error\x18\x02 \x01(\v2\x15.relais.wire.v1.ErrorR\x05error\"\x88\x06\n" +
 	"\x04View\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x1d\n" +
 	"\n" +
@@ -2397,7 +2504,14 @@ const file_shared_wire_wire_proto_rawDesc = "" +
 	"\asources\x18\v \x03(\v2\x16.relais.wire.v1.SourceR\asources\x12G\n" +
 	"\x10return_path_keys\x18\f \x03(\v2\x1d.relais.wire.v1.ReturnPathKeyR\x0ereturnPathKeys\x12%\n" +
 	"\x0ecredential_key\x18\r \x01(\fR\rcredentialKey\x12\x1a\n" +
-	"\bdraining\x18\x0e \x01(\bR\bdraining\"1\n" +
+	"\bdraining\x18\x0e \x01(\bR\bdraining\x12\x1b\n" +
+	"\tca_bundle\x18\x14 \x03(\fR\bcaBundle\x12\x1f\n" +
+	"\vrefused_cas\x18\x15 \x03(\tR\n" +
+	"refusedCas\x12F\n" +
+	"\x0frevoked_servers\x18\x16 \x03(\v2\x1d.relais.wire.v1.RevokedServerR\x0erevokedServers\"F\n" +
+	"\rRevokedServer\x12\x1b\n" +
+	"\tserver_id\x18\x01 \x01(\fR\bserverId\x12\x18\n" +
+	"\aserials\x18\x02 \x03(\tR\aserials\"1\n" +
 	"\aSection\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04text\x18\x02 \x01(\tR\x04text\"J\n" +
@@ -2466,7 +2580,7 @@ func file_shared_wire_wire_proto_rawDescGZIP() []byte {
 }
 
 var file_shared_wire_wire_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_shared_wire_wire_proto_msgTypes = make([]protoimpl.MessageInfo, 33)
+var file_shared_wire_wire_proto_msgTypes = make([]protoimpl.MessageInfo, 34)
 var file_shared_wire_wire_proto_goTypes = []any{
 	(Purpose)(0),            // 0: relais.wire.v1.Purpose
 	(*Preface)(nil),         // 1: relais.wire.v1.Preface
@@ -2492,19 +2606,20 @@ var file_shared_wire_wire_proto_goTypes = []any{
 	(*Ack)(nil),             // 21: relais.wire.v1.Ack
 	(*Nack)(nil),            // 22: relais.wire.v1.Nack
 	(*View)(nil),            // 23: relais.wire.v1.View
-	(*Section)(nil),         // 24: relais.wire.v1.Section
-	(*Tenant)(nil),          // 25: relais.wire.v1.Tenant
-	(*Project)(nil),         // 26: relais.wire.v1.Project
-	(*Domain)(nil),          // 27: relais.wire.v1.Domain
-	(*DKIMKey)(nil),         // 28: relais.wire.v1.DKIMKey
-	(*Credential)(nil),      // 29: relais.wire.v1.Credential
-	(*Pool)(nil),            // 30: relais.wire.v1.Pool
-	(*Source)(nil),          // 31: relais.wire.v1.Source
-	(*ReturnPathKey)(nil),   // 32: relais.wire.v1.ReturnPathKey
-	nil,                     // 33: relais.wire.v1.JoinRequest.LabelsEntry
+	(*RevokedServer)(nil),   // 24: relais.wire.v1.RevokedServer
+	(*Section)(nil),         // 25: relais.wire.v1.Section
+	(*Tenant)(nil),          // 26: relais.wire.v1.Tenant
+	(*Project)(nil),         // 27: relais.wire.v1.Project
+	(*Domain)(nil),          // 28: relais.wire.v1.Domain
+	(*DKIMKey)(nil),         // 29: relais.wire.v1.DKIMKey
+	(*Credential)(nil),      // 30: relais.wire.v1.Credential
+	(*Pool)(nil),            // 31: relais.wire.v1.Pool
+	(*Source)(nil),          // 32: relais.wire.v1.Source
+	(*ReturnPathKey)(nil),   // 33: relais.wire.v1.ReturnPathKey
+	nil,                     // 34: relais.wire.v1.JoinRequest.LabelsEntry
 }
 var file_shared_wire_wire_proto_depIdxs = []int32{
-	33, // 0: relais.wire.v1.JoinRequest.labels:type_name -> relais.wire.v1.JoinRequest.LabelsEntry
+	34, // 0: relais.wire.v1.JoinRequest.labels:type_name -> relais.wire.v1.JoinRequest.LabelsEntry
 	5,  // 1: relais.wire.v1.JoinRequest.server:type_name -> relais.wire.v1.ServerAddresses
 	5,  // 2: relais.wire.v1.ServerGrant.servers:type_name -> relais.wire.v1.ServerAddresses
 	6,  // 3: relais.wire.v1.JoinReply.server:type_name -> relais.wire.v1.ServerGrant
@@ -2517,20 +2632,21 @@ var file_shared_wire_wire_proto_depIdxs = []int32{
 	11, // 10: relais.wire.v1.Nack.revision:type_name -> relais.wire.v1.Revision
 	2,  // 11: relais.wire.v1.Nack.error:type_name -> relais.wire.v1.Error
 	11, // 12: relais.wire.v1.View.revision:type_name -> relais.wire.v1.Revision
-	24, // 13: relais.wire.v1.View.sections:type_name -> relais.wire.v1.Section
-	25, // 14: relais.wire.v1.View.tenants:type_name -> relais.wire.v1.Tenant
-	26, // 15: relais.wire.v1.View.projects:type_name -> relais.wire.v1.Project
-	27, // 16: relais.wire.v1.View.domains:type_name -> relais.wire.v1.Domain
-	29, // 17: relais.wire.v1.View.credentials:type_name -> relais.wire.v1.Credential
-	30, // 18: relais.wire.v1.View.pools:type_name -> relais.wire.v1.Pool
-	31, // 19: relais.wire.v1.View.sources:type_name -> relais.wire.v1.Source
-	32, // 20: relais.wire.v1.View.return_path_keys:type_name -> relais.wire.v1.ReturnPathKey
-	28, // 21: relais.wire.v1.Domain.dkim:type_name -> relais.wire.v1.DKIMKey
-	22, // [22:22] is the sub-list for method output_type
-	22, // [22:22] is the sub-list for method input_type
-	22, // [22:22] is the sub-list for extension type_name
-	22, // [22:22] is the sub-list for extension extendee
-	0,  // [0:22] is the sub-list for field type_name
+	25, // 13: relais.wire.v1.View.sections:type_name -> relais.wire.v1.Section
+	26, // 14: relais.wire.v1.View.tenants:type_name -> relais.wire.v1.Tenant
+	27, // 15: relais.wire.v1.View.projects:type_name -> relais.wire.v1.Project
+	28, // 16: relais.wire.v1.View.domains:type_name -> relais.wire.v1.Domain
+	30, // 17: relais.wire.v1.View.credentials:type_name -> relais.wire.v1.Credential
+	31, // 18: relais.wire.v1.View.pools:type_name -> relais.wire.v1.Pool
+	32, // 19: relais.wire.v1.View.sources:type_name -> relais.wire.v1.Source
+	33, // 20: relais.wire.v1.View.return_path_keys:type_name -> relais.wire.v1.ReturnPathKey
+	24, // 21: relais.wire.v1.View.revoked_servers:type_name -> relais.wire.v1.RevokedServer
+	29, // 22: relais.wire.v1.Domain.dkim:type_name -> relais.wire.v1.DKIMKey
+	23, // [23:23] is the sub-list for method output_type
+	23, // [23:23] is the sub-list for method input_type
+	23, // [23:23] is the sub-list for extension type_name
+	23, // [23:23] is the sub-list for extension extendee
+	0,  // [0:23] is the sub-list for field type_name
 }
 
 func init() { file_shared_wire_wire_proto_init() }
@@ -2544,7 +2660,7 @@ func file_shared_wire_wire_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_shared_wire_wire_proto_rawDesc), len(file_shared_wire_wire_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   33,
+			NumMessages:   34,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -165,6 +165,16 @@ func TestViewBothWays(t *testing.T) {
 	if got, err = DecodeView(encoded); err != nil || !reflect.DeepEqual(got, rotated) {
 		t.Errorf("got  %+v, %v\nwant %+v", got, err, rotated)
 	}
+	trusting := sampleView()
+	trusting.Trust = policy.Trust{CAs: [][]byte{{0x30, 1}, {0x30, 2}}, RefusedCAs: []string{"ab12"}, RevokedServers: []policy.RevokedServer{{Serials: []string{"7f", "80"}}, {}}}
+	set(&trusting.Trust.RevokedServers[0].Server, 60)
+	set(&trusting.Trust.RevokedServers[1].Server, 61)
+	if encoded, err = EncodeView(trusting); err != nil {
+		t.Fatal(err)
+	}
+	if got, err = DecodeView(encoded); err != nil || !reflect.DeepEqual(got, trusting) {
+		t.Errorf("got  %+v, %v\nwant %+v", got, err, trusting)
+	}
 	empty := &policy.View{}
 	if encoded, err = EncodeView(empty); err != nil {
 		t.Fatal(err)
