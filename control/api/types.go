@@ -49,10 +49,10 @@ type Node struct {
 	Version        string            `json:"version,omitempty"`
 	JoinedAt       time.Time         `json:"joined_at"`
 	CertNotAfter   *time.Time        `json:"cert_not_after,omitempty"`
-	Connected      bool              `json:"connected" doc:"To the server that answers"`
-	LastContact    *time.Time        `json:"last_contact,omitempty" doc:"With the server that answers, since it started"`
+	Connected      bool              `json:"connected" doc:"To any server"`
+	LastContact    *time.Time        `json:"last_contact,omitempty" doc:"With any server that runs, since that started"`
 	LocalAddresses []string          `json:"local_addresses,omitempty" doc:"Present on its host, as it said when it connected"`
-	AckedRevision  uint64            `json:"acked_revision" doc:"Revision it works with, as far as the server that answers heard"`
+	AckedRevision  uint64            `json:"acked_revision" doc:"Revision it works with, as far as any server heard"`
 	Report         *NodeReport       `json:"report,omitempty" doc:"What it said last of its queue"`
 	Refused        uint64            `json:"refused_revision,omitempty"`
 	Clone          *NodeClone        `json:"clone,omitempty" doc:"Two machines claim to be this relay: a copy of its disk is running"`
@@ -66,7 +66,7 @@ type NodeClone struct {
 	At      time.Time `json:"at" doc:"Last time"`
 	Holder  string    `json:"holder" doc:"Address of the machine that works as the relay"`
 	Refused string    `json:"refused" doc:"Address of the machine that came later and was refused"`
-	Times   int       `json:"times" doc:"How often, since the server that answers started"`
+	Times   int       `json:"times" doc:"How often, since the server that refused it started"`
 }
 
 func cloneOf(c *service.Clone) *NodeClone {
@@ -187,7 +187,7 @@ type IP struct {
 	Epoch     uint64    `json:"epoch"`
 	Pinned    bool      `json:"pinned"`
 	State     string    `json:"state" enum:"free,assigned"`
-	Present   *bool     `json:"present,omitempty" doc:"Whether its relay found it on its host; absent while the relay is not connected to the server that answers"`
+	Present   *bool     `json:"present,omitempty" doc:"Whether its relay found it on its host; absent while the relay is not connected"`
 	CreatedAt time.Time `json:"created_at"`
 	Revision  uint64    `json:"revision"`
 

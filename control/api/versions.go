@@ -75,7 +75,7 @@ type RelayStatus struct {
 	ID            string     `json:"id"`
 	Name          string     `json:"name"`
 	State         string     `json:"state"`
-	Connected     bool       `json:"connected" doc:"To the server that answers"`
+	Connected     bool       `json:"connected" doc:"To any server"`
 	AckedRevision uint64     `json:"acked_revision"`
 	AckedAt       *time.Time `json:"acked_at,omitempty"`
 	Refused       bool       `json:"refused,omitempty" doc:"It refused the newest revision and works with its last good one"`

@@ -98,6 +98,7 @@ func (s *Server) take(n *session) {
 	}
 	s.sessions[n.node] = n
 	s.config.Nodes.NodeConnected(n.node, n.hello) // under the lock: in order with NodeGone
+	s.presence.move()
 }
 
 // refuseClone refuses n because of a session that lives.
@@ -109,7 +110,10 @@ func (s *Server) refuseClone(n, holder *session) error {
 }
 
 func (s *Server) clone(n *session, holder netip.AddrPort) error {
-	s.config.Nodes.NodeCloned(n.node, Clone{At: time.Now(), Holder: holder, Refused: n.hello.Remote})
+	found := Clone{At: time.Now(), Holder: holder, Refused: n.hello.Remote}
+	s.config.Nodes.NodeCloned(n.node, found)
+	s.presence.noteClone(n.node, found)
+	s.presence.move()
 	n.log.Error("two machines have the key of one relay: the one that came later is refused", "holder", holder.String(), "incarnation", n.hello.Incarnation)
 	return fault.New(fault.Conflict, "dispatch.enter",
 		"another machine is linked as %s from %s: this one looks like a copy of it; remove its identity directory and join it as a relay of its own, or stop the other for %s",
@@ -121,6 +125,8 @@ func (n *session) answers(ctx context.Context) bool {
 	if !n.probes {
 		return false
 	}
+	n.probing.Lock() // two who ask at once would take each other's answers
+	defer n.probing.Unlock()
 	nonce := rand.Uint64()
 	go func() { _ = n.send(&wire.Probe{Nonce: nonce}) }() // a session that cannot send does not answer either
 	timeout := time.NewTimer(probeTimeout)

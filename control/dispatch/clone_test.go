@@ -39,7 +39,7 @@ func (r *relay) welcome() error {
 				if err != nil {
 					return
 				}
-				if probe, ok := message.(*wire.Probe); ok {
+				if probe, ok := message.(*wire.Probe); ok && !r.mute.Load() {
 					_ = r.control.Send(&wire.ProbeReply{Nonce: probe.GetNonce()}) // the test sees what comes of it
 				}
 			}

@@ -1,7 +1,9 @@
 // Package dispatch is control's end of the relay link: one session per relay,
 // views out, acknowledgements and reports in. It decides nothing. Who may
 // connect is the node's row, looked at on every connect and four times a second
-// after that; what a relay is to know is built by the service.
+// after that; what a relay is to know is built by the service. That a node is
+// linked once in the whole cluster is seen to by the leader, whom every server
+// tells its sessions.
 package dispatch
 
 import (
@@ -64,6 +66,9 @@ type Nodes interface {
 	// NodeCloned tells that a second machine came with the node's key while the
 	// first is linked or was heard a moment ago, and that it was refused.
 	NodeCloned(id ids.Node, clone Clone)
+	// ClonesElsewhere tells which copied machines any server refused lately. It
+	// comes at each period and stands for all that was told before.
+	ClonesElsewhere(clones map[ids.Node]Clone)
 	// AckView and NackView tell what a relay did with a revision.
 	AckView(id ids.Node, revision uint64)
 	NackView(id ids.Node, revision uint64, why string)
@@ -116,6 +121,8 @@ type Config struct {
 	Address        string        // our own link address, left out when relays are sent elsewhere
 	ReportInterval time.Duration // 0: DefaultReportInterval
 	Version        string        // of the software
+	Self           ids.Node      // this server
+	Peers          Peers         // nil: there are no other servers
 	Logger         *slog.Logger
 	Registerer     prometheus.Registerer
 }
@@ -126,6 +133,7 @@ type Server struct {
 	builds chan struct{} // one token per view being built and encoded
 
 	encodings encodings
+	presence  *presence
 
 	mu       sync.Mutex
 	sessions map[ids.Node]*session
@@ -148,6 +156,7 @@ func New(config Config) (*Server, error) {
 		builds:   make(chan struct{}, maxBuilds),
 		sessions: make(map[ids.Node]*session),
 		contests: make(map[ids.Node]*contest),
+		presence: newPresence(),
 		viewBytes: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "relais_control_view_bytes_total", Help: "Bytes of views sent to relays.",
 		}),
@@ -192,4 +201,5 @@ func (s *Server) leave(n *session) {
 		c.heard = n.lastHeard()
 	}
 	s.config.Nodes.NodeGone(n.node)
+	s.presence.move()
 }

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -45,6 +46,7 @@ type nodes struct {
 	reports   chan Report
 	connected chan ids.Node
 	clones    chan Clone
+	elsewhere map[ids.Node]Clone
 }
 
 func (n *nodes) NodeByID(_ context.Context, id ids.Node) (*control.Node, error) {
@@ -123,6 +125,12 @@ func (n *nodes) NodeGone(id ids.Node) {
 
 func (n *nodes) NodeCloned(id ids.Node, c Clone) { n.clones <- c }
 
+func (n *nodes) ClonesElsewhere(clones map[ids.Node]Clone) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.elsewhere = clones
+}
+
 func (n *nodes) NodeReported(_ ids.Node, report Report) { n.reports <- report }
 func (n *nodes) AckView(_ ids.Node, revision uint64)    { n.acks <- revision }
 func (n *nodes) NackView(_ ids.Node, revision uint64, why string) {
@@ -142,14 +150,19 @@ type world struct {
 
 func newWorld(t *testing.T) *world {
 	t.Helper()
-	ca := pkitest.New(t)
+	return newWorldOf(t, pkitest.New(t), ids.Node{}, nil)
+}
+
+// newWorldOf makes a server of a cluster.
+func newWorldOf(t *testing.T, ca *pkitest.CA, self ids.Node, peers Peers) *world {
+	t.Helper()
 	w := &world{t: t, ca: ca, nodes: &nodes{
 		rows: make(map[ids.Node]*control.Node), cluster: ca.Cluster, revision: 10, changed: make(chan struct{}),
 		acks: make(chan uint64, 100), nacks: make(chan string, 100), reports: make(chan Report, 100), connected: make(chan ids.Node, 100), clones: make(chan Clone, 100),
 	}}
 	var err error
 	if w.server, err = New(Config{
-		Cluster: ca.Cluster, Nodes: w.nodes, Address: "192.0.2.1:7443", ReportInterval: 250 * time.Millisecond, Version: "test",
+		Cluster: ca.Cluster, Nodes: w.nodes, Address: "192.0.2.1:7443", ReportInterval: 250 * time.Millisecond, Version: "test", Self: self, Peers: peers,
 		Logger: slog.New(slog.DiscardHandler), Registerer: prometheus.NewRegistry(),
 	}); err != nil {
 		t.Fatal(err)
@@ -187,7 +200,8 @@ type relay struct {
 	control *wire.Conn
 	views   *wire.Conn
 
-	answering chan error // not nil: it answers probes
+	answering chan error  // not nil: it answers probes
+	mute      atomic.Bool // from now on it does not
 }
 
 // dial connects a node and says hello; the answer is left to be read.

@@ -38,15 +38,32 @@ type session struct {
 	base     held          // the view that the relay holds; of the view loop
 	heard    atomic.Int64  // when the relay said something, Unix nanoseconds
 	replies  chan uint64   // nonces of answered probes
+	probing  sync.Mutex    // one probe at a time
+	began    time.Time
+	ended    chan ending // gets the word that ends the session
 
 	stream  link.Stream
 	sending sync.Mutex // of control
 	control *wire.Conn
 }
 
+// ending is why a session ends by the word of another part.
+type ending struct {
+	code link.Code
+	text string
+}
+
+// finish ends the session; the first word counts.
+func (n *session) finish(code link.Code, text string) {
+	select {
+	case n.ended <- ending{code, text}:
+	default:
+	}
+}
+
 // Link serves one relay's session until it ends.
 func (s *Server) Link(ctx context.Context, conn link.Session) (link.Code, string) {
-	n := &session{server: s, link: conn, replaced: make(chan struct{}), replies: make(chan uint64, 1)}
+	n := &session{server: s, link: conn, replaced: make(chan struct{}), replies: make(chan uint64, 1), began: time.Now(), ended: make(chan ending, 1)}
 	if err := n.open(ctx); err != nil {
 		s.config.Logger.Warn("link refused", "node", n.node.String(), "remote", conn.RemoteAddr().String(), "error", err)
 		return n.refuse(err)
@@ -88,6 +105,9 @@ func (n *session) open(ctx context.Context) error {
 		return err
 	}
 	n.servers = servers
+	if err := n.server.admit(ctx, n); err != nil {
+		return err
+	}
 	if err := n.server.enter(ctx, n); err != nil {
 		return err
 	}
@@ -257,6 +277,8 @@ func (n *session) wait(ctx context.Context, failed <-chan error) (link.Code, str
 			return link.CodeDone, fmt.Sprint(n.link.Err())
 		case <-n.replaced:
 			return link.CodeReplaced, "the relay opened another session"
+		case e := <-n.ended:
+			return e.code, e.text
 		case <-refresh.C:
 			return link.CodeRefresh, "the certificates are due to be checked"
 		case err := <-failed:

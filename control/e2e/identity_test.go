@@ -162,10 +162,18 @@ func checkRejoin(t *testing.T, f *fleet.Fleet, r *fleet.Relay) {
 	})
 }
 
-// beside runs a relay from a directory on a port of its own, until the test ends.
-func beside(t *testing.T, f *fleet.Fleet, dir string) {
+// beside runs a relay from a directory on a port of its own, until the test
+// ends. With servers named it links to no other.
+func beside(t *testing.T, f *fleet.Fleet, dir string, servers ...string) {
 	t.Helper()
-	text := "[dns]\nresolvers = [\"" + f.Lab.DNSAddr().String() + "\"]\n[listen]\nsubmission = [\"127.0.0.1:0\"]\nsubmissions = []\ninbound = []\nmetrics = \"127.0.0.1:0\"\n[lab]\nallow_private = true\n"
+	named, err := json.Marshal(servers) // a list of TOML, too
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(servers) == 0 {
+		named = []byte("[]")
+	}
+	text := "[control]\naddresses = " + string(named) + "\n[dns]\nresolvers = [\"" + f.Lab.DNSAddr().String() + "\"]\n[listen]\nsubmission = [\"127.0.0.1:0\"]\nsubmissions = []\ninbound = []\nmetrics = \"127.0.0.1:0\"\n[lab]\nallow_private = true\n"
 	if err := os.WriteFile(filepath.Join(dir, "relay.toml"), []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}

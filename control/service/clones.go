@@ -13,7 +13,7 @@ type Clone struct {
 	At      time.Time      // last time
 	Holder  netip.AddrPort // of the machine that works as the node
 	Refused netip.AddrPort // of the one that came later
-	Times   int            // since this server started
+	Times   int            // since the server that refused it started
 }
 
 // cloneShown is how long a claim is shown as a present problem. A refused
@@ -30,6 +30,32 @@ func (s *Service) NodeCloned(id ids.Node, c Clone) {
 	}
 	c.Times++
 	n.Clone = &c
+}
+
+// ClonesElsewhere records the copied machines that any server refused lately, so
+// that each server's health and lists show them.
+func (s *Service) ClonesElsewhere(clones map[ids.Node]Clone) {
+	s.seenMu.Lock()
+	defer s.seenMu.Unlock()
+	for id, c := range clones {
+		n := s.heard(id)
+		if n.Clone != nil {
+			if !c.At.After(n.Clone.At) {
+				continue
+			}
+			c.Times = n.Clone.Times
+		}
+		c.Times = max(1, c.Times)
+		n.Clone = &c
+	}
+}
+
+// moreCloned returns of two servers' words on one node the one that says more.
+func moreCloned(a, b *Clone) *Clone {
+	if a == nil || b != nil && (b.Times > a.Times || b.Times == a.Times && b.At.After(a.At)) {
+		return b
+	}
+	return a
 }
 
 // CloneProblem names the nodes that two machines claim to be now; empty: none.

@@ -133,7 +133,7 @@ func (s *Service) verify(ctx context.Context, a Actor, cmd *command.IPVerify) (I
 	if err != nil {
 		return IPView{}, err
 	}
-	return s.ipView(s.state.Read(), row), nil
+	return ipView(s.state.Read(), row, s.seenAnywhere()), nil
 }
 
 // clipText fits a text of others into a command.

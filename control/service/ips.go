@@ -189,7 +189,7 @@ type IPView struct {
 	control.Source
 	OwnerName string
 	PoolName  string
-	Present   *bool // nil: the owner is not connected to this server
+	Present   *bool // nil: the owner is not connected
 }
 
 // IPs returns the addresses, oldest first.
@@ -199,9 +199,10 @@ func (s *Service) IPs(a Actor) ([]IPView, error) {
 	}
 	r := s.state.Read()
 	rows := r.Sources()
+	heard := s.seenAnywhere()
 	out := make([]IPView, 0, len(rows))
 	for _, src := range rows {
-		out = append(out, s.ipView(r, src))
+		out = append(out, ipView(r, src, heard))
 	}
 	return out, nil
 }
@@ -216,10 +217,10 @@ func (s *Service) IPView(a Actor, ref string) (IPView, error) {
 	if err != nil {
 		return IPView{}, err
 	}
-	return s.ipView(r, src), nil
+	return ipView(r, src, s.seenAnywhere()), nil
 }
 
-func (s *Service) ipView(r *state.Reader, src *control.Source) IPView {
+func ipView(r *state.Reader, src *control.Source, heard map[ids.Node]Seen) IPView {
 	v := IPView{Source: *src}
 	if n := r.Node(src.Owner); n != nil {
 		v.OwnerName = n.Name
@@ -227,10 +228,8 @@ func (s *Service) ipView(r *state.Reader, src *control.Source) IPView {
 	if p := r.Pool(src.Pool); p != nil {
 		v.PoolName = p.Name
 	}
-	s.seenMu.Lock()
-	defer s.seenMu.Unlock()
-	seen := s.seen[src.Owner]
-	if seen == nil || !seen.Connected {
+	seen := heard[src.Owner]
+	if !seen.Connected {
 		return v
 	}
 	present := slices.Contains(seen.Addresses, src.Bind)

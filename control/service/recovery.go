@@ -32,13 +32,12 @@ func (s *Service) recovery() RecoveryView {
 	if v.Recovery == nil {
 		return v
 	}
-	s.seenMu.Lock()
-	defer s.seenMu.Unlock()
+	heard := s.seenAnywhere()
 	for _, n := range r.Nodes() {
 		if !n.State.Connects() {
 			continue
 		}
-		if seen := s.seen[n.ID]; seen != nil && seen.LastContact.After(v.Recovery.Since) {
+		if heard[n.ID].LastContact.After(v.Recovery.Since) {
 			v.Heard = append(v.Heard, n)
 		} else {
 			v.Missing = append(v.Missing, n)

@@ -271,9 +271,13 @@ func (s *Service) seenAnywhere() map[ids.Node]Seen {
 	}
 	for range asked {
 		for id, theirs := range <-answers {
-			if ours, ok := all[id]; !ok || newer(theirs, ours) {
-				all[id] = theirs
+			ours, ok := all[id]
+			clone := moreCloned(ours.Clone, theirs.Clone)
+			if !ok || newer(theirs, ours) {
+				ours = theirs
 			}
+			ours.Clone = clone
+			all[id] = ours
 		}
 	}
 	return all

@@ -119,7 +119,7 @@ func (s *Service) PolicyVersions(a Actor) ([]*control.PolicyVersion, error) {
 	return s.state.Read().PolicyVersions(), nil
 }
 
-// PolicyStatus says which relays work with the policy in force, as far as this
+// PolicyStatus says which relays work with the policy in force, as far as any
 // server heard.
 type PolicyStatus struct {
 	Revision uint64
@@ -131,7 +131,7 @@ type PolicyStatus struct {
 // RelayStatus is where one relay stands.
 type RelayStatus struct {
 	Node      control.Node
-	Connected bool // to this server
+	Connected bool // to any server
 	Acked     uint64
 	AckedAt   time.Time
 	Refused   bool // the relay refused the newest it was sent and keeps its last good one

@@ -136,7 +136,11 @@ func (a *app) nodeCommand() *cobra.Command {
 	return group("node", "List, show, accept, drain and evict relays", a.nodeApprove(), a.nodeEvict(), a.nodeDrain(), a.nodeUndrain(),
 		&cobra.Command{Use: "list", Short: "List relays", Example: "  relais-control node list --json", Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error {
 			return list(a, cmd, "/nodes", nil, "ID NAME STATE CONNECTED REVISION VERSION ADDRESSES", func(n api.Node) []string {
-				return []string{n.ID, n.Name, n.State, yes(n.Connected), fmt.Sprint(n.AckedRevision), n.Version, strings.Join(n.Sources, ",")}
+				state := n.State
+				if n.Clone != nil && time.Since(n.Clone.At) < copiedShown {
+					state += ",copied"
+				}
+				return []string{n.ID, n.Name, state, yes(n.Connected), fmt.Sprint(n.AckedRevision), n.Version, strings.Join(n.Sources, ",")}
 			})
 		}},
 		&cobra.Command{Use: "show NODE", Short: "Show a relay, by id or name", Example: "  relais-control node show edge-7", Args: cobra.ExactArgs(1), RunE: func(cmd *cobra.Command, args []string) error {
@@ -150,7 +154,7 @@ func (a *app) nodeCommand() *cobra.Command {
 					queue = fmt.Sprintf("%d recipients waiting, %d in flight, %d held", r.WaitingRecipients, r.InFlightRecipients, r.HeldRecipients)
 				}
 				return printPairs(w, "Id", n.ID, "Name", n.Name, "State", n.State, "Queue", queue, "Version", n.Version, "Labels", labelText(n.Labels), "Joined", when(n.JoinedAt),
-					"Connected", yes(n.Connected), "Last contact", whenOr(n.LastContact, "none since this server started"), "Works with revision", fmt.Sprint(n.AckedRevision),
+					"Connected", yes(n.Connected), "Last contact", whenOr(n.LastContact, "none since the servers started"), "Works with revision", fmt.Sprint(n.AckedRevision),
 					"Refused revision", refused, "Copied machine", cloneText(n.Clone), "Certificate ends", whenOr(n.CertNotAfter, ""), "Assigned addresses", strings.Join(n.Sources, ", "), "Addresses on its host", strings.Join(n.LocalAddresses, ", "))
 			})
 		}})

@@ -27,6 +27,7 @@ import (
 	"github.com/relais-mta/relais/control/ca"
 	"github.com/relais-mta/relais/control/cluster"
 	"github.com/relais-mta/relais/control/config"
+	"github.com/relais-mta/relais/control/dispatch"
 	"github.com/relais-mta/relais/control/service"
 	"github.com/relais-mta/relais/control/state"
 	"github.com/relais-mta/relais/shared/buildinfo"
@@ -87,6 +88,7 @@ type server struct {
 	kek      pki.Key
 	// answering is service once other servers may be answered from it.
 	answering atomic.Pointer[service.Service]
+	sessions  atomic.Pointer[dispatch.Server] // nil before relays may link
 
 	supervisor telemetry.Supervisor
 }

@@ -32,9 +32,15 @@ func (f *Fleet) FirstServer() *ControlServer {
 // API is the address of the server's management API.
 func (s *ControlServer) API() string { return netip.AddrPortFrom(s.Addr, portAPI).String() }
 
-func (s *ControlServer) ready() string {
-	return "http://" + netip.AddrPortFrom(s.Addr, portMetrics).String() + "/readyz"
+// Metrics is the base URL of the server's metrics and health.
+func (s *ControlServer) Metrics() string {
+	return "http://" + netip.AddrPortFrom(s.Addr, portMetrics).String()
 }
+
+// Link is where relays join and link at this server.
+func (s *ControlServer) Link() string { return netip.AddrPortFrom(s.Addr, portLink).String() }
+
+func (s *ControlServer) ready() string { return s.Metrics() + "/readyz" }
 
 // AddServer lets another control server join by the documented commands, and
 // waits until it follows.

@@ -1,0 +1,520 @@
+package dispatch
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"math/rand/v2"
+	"net/netip"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/relais-mta/relais/control"
+	"github.com/relais-mta/relais/shared/fault"
+	"github.com/relais-mta/relais/shared/ids"
+	"github.com/relais-mta/relais/shared/link"
+)
+
+// Requests of one server to another about sessions. None of them is replicated:
+// who is linked is a fact of the moment, and the leader has it again one period
+// after it began to lead.
+const (
+	requestClaim    = "link-claim"    // to the leader: may this relay be linked here?
+	requestSessions = "link-sessions" // to the leader: these relays are linked here
+	requestProbe    = "link-probe"    // to a server: does this relay's process answer?
+)
+
+const (
+	presencePeriod    = 2 * time.Second
+	presenceSpacing   = 250 * time.Millisecond // between two reports, however much moves
+	presenceTimeout   = 5 * time.Second        // for one page of a report
+	claimTimeout      = 2 * time.Second        // for the leader's word on a newcomer
+	leaderPause       = 3 * time.Second        // without asking a leader that did not answer
+	maxClaimsAtOnce   = 8
+	maxClaimsPerPage  = 1000 // of about 250 bytes
+	maxSharedClones   = 64
+	cloneMemory       = 5 * time.Minute
+	elsewhereReplaced = "the relay opened a session with another server"
+)
+
+// Peers is how dispatch speaks with the other servers.
+type Peers interface {
+	// Term returns the term in which this server leads and is up to date.
+	Term() (term uint64, leads bool)
+	// AskLeader asks the leader, which is another server.
+	AskLeader(ctx context.Context, what string, in, out any) error
+	// AskServer asks a server by its id.
+	AskServer(ctx context.Context, server ids.Node, what string, in, out any) error
+}
+
+// sessionsReport is one page of a server's live sessions.
+type sessionsReport struct {
+	Round  uint64        `json:"round"` // equal on all pages of one report
+	Last   bool          `json:"last"`
+	Claims []Claim       `json:"claims,omitempty"`
+	Clones []sharedClone `json:"clones,omitempty"` // of the last page
+}
+
+// sessionsAnswer is what the leader answers.
+type sessionsAnswer struct {
+	End    []verdict     `json:"end,omitempty"`
+	Clones []sharedClone `json:"clones,omitempty"` // that any server refused lately
+}
+
+// verdict ends or refuses a session.
+type verdict struct {
+	Node   ids.Node       `json:"node"`
+	Nonce  []byte         `json:"nonce,omitempty"`
+	Copied bool           `json:"copied,omitempty"` // its machine is a copy of the holder's
+	Unsure bool           `json:"unsure,omitempty"` // the holder's server cannot be asked now
+	Holder netip.AddrPort `json:"holder"`
+
+	HolderNonce  []byte `json:"holder_nonce,omitempty"`
+	SilentMillis int64  `json:"silent_ms"` // of the holder
+}
+
+type claimAnswer struct {
+	Refused *verdict `json:"refused,omitempty"`
+}
+
+type probeRequest struct {
+	Node  ids.Node `json:"node"`
+	Nonce []byte   `json:"nonce"`
+}
+
+type probeAnswer struct {
+	Lives bool `json:"lives"`
+}
+
+// sharedClone tells the other servers that a copied machine was refused.
+type sharedClone struct {
+	Node      ids.Node       `json:"node"`
+	AgoMillis int64          `json:"ago_ms"`
+	Holder    netip.AddrPort `json:"holder"`
+	Refused   netip.AddrPort `json:"refused"`
+}
+
+// presence is this server's part in knowing all servers' sessions.
+type presence struct {
+	moved  chan struct{} // gets a token when a session came or went
+	claims chan struct{} // one token for each claim that waits for the leader
+	round  uint64
+
+	mu      sync.Mutex
+	silent  time.Time // until when the leader is not asked
+	clones  map[ids.Node]Clone
+	reg     registry
+	learned map[ids.Node]learnedClones // by server; of the leader
+}
+
+// learnedClones is what a server told the leader of copied machines.
+type learnedClones struct {
+	at     time.Time
+	clones []sharedClone
+}
+
+func newPresence() *presence {
+	return &presence{moved: make(chan struct{}, 1), claims: make(chan struct{}, maxClaimsAtOnce), round: rand.Uint64(), clones: make(map[ids.Node]Clone), learned: make(map[ids.Node]learnedClones)}
+}
+
+// move asks for a report soon.
+func (p *presence) move() {
+	select {
+	case p.moved <- struct{}{}:
+	default:
+	}
+}
+
+// Run tells the leader who is linked here, until ctx ends: when that changes,
+// and at each period.
+func (s *Server) Run(ctx context.Context) {
+	if s.config.Peers == nil {
+		<-ctx.Done()
+		return
+	}
+	tick := time.NewTicker(presencePeriod)
+	defer tick.Stop()
+	for {
+		if err := s.tellSessions(ctx); err != nil && ctx.Err() == nil {
+			s.config.Logger.Debug("the leader was not told who is linked here", "error", err)
+		}
+		if pause(ctx, presenceSpacing) != nil {
+			return
+		}
+		select {
+		case <-tick.C:
+		case <-s.presence.moved:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// tellSessions sends one report and does what the leader answers.
+func (s *Server) tellSessions(ctx context.Context) error {
+	claims := s.claimsHere(time.Now())
+	s.presence.round++
+	for {
+		page := sessionsReport{Round: s.presence.round, Claims: claims[:min(len(claims), maxClaimsPerPage)]}
+		claims = claims[len(page.Claims):]
+		if page.Last = len(claims) == 0; page.Last {
+			page.Clones = s.presence.ownClones(time.Now())
+		}
+		answer, err := s.tell(ctx, page)
+		if err != nil {
+			return err
+		}
+		for _, v := range answer.End {
+			s.end(v)
+		}
+		if page.Last {
+			s.config.Nodes.ClonesElsewhere(clonesOf(answer.Clones, time.Now()))
+			return nil
+		}
+	}
+}
+
+// claimsHere returns the sessions of this server.
+func (s *Server) claimsHere(now time.Time) []Claim {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	out := make([]Claim, 0, len(s.sessions))
+	for _, n := range s.sessions {
+		out = append(out, n.claim(now))
+	}
+	return out
+}
+
+func (n *session) claim(now time.Time) Claim {
+	return Claim{Node: n.node, Nonce: []byte(n.nonce), Incarnation: n.hello.Incarnation, Remote: n.hello.Remote,
+		AgeMillis: now.Sub(n.began).Milliseconds(), SilentMillis: max(0, now.Sub(n.lastHeard()).Milliseconds())}
+}
+
+func (s *Server) tell(ctx context.Context, page sessionsReport) (sessionsAnswer, error) {
+	ctx, cancel := context.WithTimeout(ctx, presenceTimeout)
+	defer cancel()
+	if _, leads := s.config.Peers.Term(); leads {
+		return s.onSessions(ctx, s.config.Self, page)
+	}
+	var answer sessionsAnswer
+	return answer, s.config.Peers.AskLeader(ctx, requestSessions, page, &answer)
+}
+
+// end ends a session that the leader ruled against, if it is still there.
+func (s *Server) end(v verdict) {
+	s.mu.Lock()
+	n := s.sessions[v.Node]
+	s.mu.Unlock()
+	if n == nil || n.nonce != string(v.Nonce) {
+		return
+	}
+	text := elsewhereReplaced
+	if v.Copied {
+		text = fault.Public(s.refuseFor(n, v))
+	}
+	n.finish(link.CodeReplaced, text)
+}
+
+// refuseFor remembers a copied machine and returns what it is told.
+func (s *Server) refuseFor(n *session, v verdict) error {
+	s.mu.Lock()
+	s.contests[v.Node] = &contest{nonce: string(v.HolderNonce), remote: v.Holder, heard: time.Now().Add(-time.Duration(v.SilentMillis) * time.Millisecond)}
+	s.mu.Unlock()
+	return s.clone(n, v.Holder)
+}
+
+// admit asks the leader whether n may be linked here. Without a leader that
+// answers it may: relays do not depend on the servers' agreement, and the next
+// report finds what was missed.
+func (s *Server) admit(ctx context.Context, n *session) error {
+	if s.config.Peers == nil || !s.presence.asks(time.Now()) {
+		return nil
+	}
+	answer, err := s.askClaim(ctx, n.claim(time.Now()))
+	if err != nil {
+		s.presence.leaderSilent(time.Now())
+		n.log.Debug("the leader was not asked about a relay", "error", err)
+		return nil
+	}
+	v := answer.Refused
+	switch {
+	case v == nil:
+		return nil
+	case v.Copied:
+		return s.refuseFor(n, *v)
+	}
+	return fault.New(fault.Unavailable, "dispatch.admit", "%s may be linked to a server that cannot be asked now: try again in a few seconds", n.node)
+}
+
+func (s *Server) askClaim(ctx context.Context, c Claim) (answer claimAnswer, err error) {
+	ctx, cancel := context.WithTimeout(ctx, claimTimeout)
+	defer cancel()
+	select {
+	case s.presence.claims <- struct{}{}:
+		defer func() { <-s.presence.claims }()
+	case <-ctx.Done():
+		return answer, ctx.Err()
+	}
+	if _, leads := s.config.Peers.Term(); leads {
+		return s.onClaim(ctx, s.config.Self, c)
+	}
+	return answer, s.config.Peers.AskLeader(ctx, requestClaim, c, &answer)
+}
+
+func (p *presence) asks(now time.Time) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return now.After(p.silent)
+}
+
+func (p *presence) leaderSilent(now time.Time) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.silent = now.Add(leaderPause)
+}
+
+// Request is a PeerHandler in the words of control/cluster.
+type Request func(ctx context.Context, from ids.Node, body []byte) (any, error)
+
+// Requests are what this server answers to others.
+func (s *Server) Requests() map[string]Request {
+	return map[string]Request{
+		requestClaim:    decoded(s.onClaim),
+		requestSessions: decoded(s.onSessions),
+		requestProbe: decoded(func(ctx context.Context, _ ids.Node, p probeRequest) (probeAnswer, error) {
+			return probeAnswer{Lives: s.lives(ctx, p.Node, p.Nonce)}, nil
+		}),
+	}
+}
+
+// RequestNames are the names of all Requests.
+func RequestNames() []string { return []string{requestClaim, requestSessions, requestProbe} }
+
+func decoded[In, Out any](fn func(context.Context, ids.Node, In) (Out, error)) Request {
+	return func(ctx context.Context, from ids.Node, body []byte) (any, error) {
+		var in In
+		if err := json.Unmarshal(body, &in); err != nil {
+			return nil, fault.Wrap(err, fault.Invalid, "dispatch.Requests", "the request cannot be read")
+		}
+		return fn(ctx, from, in)
+	}
+}
+
+// leading locks the registry of the term in which this server leads.
+func (s *Server) leading() (unlock func(), err error) {
+	term, leads := s.config.Peers.Term()
+	if !leads {
+		return nil, fault.Wrap(control.ErrNoLeader, fault.Unavailable, "dispatch.leading", "this server does not lead the cluster")
+	}
+	reg := &s.presence.reg
+	reg.mu.Lock()
+	reg.begin(term)
+	return reg.mu.Unlock, nil
+}
+
+// onSessions takes in a page of a server's report and rules on what conflicts.
+func (s *Server) onSessions(ctx context.Context, from ids.Node, page sessionsReport) (sessionsAnswer, error) {
+	const op = "dispatch.onSessions"
+	if len(page.Claims) > maxClaimsPerPage || len(page.Clones) > maxSharedClones {
+		return sessionsAnswer{}, fault.New(fault.TooLarge, op, "a page holds at most %d sessions", maxClaimsPerPage)
+	}
+	unlock, err := s.leading()
+	if err != nil {
+		return sessionsAnswer{}, err
+	}
+	now, reg := time.Now(), &s.presence.reg
+	var conflicts []conflict
+	for _, c := range page.Claims {
+		if reg.count >= maxRegistered {
+			break // more than a cluster can have
+		}
+		mine := reg.put(from, c, page.Round, now)
+		// The newer of two is ruled on when its own server reports it.
+		if k, found := reg.against(mine, now); found && len(conflicts) < maxProbesPerReport && (k.newer == mine || k.rule() == endOlder) {
+			conflicts = append(conflicts, k)
+		}
+	}
+	if page.Last {
+		reg.settle(from, page.Round, now)
+	}
+	unlock()
+	answer := sessionsAnswer{}
+	for _, v := range s.weigh(ctx, conflicts) {
+		if v != nil && !v.Unsure && v.server == from {
+			answer.End = append(answer.End, v.verdict)
+		}
+	}
+	if page.Last {
+		answer.Clones = s.presence.share(from, page.Clones)
+	}
+	return answer, nil
+}
+
+// onClaim rules on a relay that comes to a server.
+func (s *Server) onClaim(ctx context.Context, from ids.Node, c Claim) (claimAnswer, error) {
+	unlock, err := s.leading()
+	if err != nil {
+		return claimAnswer{}, err
+	}
+	now, reg := time.Now(), &s.presence.reg
+	if here := reg.sessions[c.Node][from]; here != nil && now.Sub(here.heard) < cloneSilence && string(here.Nonce) != string(c.Nonce) {
+		unlock()
+		return claimAnswer{}, nil // the server sees both, and rules by itself
+	}
+	if k := reg.contests[c.Node]; k != nil && k.nonce != string(c.Nonce) && len(reg.sessions[c.Node]) == 0 && now.Sub(k.heard) < cloneSilence {
+		unlock()
+		return claimAnswer{Refused: &verdict{Node: c.Node, Nonce: c.Nonce, Copied: true, Holder: k.remote, HolderNonce: []byte(k.nonce), SilentMillis: now.Sub(k.heard).Milliseconds()}}, nil
+	}
+	var conflicts []conflict
+	if reg.count < maxRegistered {
+		c.AgeMillis, c.SilentMillis = 0, 0
+		mine := reg.put(from, c, 0, now)
+		if k, found := reg.against(mine, now); found {
+			conflicts = append(conflicts, k)
+		}
+	}
+	unlock()
+	for _, v := range s.weigh(ctx, conflicts) {
+		if v != nil && v.server == from {
+			reg.mu.Lock()
+			reg.remove(c.Node, from)
+			reg.mu.Unlock()
+			return claimAnswer{Refused: &v.verdict}, nil
+		}
+	}
+	return claimAnswer{}, nil
+}
+
+// ruled is a verdict and the server whose session it is about.
+type ruled struct {
+	verdict
+	server ids.Node
+}
+
+// weigh decides conflicts, asking the servers of older sessions where the
+// processes' numbers say too little. The result has nil where nothing ends.
+func (s *Server) weigh(ctx context.Context, conflicts []conflict) []*ruled {
+	out := make([]*ruled, len(conflicts))
+	var asking sync.WaitGroup
+	for i, k := range conflicts {
+		switch k.rule() {
+		case endOlder:
+			out[i] = &ruled{verdict{Node: k.older.Node, Nonce: k.older.Nonce}, k.older.server}
+		case endNewer:
+			out[i] = s.copied(k)
+		case askOlder:
+			asking.Go(func() { out[i] = s.askHolder(ctx, k) })
+		}
+	}
+	asking.Wait()
+	return out
+}
+
+// copied is the verdict on a copy.
+func (s *Server) copied(k conflict) *ruled {
+	reg := &s.presence.reg
+	reg.mu.Lock()
+	defer reg.mu.Unlock()
+	if reg.contests != nil {
+		reg.dispute(k.older)
+	}
+	return &ruled{verdict{Node: k.newer.Node, Nonce: k.newer.Nonce, Copied: true, Holder: k.older.Remote, HolderNonce: k.older.Nonce,
+		SilentMillis: max(0, time.Since(k.older.heard).Milliseconds())}, k.newer.server}
+}
+
+// askHolder asks whether the process of the older session answers.
+func (s *Server) askHolder(ctx context.Context, k conflict) *ruled {
+	lives := true
+	if k.older.server == s.config.Self {
+		lives = s.lives(ctx, k.older.Node, k.older.Nonce)
+	} else {
+		var answer probeAnswer
+		err := s.config.Peers.AskServer(ctx, k.older.server, requestProbe, probeRequest{k.older.Node, k.older.Nonce}, &answer)
+		switch {
+		case err == nil:
+			lives = answer.Lives
+		case errors.Is(err, syscall.ECONNREFUSED): // no process, no session
+			lives = false
+		default:
+			return &ruled{verdict{Node: k.newer.Node, Nonce: k.newer.Nonce, Unsure: true, Holder: k.older.Remote}, k.newer.server}
+		}
+	}
+	if lives {
+		return s.copied(k)
+	}
+	reg := &s.presence.reg
+	reg.mu.Lock()
+	defer reg.mu.Unlock()
+	if reg.sessions[k.older.Node][k.older.server] == k.older {
+		reg.remove(k.older.Node, k.older.server)
+	}
+	return nil
+}
+
+// lives reports whether the process that has a session here answers. A session
+// whose process does not is over: another server has its successor.
+func (s *Server) lives(ctx context.Context, node ids.Node, nonce []byte) bool {
+	s.mu.Lock()
+	n := s.sessions[node]
+	s.mu.Unlock()
+	if n == nil || n.nonce != string(nonce) {
+		return false
+	}
+	if n.answers(ctx) {
+		return true
+	}
+	n.finish(link.CodeReplaced, elsewhereReplaced)
+	return false
+}
+
+// noteClone remembers a copied machine for the other servers.
+func (p *presence) noteClone(node ids.Node, c Clone) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if _, known := p.clones[node]; known || len(p.clones) < maxSharedClones {
+		p.clones[node] = c
+	}
+}
+
+// ownClones returns the copied machines that this server refused lately.
+func (p *presence) ownClones(now time.Time) (out []sharedClone) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for node, c := range p.clones {
+		if now.Sub(c.At) > cloneMemory {
+			delete(p.clones, node)
+			continue
+		}
+		out = append(out, sharedClone{Node: node, AgoMillis: now.Sub(c.At).Milliseconds(), Holder: c.Holder, Refused: c.Refused})
+	}
+	return out
+}
+
+// share remembers what a server refused and returns what all refused.
+func (p *presence) share(from ids.Node, clones []sharedClone) []sharedClone {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	now := time.Now()
+	p.learned[from] = learnedClones{now, clones}
+	var all []sharedClone
+	for server, some := range p.learned {
+		if len(some.clones) == 0 || now.Sub(some.at) >= cloneSilence {
+			delete(p.learned, server) // nothing, or a server that is gone
+			continue
+		}
+		all = append(all, some.clones...)
+	}
+	return all[:min(len(all), maxSharedClones)]
+}
+
+func clonesOf(shared []sharedClone, now time.Time) map[ids.Node]Clone {
+	out := make(map[ids.Node]Clone, min(len(shared), maxSharedClones))
+	for _, c := range shared[:min(len(shared), maxSharedClones)] {
+		at := now.Add(-time.Duration(c.AgoMillis) * time.Millisecond)
+		if at.After(out[c.Node].At) {
+			out[c.Node] = Clone{At: at, Holder: c.Holder, Refused: c.Refused}
+		}
+	}
+	return out
+}
