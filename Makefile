@@ -65,7 +65,7 @@ deb:
 test-deb:
 	@scripts/debian-peers.sh mmdebstrap systemd-container lintian
 	$(GO) vet -tags deb ./scripts/deb
-	$(GO) test $(TESTFLAGS) -tags deb -timeout 10m -v -run TestPackages ./scripts/deb
+	$(GO) test $(TESTFLAGS) -tags deb -timeout 20m -v -run TestPackages ./scripts/deb
 
 clean:
 	rm -rf $(BIN)

@@ -20,7 +20,8 @@ import (
 func TestPackages(t *testing.T) {
 	t.Chdir("../..")
 	var group errgroup.Group
-	group.Go(func() error { return fetch(t.Context()) })
+	var base string
+	group.Go(func() (err error) { base, err = fetch(t.Context()); return err })
 	packages := t.TempDir()
 	older := buildBoth(t, filepath.Join(packages, "1"), "v0.0.1")
 	newer := buildBoth(t, filepath.Join(packages, "2"), "v0.0.2")
@@ -37,7 +38,7 @@ func TestPackages(t *testing.T) {
 	inside := func(files []string) string {
 		return strings.ReplaceAll(strings.Join(files, " "), packages, "/packages")
 	}
-	m := boot(t, packages)
+	m := boot(t, base, packages)
 	m.surround()
 
 	m.sh("dpkg -i " + inside(older))

@@ -6,6 +6,8 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -26,9 +28,6 @@ const (
 	slowCommand    = 5 * time.Second // is named in the log
 )
 
-// base is the Debian that the packages are tried in, kept between runs.
-const base = "bin/deb-base"
-
 // included is what a server has beside the packages that every Debian has, and
 // what the test looks with.
 const included = "systemd,systemd-sysv,dbus,adduser,ca-certificates,curl,iproute2,procps"
@@ -39,28 +38,40 @@ type machine struct {
 	leader string // process id of its first process, as seen from here
 }
 
-// fetch makes the base unless an earlier run left it. mmdebstrap does what
-// debootstrap does in a third of the time.
-func fetch(ctx context.Context) error {
-	done := filepath.Join(base, "complete")
-	if _, err := os.Stat(done); err == nil {
-		return nil
-	}
-	if err := os.RemoveAll(base); err != nil {
-		return err
-	}
+// fetch returns the folder of the Debian that the packages are tried in. It is
+// kept between runs, outside of the tree. mmdebstrap does what debootstrap does
+// in a third of the time.
+func fetch(ctx context.Context) (base string, err error) {
 	suite, mirrors, err := sources()
 	if err != nil {
-		return err
+		return "", err
 	}
+	cache, err := os.UserCacheDir()
+	if err != nil {
+		return "", err
+	}
+	base = filepath.Join(cache, "relais-deb", suite)
+	if _, err := os.Stat(base); err == nil {
+		return base, nil
+	}
+	if err := os.MkdirAll(filepath.Dir(base), 0o755); err != nil {
+		return "", err
+	}
+	partial := base + "." + strconv.Itoa(os.Getpid())
 	ctx, cancel := context.WithTimeout(ctx, fetchTimeout)
 	defer cancel()
-	out, err := exec.CommandContext(ctx, "mmdebstrap", append([]string{"--variant=minbase", "--include=" + included, "--dpkgopt=force-unsafe-io",
-		"--aptopt=Acquire::Languages \"none\"", "--aptopt=Acquire::Retries \"3\"", suite, base}, mirrors...)...).CombinedOutput()
-	if err != nil {
-		return errors.New("no Debian for the test: mmdebstrap: " + err.Error() + "\n" + string(out))
+	// What it mounts there is gone with it, however it ends.
+	cmd := exec.CommandContext(ctx, "unshare", append([]string{"--mount", "--propagation=private", "mmdebstrap", "--variant=minbase", "--include=" + included,
+		"--dpkgopt=force-unsafe-io", "--aptopt=Acquire::Languages \"none\"", "--aptopt=Acquire::Retries \"3\"", suite, partial}, mirrors...)...)
+	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
+	cmd.WaitDelay = stopTimeout
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return "", errors.Join(fmt.Errorf("no Debian for the test: mmdebstrap: %w\n%s", err, out), os.RemoveAll(partial))
 	}
-	return os.WriteFile(done, nil, 0o644)
+	if err := os.Rename(partial, base); err != nil && !errors.Is(err, fs.ErrExist) {
+		return "", err
+	}
+	return base, os.RemoveAll(partial) // it is there when another run was faster
 }
 
 // sources returns the release of this Debian, and the lines that fetch it from
@@ -92,7 +103,7 @@ func sources() (suite string, lines []string, err error) {
 }
 
 // boot starts a Debian whose changes are forgotten when the test ends.
-func boot(t *testing.T, packages string) *machine {
+func boot(t *testing.T, base, packages string) *machine {
 	t.Helper()
 	console, err := os.Create(filepath.Join(t.TempDir(), "console"))
 	if err != nil {
