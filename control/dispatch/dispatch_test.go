@@ -125,12 +125,6 @@ func (n *nodes) NodeGone(id ids.Node) {
 
 func (n *nodes) NodeCloned(id ids.Node, c Clone) { n.clones <- c }
 
-func (n *nodes) ClonesElsewhere(clones map[ids.Node]Clone) {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	n.elsewhere = clones
-}
-
 func (n *nodes) NodeReported(_ ids.Node, report Report) { n.reports <- report }
 func (n *nodes) AckView(_ ids.Node, revision uint64)    { n.acks <- revision }
 func (n *nodes) NackView(_ ids.Node, revision uint64, why string) {

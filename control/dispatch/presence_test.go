@@ -18,6 +18,12 @@ import (
 	"github.com/relais-mta/relais/shared/pki/pkitest"
 )
 
+func (n *nodes) ClonesElsewhere(clones map[ids.Node]Clone) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.elsewhere = clones
+}
+
 // mesh connects the servers of a test; requests travel as bytes.
 type mesh struct {
 	mu      sync.Mutex
