@@ -372,6 +372,10 @@ func (b TokenCreate) request() (service.TokenRequest, error) {
 			if addrErr != nil {
 				return req, fault.Field("api", "cidr", "%q is not a network such as 198.51.100.0/24 or an address", text)
 			}
+			if addr.Zone() != "" { // a prefix has none, and would silently be another network
+				return req, fault.Field("api", "cidr", "%q is not a network such as 198.51.100.0/24 or an address", text)
+			}
+			addr = addr.Unmap()
 			p = netip.PrefixFrom(addr, addr.BitLen())
 		}
 		req.CIDRs = append(req.CIDRs, p)

@@ -36,6 +36,9 @@ func (s *Service) CreateCredential(ctx context.Context, a Actor, req CredentialR
 	if err != nil {
 		return nil, "", err
 	}
+	if err := s.checkStream(op, tenant, project, req.Stream); err != nil {
+		return nil, "", err
+	}
 	at := now()
 	if !req.NotAfter.IsZero() && !req.NotAfter.After(at) {
 		return nil, "", fault.Field(op, "not_after", "%s is past: choose a later time or none", req.NotAfter.UTC().Format(time.RFC3339))

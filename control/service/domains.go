@@ -48,11 +48,20 @@ func (s *Service) AddDomain(ctx context.Context, a Actor, req DomainRequest, c C
 	if err != nil {
 		return DomainView{}, err
 	}
+	if err := checkRegistrable(op, "domain", name); err != nil {
+		return DomainView{}, err
+	}
 	returnPath := mailaddr.Domain("rp." + string(name))
 	if req.ReturnPath != "" {
 		if returnPath, err = parseDomain("return_path", req.ReturnPath); err != nil {
 			return DomainView{}, err
 		}
+		if err := checkRegistrable(op, "return_path", returnPath); err != nil {
+			return DomainView{}, err
+		}
+	}
+	if err := checkReturnPath(op, s.state.Read(), name, returnPath); err != nil {
+		return DomainView{}, err
 	}
 	at := now()
 	if req.Selector == "" {

@@ -9,6 +9,7 @@ import (
 
 	"github.com/relais-mta/relais/control"
 	"github.com/relais-mta/relais/control/command"
+	"github.com/relais-mta/relais/control/state"
 	"github.com/relais-mta/relais/shared/fault"
 	"github.com/relais-mta/relais/shared/policy"
 )
@@ -62,7 +63,9 @@ func (s *Service) PutPolicy(ctx context.Context, a Actor, sections map[string]st
 	}
 	row := s.state.Read().Policy()
 	if expect != nil && *expect != row.Revision {
-		return PolicyView{}, fault.New(fault.Conflict, op, "the policy was changed meanwhile: it is at revision %d, the change was made from %d; get it again and repeat", row.Revision, *expect)
+		e := fault.New(fault.Conflict, op, "the policy was changed meanwhile: it is at revision %d, the change was made from %d; get it again, or see `relais-control policy diff --rev %d`, and repeat", row.Revision, *expect, *expect)
+		e.Cause = &state.StaleError{Revision: row.Revision}
+		return PolicyView{}, s.sayWhatChanged(e)
 	}
 	if _, err := s.checkPolicy(row, sections); err != nil {
 		return PolicyView{}, err
@@ -137,6 +140,22 @@ type AuditFilter struct {
 	Since  time.Time
 }
 
+// names reports whether an entry is about an object with the text in its id or
+// name. Rows that are known by an id have their name in what is shown of them.
+func names(e *control.AuditEntry, text string) bool {
+	if strings.Contains(e.Object, text) {
+		return true
+	}
+	for _, shown := range []string{e.Before, e.After} {
+		for word := range strings.FieldsSeq(shown) {
+			if name, ok := strings.CutPrefix(word, "name="); ok && strings.Contains(name, text) {
+				return true
+			}
+		}
+	}
+	return false
+}
+
 // Audit returns the newest changes that the filter chooses, newest first.
 func (s *Service) Audit(a Actor, f AuditFilter) ([]*control.AuditEntry, error) {
 	if err := s.enter(a, control.RoleOperator, "service.Audit"); err != nil {
@@ -147,7 +166,7 @@ func (s *Service) Audit(a Actor, f AuditFilter) ([]*control.AuditEntry, error) {
 		if len(out) == f.Limit || e.Time.Before(f.Since) {
 			break // times never go back
 		}
-		if (f.Actor == "" || e.Actor == f.Actor) && (f.Action == "" || e.Action == f.Action) && strings.Contains(e.Object, f.Object) {
+		if (f.Actor == "" || e.Actor == f.Actor) && (f.Action == "" || e.Action == f.Action) && names(e, f.Object) {
 			out = append(out, e)
 		}
 	}

@@ -120,7 +120,7 @@ func (s *Service) fresh(op string) error {
 func propose[T any](ctx context.Context, s *Service, cmd command.Command) (*T, error) {
 	result, err := s.log.Propose(ctx, cmd)
 	if err != nil {
-		return nil, err
+		return nil, s.sayWhatChanged(err)
 	}
 	row, ok := result.Row.(*T)
 	if !ok {

@@ -13,7 +13,11 @@ import (
 
 // AddTenant makes a tenant and its default project.
 func (s *Service) AddTenant(ctx context.Context, a Actor, name string, c Change) (*control.Tenant, error) {
-	if err := s.enter(a, control.RoleOperator, "service.AddTenant"); err != nil {
+	const op = "service.AddTenant"
+	if err := s.enter(a, control.RoleOperator, op); err != nil {
+		return nil, err
+	}
+	if err := checkNewName(op, name); err != nil {
 		return nil, err
 	}
 	at := now()
@@ -57,9 +61,11 @@ func (s *Service) Tenant(a Actor, ref string) (*control.Tenant, error) {
 
 func tenantByRef(r *state.Reader, ref string) (*control.Tenant, error) {
 	var id ids.Tenant
-	t := r.TenantByName(ref)
-	if t == nil && parseID(&id, ref) {
+	t := (*control.Tenant)(nil)
+	if parseID(&id, ref) { // an id names one object, whatever others are named
 		t = r.Tenant(id)
+	} else {
+		t = r.TenantByName(ref)
 	}
 	if t == nil {
 		return nil, notFound("tenant", "tenant", ref)
@@ -81,7 +87,11 @@ func optionalTenant(r *state.Reader, ref string) (id ids.Tenant, err error) {
 
 // AddProject makes a project of a tenant.
 func (s *Service) AddProject(ctx context.Context, a Actor, tenant, name string, c Change) (*control.Project, error) {
-	if err := s.enter(a, control.RoleOperator, "service.AddProject"); err != nil {
+	const op = "service.AddProject"
+	if err := s.enter(a, control.RoleOperator, op); err != nil {
+		return nil, err
+	}
+	if err := checkNewName(op, name); err != nil {
 		return nil, err
 	}
 	t, err := tenantByRef(s.state.Read(), tenant)
@@ -113,9 +123,11 @@ func projectByRef(r *state.Reader, t *control.Tenant, ref string) (*control.Proj
 		ref = control.DefaultProject
 	}
 	var id ids.Project
-	p := r.ProjectByName(t.ID, ref)
-	if p == nil && parseID(&id, ref) {
+	p := (*control.Project)(nil)
+	if parseID(&id, ref) {
 		p = r.Project(id)
+	} else {
+		p = r.ProjectByName(t.ID, ref)
 	}
 	if p == nil || p.Tenant != t.ID {
 		e := fault.New(fault.NotFound, "service", "tenant %q has no project %q: see `relais-control project list --tenant %s`", t.Name, ref, t.Name)

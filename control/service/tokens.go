@@ -79,6 +79,9 @@ func (s *Service) CreateToken(ctx context.Context, a Actor, req TokenRequest, c 
 	at := now()
 	row := control.JoinToken{Role: req.Role, UsesMax: uint32(req.Uses), UsesLeft: uint32(req.Uses), NotAfter: at.Add(req.TTL).Truncate(time.Millisecond), Labels: labelRows(req.Labels), NameGlob: req.NameGlob, Approve: req.Approve, CreatedAt: at}
 	for _, p := range req.CIDRs {
+		if err := checkNetwork(op, p); err != nil {
+			return nil, "", err
+		}
 		row.CIDRs = append(row.CIDRs, p.Masked())
 	}
 	stamp(&row.ID, at)

@@ -3,6 +3,7 @@ package state
 import (
 	"crypto/sha256"
 	"encoding/binary"
+	"strconv"
 
 	"github.com/hashicorp/go-memdb"
 	"google.golang.org/protobuf/proto"
@@ -218,6 +219,12 @@ func same[T any](t *table[T], a, b *T) bool {
 	return string(t.encode(a)[8:]) == string(t.encode(b)[8:])
 }
 
+// StaleError is the cause of a Conflict: the row was changed since it was read.
+type StaleError struct{ Revision uint64 } // of the change that came between
+
+// Error implements error.
+func (e *StaleError) Error() string { return "changed by entry " + strconv.FormatUint(e.Revision, 10) }
+
 // checkRevision compares the revision a change was made from with the row's.
 func checkRevision[T any](t *table[T], what string, old *T, expect uint64) error {
 	switch {
@@ -226,7 +233,9 @@ func checkRevision[T any](t *table[T], what string, old *T, expect uint64) error
 	case old != nil && expect == 0:
 		return fault.New(fault.Exists, op, "%s exists already: change it, or choose another name", what)
 	case old != nil && *t.revision(old) != expect:
-		return fault.New(fault.Conflict, op, "%s was changed meanwhile: it is at revision %d, the change was made from %d; read it again and repeat", what, *t.revision(old), expect)
+		e := fault.New(fault.Conflict, op, "%s was changed meanwhile: it is at revision %d, the change was made from %d; read it again and repeat", what, *t.revision(old), expect)
+		e.Cause = &StaleError{Revision: *t.revision(old)}
+		return e
 	}
 	return nil
 }
