@@ -1,10 +1,10 @@
 package service
 
 import (
+	"cmp"
 	"context"
 	"net/netip"
 	"slices"
-	"strings"
 
 	"github.com/relais-mta/relais/control"
 	"github.com/relais-mta/relais/control/command"
@@ -16,7 +16,11 @@ import (
 
 // AddPool makes a pool. A dedicated pool names its tenant, a shared one none.
 func (s *Service) AddPool(ctx context.Context, a Actor, name string, kind policy.PoolKind, tenant string, c Change) (*control.Pool, error) {
-	if err := s.enter(a, control.RoleOperator, "service.AddPool"); err != nil {
+	const op = "service.AddPool"
+	if err := s.enter(a, control.RoleOperator, op); err != nil {
+		return nil, err
+	}
+	if err := checkNewName(op, name); err != nil {
 		return nil, err
 	}
 	if kind == "" {
@@ -65,8 +69,12 @@ func (s *Service) Pool(a Actor, ref string) (PoolView, error) {
 	if err != nil {
 		return PoolView{}, err
 	}
+	row, err := poolByRef(s.state.Read(), ref)
+	if err != nil {
+		return PoolView{}, err
+	}
 	for _, p := range all {
-		if p.Name == ref || p.ID.String() == ref {
+		if p.ID == row.ID {
 			return p, nil
 		}
 	}
@@ -75,9 +83,11 @@ func (s *Service) Pool(a Actor, ref string) (PoolView, error) {
 
 func poolByRef(r *state.Reader, ref string) (*control.Pool, error) {
 	var id ids.Pool
-	p := r.PoolByName(ref)
-	if p == nil && parseID(&id, ref) {
+	p := (*control.Pool)(nil)
+	if parseID(&id, ref) {
 		p = r.Pool(id)
+	} else {
+		p = r.PoolByName(ref)
 	}
 	if p == nil {
 		return nil, notFound("pool", "pool", ref)
@@ -110,12 +120,18 @@ func (s *Service) AddIP(ctx context.Context, a Actor, req IPRequest, c Change) (
 	if !req.Public.IsValid() {
 		req.Public = req.Bind
 	}
+	req.EHLO, req.PTR = plainName(req.EHLO), plainName(req.PTR)
+	for _, err := range []error{checkSourceAddr(op, "bind", req.Bind.Unmap()), checkSourceAddr(op, "public", req.Public.Unmap()), checkHostName(op, "ehlo", req.EHLO), checkHostName(op, "ptr", cmp.Or(req.PTR, req.EHLO))} {
+		if err != nil {
+			return nil, err
+		}
+	}
 	node, pool, err := s.placeOf(req.Node, req.Pool)
 	if err != nil {
 		return nil, err
 	}
 	at := now()
-	row := control.Source{Bind: req.Bind.Unmap(), Public: req.Public.Unmap(), EHLO: strings.TrimSuffix(strings.ToLower(req.EHLO), "."), PTR: req.PTR, Pinned: !req.Floating, State: control.SourceFree, CreatedAt: at}
+	row := control.Source{Bind: req.Bind.Unmap(), Public: req.Public.Unmap(), EHLO: req.EHLO, PTR: req.PTR, Pinned: !req.Floating, State: control.SourceFree, CreatedAt: at}
 	stamp(&row.ID, at)
 	return propose[control.Source](ctx, s, &command.IPPut{Meta: c.meta(a), Source: command.SourceRecord(&row), Node: node, Pool: pool})
 }
@@ -232,10 +248,13 @@ func ipView(r *state.Reader, src *control.Source, heard map[ids.Node]Seen) IPVie
 	if !seen.Connected {
 		return v
 	}
-	present := slices.Contains(seen.Addresses, src.Bind)
-	if seen.Report != nil && seen.Report.Revision >= src.Revision { // it knows of the assignment
-		present = !slices.Contains(seen.Report.Missing, src.ID)
-	}
-	v.Present = &present
+	switch {
+	case seen.Report != nil && seen.Report.Revision >= src.Revision: // it knows of the assignment
+		present := !slices.Contains(seen.Report.Missing, src.ID)
+		v.Present = &present
+	case slices.Contains(seen.Addresses, src.Bind):
+		present := true
+		v.Present = &present
+	} // else it has not looked yet: an address can be its own without being listed at an interface
 	return v
 }

@@ -66,6 +66,9 @@ func checkReturnPath(op string, r *state.Reader, name, returnPath mailaddr.Domai
 	return nil
 }
 
+// plainName writes a host name as it is compared.
+func plainName(text string) string { return strings.TrimSuffix(strings.ToLower(text), ".") }
+
 // checkHostName wants a name that can be said in EHLO (RFC 5321 section 2.3.5).
 func checkHostName(op, field, text string) error {
 	d, err := mailaddr.ParseDomain(text)

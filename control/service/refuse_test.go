@@ -56,6 +56,37 @@ func TestDomainsThatNobodyOwns(t *testing.T) {
 	must[DomainView](t)(f.AddDomain(ctx, admin, DomainRequest{Tenant: "acme", Name: "shop.co.uk"}, Change{}))
 }
 
+func TestAddressesThatNoMailComesFrom(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t)
+	for name, tc := range map[string]struct{ bind, public, ehlo, ptr, field string }{
+		"broadcast":     {"255.255.255.255", "", "mta.example.com", "", "bind"},
+		"link-local":    {"fe80::1", "", "mta.example.com", "", "bind"},
+		"public":        {"10.0.0.1", "169.254.0.1", "mta.example.com", "", "public"},
+		"address":       {"10.0.0.1", "", "10.0.0.1", "", "ehlo"},
+		"underscore":    {"10.0.0.1", "", "mta_1.example.com", "", "ehlo"},
+		"one label":     {"10.0.0.1", "", "mta", "", "ehlo"},
+		"PTR of spaces": {"10.0.0.1", "", "mta.example.com", "x y", "ptr"},
+	} {
+		req := IPRequest{Bind: netip.MustParseAddr(tc.bind), EHLO: tc.ehlo, PTR: tc.ptr}
+		if tc.public != "" {
+			req.Public = netip.MustParseAddr(tc.public)
+		}
+		_, err := f.AddIP(ctx, admin, req, Change{})
+		refused(t, name, err, tc.field, " ")
+	}
+	row := must[*control.Source](t)(f.AddIP(ctx, admin, IPRequest{Bind: netip.MustParseAddr("10.0.0.1"), EHLO: "MTA.Example.com.", PTR: "Name.Example.com."}, Change{}))
+	if row.EHLO != "mta.example.com" || row.PTR != "name.example.com" {
+		t.Errorf("got EHLO %q and PTR %q, want both in lower case without the dot", row.EHLO, row.PTR)
+	}
+	pool := must[PoolView](t)(f.Pool(viewer, "default"))
+	_, err := f.AddPool(ctx, admin, pool.ID.String(), "", "", Change{})
+	refused(t, "a pool", err, "name", "looks like an id")
+	if by := must[PoolView](t)(f.Pool(viewer, pool.ID.String())); by.Name != "default" {
+		t.Errorf("the pool of that id is %q", by.Name)
+	}
+}
+
 func TestCredentialOfAStreamThatIsNotThere(t *testing.T) {
 	t.Parallel()
 	f := newFixture(t)
