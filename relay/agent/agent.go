@@ -74,7 +74,9 @@ type Agent struct {
 	bootNonce   [16]byte
 	metrics     *metrics
 
-	renewed chan struct{} // gets a token when there is a new certificate
+	renewed      chan struct{} // gets a token when there is a new certificate
+	spread       time.Duration // over which relays renew when the issuing key changes
+	trustChanged chan struct{} // closed and replaced when whom we believe, or our certificate, changes; under mu
 
 	current atomic.Pointer[applied]
 
@@ -88,9 +90,11 @@ type Agent struct {
 	lastContact time.Time
 	offset      time.Duration
 	offsetKnown bool
-	linkProblem string // why there is no link
-	viewProblem string // why the newest view is not in use
-	renewDue    string // why the certificate could not be renewed
+	linkProblem string    // why there is no link
+	viewProblem string    // why the newest view is not in use
+	renewDue    string    // why the certificate could not be renewed
+	renewBy     time.Time // when it is to be renewed before its time; zero: it need not be
+	renewedAt   time.Time // when it was renewed; zero: not since the start
 }
 
 // applied is the view in use.
@@ -100,6 +104,7 @@ type applied struct {
 	revision   uint64
 	sum        [sha256.Size]byte // of the wire encoding
 	since      time.Time         // stored on disk
+	trust      *pki.Trust        // nil: the view says nothing of it
 }
 
 // Open reads the identity and the last view of a data directory. Without a
@@ -110,7 +115,7 @@ func Open(options Options) (_ *Agent, err error) {
 	if err != nil {
 		return nil, err
 	}
-	a := &Agent{options: options, member: member, renewed: make(chan struct{}, 1)}
+	a := &Agent{options: options, member: member, renewed: make(chan struct{}, 1), trustChanged: make(chan struct{}), spread: renewSpread}
 	if len(a.servers()) == 0 {
 		return nil, fault.Field(op, "control.addresses", "no control server is known: name one as host:port")
 	}
@@ -186,6 +191,7 @@ func (a *Agent) loadView() {
 		if next, err = a.compile(encoded); err == nil {
 			next.since = stored
 			a.current.Store(next)
+			a.useTrust(next.trust)
 			a.options.Logger.Info("working from the stored policy", "generation", next.generation, "revision", next.revision)
 			return
 		}
@@ -219,7 +225,11 @@ func (a *Agent) compile(encoded []byte) (*applied, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &applied{directory: directory, generation: view.Generation, revision: view.Revision, sum: sha256.Sum256(encoded), since: time.Now()}, nil
+	trust, err := a.readTrust(&view.Trust)
+	if err != nil {
+		return nil, err
+	}
+	return &applied{trust: trust, directory: directory, generation: view.Generation, revision: view.Revision, sum: sha256.Sum256(encoded), since: time.Now()}, nil
 }
 
 // apply checks a received view, stores it and puts it in use, in that order: a
@@ -242,11 +252,15 @@ func (a *Agent) apply(encoded []byte, announced *wire.Revision) error {
 	if next.generation != announced.GetGeneration() || next.revision != announced.GetIndex() {
 		return fault.New(fault.Invalid, op, "the view is revision %d of generation %d, announced as %d of %d", next.revision, next.generation, announced.GetIndex(), announced.GetGeneration())
 	}
+	if err := a.saveTrust(next.trust); err != nil { // first: what it believes too much does no harm
+		return err
+	}
 	if err := a.store.save(encoded, next.generation, next.revision); err != nil {
 		return err
 	}
 	a.noteGeneration(next.generation)
 	a.current.Store(next)
+	a.useTrust(next.trust)
 	a.notify()
 	return nil
 }

@@ -5,6 +5,7 @@ import (
 	"crypto/hmac"
 	"crypto/sha256"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"log/slog"
 	"net/netip"
@@ -45,6 +46,10 @@ type controlServer struct {
 	hellos        []*wire.Hello
 	prefaces      []*wire.Preface
 	servers       []string
+	issuing       *pkitest.Issuing                           // signs; nil: the root does
+	bundle        []*x509.Certificate                        // believed and given out; nil: the root
+	known         func(pki.Identity, *x509.Certificate) bool // for renewals
+	server        ids.Node
 
 	sessions chan *relaySession // welcomed ones
 }
@@ -78,11 +83,15 @@ func startControl(t *testing.T, ca *pkitest.CA) *controlServer {
 
 func (c *controlServer) listen(address string) {
 	c.t.Helper()
-	holder := c.ca.Node(pki.RoleControl, pkitest.NewNode())
+	c.server = pkitest.NewNode()
+	holder := c.ca.Node(pki.RoleControl, c.server)
+	if c.bundle != nil {
+		holder.SetTrust(pki.Trust{Bundle: c.bundle})
+	}
 	listener, err := link.Listen(link.ServerConfig{Address: netip.MustParseAddrPort(address), TLS: pki.ByALPN(map[string]*tls.Config{
 		wire.ALPNJoin:  pki.OpenServerConfig(holder, wire.ALPNJoin),
 		wire.ALPNLink:  pki.ServerConfig(holder, pki.Peer{Cluster: c.ca.Cluster, Role: pki.RoleRelay}, wire.ALPNLink),
-		wire.ALPNRenew: pki.ServerConfig(holder, pki.Peer{Cluster: c.ca.Cluster, Grace: pki.RenewGrace}, wire.ALPNRenew),
+		wire.ALPNRenew: pki.ServerConfig(holder, pki.Peer{Cluster: c.ca.Cluster, Grace: pki.RenewGrace, Known: c.known}, wire.ALPNRenew),
 	})})
 	if err != nil {
 		c.t.Fatal(err)
@@ -175,9 +184,16 @@ func (c *controlServer) certify(der []byte, node ids.Node) (proto.Message, error
 	if err != nil {
 		return nil, err
 	}
-	leaf := c.ca.Leaf(csr.PublicKey, pki.RoleRelay, node, time.Now().Add(-time.Minute), time.Now().Add(c.leafLife))
+	sign, bundle := c.ca.Leaf, [][]byte{c.ca.Root.Raw}
+	if c.issuing != nil {
+		sign, bundle = c.issuing.Sign, pki.RawCertificates(c.bundle)
+	}
+	chain := [][]byte{sign(csr.PublicKey, pki.RoleRelay, node, time.Now().Add(-time.Minute), time.Now().Add(c.leafLife)).Raw}
+	if c.issuing != nil {
+		chain = append(chain, c.issuing.Cert.Raw)
+	}
 	return &wire.JoinReply{
-		NodeId: node[:], State: "active", Chain: [][]byte{leaf.Raw}, Bundle: [][]byte{c.ca.Root.Raw},
+		NodeId: node[:], State: "active", Chain: chain, Bundle: bundle,
 		Servers: c.servers, ClusterId: c.ca.Cluster[:], Generation: 1,
 	}, nil
 }
@@ -317,11 +333,14 @@ func options(dir string) Options {
 }
 
 // running opens an agent and runs it until the returned function is called.
-func running(t *testing.T, dir string) (*Agent, func()) {
+func running(t *testing.T, dir string, change ...func(*Agent)) (*Agent, func()) {
 	t.Helper()
 	a, err := Open(options(dir))
 	if err != nil {
 		t.Fatal(err)
+	}
+	for _, fn := range change {
+		fn(a)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)

@@ -137,6 +137,9 @@ func checkGrant(reply *wire.JoinReply, key *pki.NodeKey, pins []pki.Pin, now tim
 			intermediates.AddCert(ca)
 		}
 	}
+	for _, ca := range g.chain[1:] {
+		intermediates.AddCert(ca) // newer than the bundle of a server that lags behind
+	}
 	if !pinned {
 		return bad(nil, "its CA bundle lacks the CA that the token names")
 	}

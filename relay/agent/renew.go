@@ -23,7 +23,8 @@ const (
 func (a *Agent) renewLoop(ctx context.Context) {
 	spread, retry := rand.Float64(), minRenewRetry
 	for ctx.Err() == nil {
-		wait := min(time.Until(pki.RenewAt(a.holder.Leaf(), spread)), maxRenewSleep)
+		changed := a.trustChange()
+		wait := min(time.Until(a.renewAt(spread)), maxRenewSleep)
 		if wait <= 0 {
 			err := a.renew(ctx)
 			if a.noteEviction(err) {
@@ -42,6 +43,8 @@ func (a *Agent) renewLoop(ctx context.Context) {
 		timer := time.NewTimer(wait)
 		select {
 		case <-timer.C:
+		case <-changed:
+			timer.Stop()
 		case <-ctx.Done():
 			timer.Stop()
 		}
@@ -96,10 +99,12 @@ func (a *Agent) useGrant(g grant) error {
 	if err != nil {
 		return err
 	}
+	g = a.believed(g)
 	if err := saveCertificates(a.options.Dir, g); err != nil {
 		return err
 	}
 	a.holder.Set(cert, g.bundle)
+	a.noteRenewed()
 	a.noteServers(g.servers)
 	select {
 	case a.renewed <- struct{}{}:

@@ -54,6 +54,7 @@ func (a *Agent) linkLoop(ctx context.Context) {
 		if a.noteEviction(err) {
 			return
 		}
+		a.renewRefused(err)
 		a.lost(err)
 		if ctx.Err() != nil {
 			return
@@ -198,6 +199,7 @@ func (s *session) work(ctx context.Context) error {
 	group.Go(func() error { return s.receive() })
 	group.Go(func() error { return s.report(ctx, stream) })
 	group.Go(func() error { return s.acceptStreams(ctx) })
+	group.Go(func() error { return s.watchTrust(ctx) })
 	group.Go(func() error {
 		select {
 		case <-ctx.Done():
@@ -330,7 +332,9 @@ func (s *session) report(ctx context.Context, stream link.Stream) error {
 	defer ticker.Stop()
 	var nonce uint64
 	var sent time.Time
+	news := false // to be told before the interval is over
 	for unanswered := 0; ; {
+		changed := s.agent.trustChange()
 		if unanswered == missedReports {
 			return fault.New(fault.Timeout, "agent.report", "the server at %s left %d reports unanswered", s.address, missedReports)
 		}
@@ -342,8 +346,10 @@ func (s *session) report(ctx context.Context, stream link.Stream) error {
 			return err
 		}
 		unanswered++
-		for waiting := true; waiting; {
+		for waiting := true; waiting; waiting = waiting && !(news && unanswered == 0) {
 			select {
+			case <-changed:
+				news, changed = true, nil
 			case pong := <-s.pongs:
 				if pong.GetNonce() == nonce {
 					unanswered = 0
@@ -355,6 +361,7 @@ func (s *session) report(ctx context.Context, stream link.Stream) error {
 				return ctx.Err()
 			}
 		}
+		news = false
 	}
 }
 
@@ -375,7 +382,10 @@ func (s *session) newReport(nonce uint64, now time.Time) *wire.Report {
 		Nonce: nonce, SentTimeMs: now.UnixMilli(),
 		WaitingRecipients: load.WaitingRecipients, InFlightRecipients: load.InFlightRecipients, HeldRecipients: load.HeldRecipients,
 		QueueBytes: load.QueueBytes, FreeBytes: load.FreeBytes, Problems: load.Problems,
+		LeafIssuer: pki.IssuerKeyID(a.holder.Leaf()), LeafSerial: pki.Serial(a.holder.Leaf()),
 	}
+	sum := pki.BundleSum(a.holder.Bundle())
+	report.BundleSha256 = sum[:]
 	held := a.current.Load()
 	if held == nil {
 		return report
