@@ -32,6 +32,7 @@ import (
 	"github.com/relais-mta/relais/control/state"
 	"github.com/relais-mta/relais/shared/buildinfo"
 	"github.com/relais-mta/relais/shared/fault"
+	"github.com/relais-mta/relais/shared/memlimit"
 	"github.com/relais-mta/relais/shared/pki"
 	"github.com/relais-mta/relais/shared/telemetry"
 )
@@ -109,6 +110,7 @@ func (s *server) run(ctx context.Context) error {
 	if err := s.loadKeys(); err != nil {
 		return err
 	}
+	memlimit.Apply(os.DirFS("/"), os.Getenv, s.logger)
 	s.supervisor = telemetry.NewSupervisor(os.Getenv, s.logger)
 	s.health = telemetry.NewHealth(time.Now)
 	s.registry = telemetry.NewRegistry("control", s.health)
