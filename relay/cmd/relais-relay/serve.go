@@ -6,7 +6,6 @@ import (
 	"errors"
 	"log/slog"
 	"net"
-	"net/netip"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -119,7 +118,7 @@ func newNode(ctx context.Context, dir string, cfg *config.Config) (_ *node, err 
 func (n *node) openAgent(context.Context) (err error) {
 	n.agent, err = agent.Open(agent.Options{
 		Dir: n.dir, Servers: n.cfg.Control.Addresses, Names: serverNames(n.cfg), Version: buildinfo.Get().Version,
-		LocalAddresses: func() []netip.Addr { return hostAddresses(n.cfg) }, Load: n.load, Logger: n.log, Registerer: n.registry,
+		LocalAddresses: n.localAddresses, Load: n.load, Logger: n.log, Registerer: n.registry,
 	})
 	if err != nil {
 		return err

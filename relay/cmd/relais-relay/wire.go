@@ -5,6 +5,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"time"
 
 	"github.com/relais-mta/relais/relay/admin"
@@ -89,8 +90,9 @@ func (n *node) load() agent.Load {
 	if n.queue == nil {
 		return agent.Load{}
 	}
-	s := n.queue.Summary()
-	l := agent.Load{WaitingRecipients: uint64(max(0, s.Waiting)), InFlightRecipients: uint64(max(0, s.InFlight))}
+	s, disk := n.queue.Summary(), n.store.Stats()
+	l := agent.Load{WaitingRecipients: uint64(max(0, s.Waiting)), InFlightRecipients: uint64(max(0, s.InFlight)),
+		QueueBytes: uint64(max(0, disk.LiveBodyBytes)), FreeBytes: uint64(max(0, disk.FreeBytes))}
 	checks, _ := n.health.Checks()
 	for _, c := range checks {
 		if c.Severity != telemetry.OK && len(l.Problems) < 16 {
@@ -98,6 +100,22 @@ func (n *node) load() agent.Load {
 		}
 	}
 	return l
+}
+
+// localAddresses are the addresses of this machine. An address may be its own
+// without being listed at an interface, by a local route for a whole network:
+// of the relay's sources the kernel was asked one by one.
+func (n *node) localAddresses() []netip.Addr {
+	out := hostAddresses(n.cfg)
+	if n.egress == nil {
+		return out
+	}
+	for _, s := range n.egress.Sources() {
+		if s.State == egress.Usable && !slices.Contains(out, s.Source.Bind) {
+			out = append(out, s.Source.Bind)
+		}
+	}
+	return out
 }
 
 func (n *node) status() admin.Status {
