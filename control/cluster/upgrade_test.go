@@ -110,3 +110,39 @@ func TestDirectoryOfVersion1(t *testing.T) {
 		t.Error("after a restart the state is another one")
 	}
 }
+
+// TestDirectoryOfVersion2 opens the log and the snapshot that the release of
+// version 2 wrote, with a change to version 2 and a recovery in them.
+func TestDirectoryOfVersion2(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	unpack(t, filepath.Join("testdata", "version2.tar.gz"), dir)
+	c := open(t, dir)
+	r := c.state.Read()
+	const want = "ddea0e46d76f643cbe23bf24549e29e3d4423650f18eb2ac82427b7f18911069"
+	if got := fmt.Sprintf("%x", r.Hash()); got != want || r.Index() != 55 {
+		t.Errorf("state hash %s at index %d, was %s at 55", got, r.Index(), want)
+	}
+	if r.Cluster().FSMVersion != 2 || r.Cluster().Generation != 2 || len(r.Tenants()) != 41 || r.Recovery() != nil {
+		t.Errorf("version %d, generation %d, %d tenants, recovery mode %v", r.Cluster().FSMVersion, r.Cluster().Generation, len(r.Tenants()), r.Recovery())
+	}
+	if _, err := c.Propose(t.Context(), &command.CAPrune{}); err == nil {
+		t.Error("a command of version 3 was logged for servers of version 2")
+	}
+	if _, err := c.Propose(t.Context(), &command.FSMVersionSet{Version: 3}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.Propose(t.Context(), &command.CAPrune{}); err != nil {
+		t.Error(err)
+	}
+	if err := c.Snapshot(); err != nil {
+		t.Error(err)
+	}
+	hash := c.state.Read().Hash()
+	closeNow(t, c)
+	c = open(t, dir)
+	defer closeNow(t, c)
+	if c.state.Read().Hash() != hash {
+		t.Error("after a restart the state is another one")
+	}
+}
