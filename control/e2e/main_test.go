@@ -43,7 +43,9 @@ func start(t *testing.T, cfg fleet.Config) *fleet.Fleet {
 	if err != nil {
 		t.Fatal(err)
 	}
-	cfg.Bin = binaries
+	if cfg.Bin == "" {
+		cfg.Bin = binaries
+	}
 	cfg.Dir = dir
 	cfg.Relays, cfg.Sources, cfg.Seed = max(1, cfg.Relays), max(1, cfg.Sources), max(1, cfg.Seed)
 	f, err := fleet.Start(t.Context(), cfg)
