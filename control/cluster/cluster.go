@@ -87,8 +87,12 @@ type Cluster struct {
 	ready   atomic.Bool
 	caught  atomic.Bool // since it started, this server has had everything that the leader had
 	unsound atomic.Pointer[error]
-	readyMu sync.Mutex
-	readyCh chan struct{} // closed while this server leads and has applied its predecessors' entries
+	refused atomic.Pointer[fault.Error] // why the others do not let this server in
+	// committed is the newest configuration that a majority has; nil before one
+	// was applied since the start. Raft itself tells the newest that it knows.
+	committed atomic.Pointer[raft.Configuration]
+	readyMu   sync.Mutex
+	readyCh   chan struct{} // closed while this server leads and has applied its predecessors' entries
 
 	stop    chan struct{}
 	workers sync.WaitGroup
@@ -122,7 +126,7 @@ func Open(o Options) (*Cluster, error) {
 	notify := make(chan bool, notifyBuffer)
 	conf := raftConfig(o.ServerID, c.tuning)
 	conf.Logger, conf.NotifyCh = logger, notify
-	c.raft, err = raft.NewRaft(conf, machine{fsm.New(o.State, o.Halt), o.State, c.results}, logs, c.stores.stable, c.stores.snapshots, transport)
+	c.raft, err = raft.NewRaft(conf, machine{fsm.New(o.State, o.Halt), o.State, c.results, &c.committed}, logs, c.stores.stable, c.stores.snapshots, transport)
 	if err != nil {
 		_ = c.transport.Close()
 		c.stores.close()
@@ -137,6 +141,7 @@ func Open(o Options) (*Cluster, error) {
 		c.servePeers(o.Stream, o.Requests)
 		c.workers.Go(c.catchUp)
 		c.workers.Go(c.keepMembers)
+		c.workers.Go(c.watchRefusal)
 	}
 	return c, nil
 }
@@ -276,7 +281,13 @@ func (c *Cluster) Health() error {
 	if err := c.sound(); err != nil {
 		return err
 	}
-	return c.removed()
+	if err := c.removed(); err != nil {
+		return err
+	}
+	if err := c.refused.Load(); err != nil {
+		return err
+	}
+	return nil
 }
 
 // sound returns nil, or what is wrong with this server's state or log.

@@ -94,13 +94,13 @@ func (c *Cluster) onMembers(context.Context, ids.Node, []byte) (any, error) {
 	if !c.Ready() {
 		return nil, fault.Wrap(control.ErrNoLeader, fault.Unavailable, "cluster.onMembers", "this server does not lead the cluster: try again in a few seconds")
 	}
-	return c.members()
+	return c.agreed()
 }
 
 // Members returns who belongs to the cluster, as its leader sees it.
 func (c *Cluster) Members(ctx context.Context) ([]Member, error) {
 	if c.Ready() {
-		return c.members()
+		return c.agreed()
 	}
 	to, id := c.Leader()
 	if to == "" || id == c.id || c.peers == nil {
@@ -110,6 +110,22 @@ func (c *Cluster) Members(ctx context.Context) ([]Member, error) {
 	return out, c.askFor(ctx, to, "members", nil, &out)
 }
 
+// agreed is members with the votes that a majority knows of: one that the leader
+// is about to give is lost if it ends now.
+func (c *Cluster) agreed() ([]Member, error) {
+	members, err := c.members()
+	conf := c.committed.Load()
+	if err != nil || conf == nil {
+		return members, err
+	}
+	for i := range members {
+		at := slices.IndexFunc(conf.Servers, func(s raft.Server) bool { return string(s.ID) == members[i].ID })
+		members[i].Voter = at >= 0 && conf.Servers[at].Suffrage == raft.Voter
+	}
+	return members, nil
+}
+
+// members are those of the newest configuration, by which raft goes already.
 func (c *Cluster) members() ([]Member, error) {
 	conf := c.raft.GetConfiguration()
 	if err := conf.Error(); err != nil {

@@ -389,6 +389,27 @@ func TestARemovedServerIsRefused(t *testing.T) {
 	}
 }
 
+// TestAServerRemovedWhileOffIsTold removes a voter that does not run: when it
+// comes back it must say why nobody talks to it.
+func TestAServerRemovedWhileOffIsTold(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, TransportTCP, quick)
+	w.join("")
+	s := w.join("")
+	waitFor(t, func() bool { return w.voters() == 3 }, "three voters")
+	w.stop(s)
+	w.announce(s, control.NodeEvicted)
+	waitFor(t, func() bool {
+		members, err := w.leader().Members(w.ctx())
+		return err == nil && len(members) == 2
+	}, "the server to be removed")
+	w.start(s)
+	waitFor(t, func() bool {
+		err := s.Health()
+		return err != nil && strings.Contains(fault.Public(err), "refuse this one") && strings.Contains(fault.Public(err), "join anew")
+	}, "the server to say that the others refuse it")
+}
+
 // TestPeersAreCheckedBothWays lets certificates of others try the raft port.
 func TestPeersAreCheckedBothWays(t *testing.T) {
 	t.Parallel()

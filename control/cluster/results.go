@@ -4,6 +4,7 @@ import (
 	"context"
 	"io"
 	"sync"
+	"sync/atomic"
 
 	"github.com/hashicorp/raft"
 
@@ -71,8 +72,9 @@ func (c *Cluster) await(ctx context.Context, index uint64) (result state.Result,
 // machine is the FSM with a memory of its results.
 type machine struct {
 	*fsm.FSM
-	state   *state.Store
-	results *results
+	state     *state.Store
+	results   *results
+	committed *atomic.Pointer[raft.Configuration]
 }
 
 var _ raft.BatchingFSM = machine{}
@@ -87,6 +89,12 @@ func (m machine) Apply(l *raft.Log) any {
 // ApplyBatch implements raft.BatchingFSM.
 func (m machine) ApplyBatch(logs []*raft.Log) []any {
 	out := m.FSM.ApplyBatch(logs)
+	for _, l := range logs {
+		if l.Type == raft.LogConfiguration {
+			conf := raft.DecodeConfiguration(l.Data)
+			m.committed.Store(&conf)
+		}
+	}
 	for _, one := range out {
 		m.remember(one)
 	}

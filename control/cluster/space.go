@@ -15,8 +15,8 @@ import (
 // next segment is due.
 const (
 	segmentBytes      = 16 << 20
-	minStartFreeBytes = 2 * segmentBytes  // less, and the server would soon end again
-	lowFreeBytes      = 16 * segmentBytes // less, and an operator is told
+	minStartFreeBytes = 2 * segmentBytes // less, and the server would soon end again
+	lowFreeBytes      = 8 * segmentBytes // less, and an operator is told
 )
 
 // freeBytes returns what an unprivileged program may still write to the disk of

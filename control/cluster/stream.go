@@ -158,7 +158,8 @@ func (s *Stream) admit(socket net.Conn) {
 	defer cancel()
 	conn := tls.Server(socket, s.serve)
 	err := conn.HandshakeContext(ctx)
-	if err == nil {
+	// Who asks is checked at each request, and told what is wrong.
+	if err == nil && conn.ConnectionState().NegotiatedProtocol != wire.ALPNPeer {
 		err = s.check("", conn.ConnectionState().PeerCertificates[0])
 	}
 	if err != nil {

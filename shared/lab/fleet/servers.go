@@ -42,31 +42,26 @@ func (s *ControlServer) Link() string { return netip.AddrPortFrom(s.Addr, portLi
 
 func (s *ControlServer) ready() string { return s.Metrics() + "/readyz" }
 
-// AddServer lets another control server join by the documented commands, and
-// waits until it follows.
-func (f *Fleet) AddServer(ctx context.Context) (*ControlServer, error) {
-	const op = "fleet.AddServer"
+// NewServer prepares a directory in which another control server can join: dir,
+// or one of the fleet's if that is empty.
+func (f *Fleet) NewServer(dir string) (*ControlServer, error) {
 	n := len(f.servers)
 	if n == maxServers {
-		return nil, fault.Field(op, "servers", "%d are the most", maxServers+1)
+		return nil, fault.Field("fleet.NewServer", "servers", "%d are the most", maxServers+1)
 	}
 	name := fmt.Sprintf("control%d", n+2)
-	s := &ControlServer{Dir: filepath.Join(f.cfg.Dir, name), Addr: f.block.Addr(placeServer + n)}
+	s := &ControlServer{Dir: dir, Addr: f.block.Addr(placeServer + n)}
+	if dir == "" {
+		s.Dir = filepath.Join(f.cfg.Dir, name)
+	}
 	s.Process = &Process{Name: name, Log: filepath.Join(f.cfg.Dir, name+".log"), bin: f.bin("relais-control"), args: []string{"serve", "--data", s.Dir}}
 	f.servers = append(f.servers, s)
-	return s, f.joinServer(ctx, s)
+	return s, f.configure(s)
 }
 
-// Rejoin lets a server whose data directory was lost join anew at its address.
-func (f *Fleet) Rejoin(ctx context.Context, s *ControlServer) error {
-	if err := os.RemoveAll(s.Dir); err != nil {
-		return fault.Wrap(err, fault.Internal, "fleet.Rejoin", "%s cannot be removed", s.Dir)
-	}
-	return f.joinServer(ctx, s)
-}
-
-func (f *Fleet) joinServer(ctx context.Context, s *ControlServer) error {
-	const op = "fleet.joinServer"
+// configure makes the server's directory with a configuration in it.
+func (f *Fleet) configure(s *ControlServer) error {
+	const op = "fleet.configure"
 	if err := os.MkdirAll(s.Dir, 0o700); err != nil {
 		return fault.Wrap(err, fault.Internal, op, "the directory %s cannot be made", s.Dir)
 	}
@@ -78,16 +73,55 @@ func (f *Fleet) joinServer(ctx context.Context, s *ControlServer) error {
 	if err := os.WriteFile(filepath.Join(s.Dir, "control.toml"), []byte(own), 0o600); err != nil {
 		return fault.Wrap(err, fault.Internal, op, "the configuration of %s cannot be written", s.Name)
 	}
+	return nil
+}
+
+// AddServer lets another control server join by the documented commands, and
+// waits until it follows.
+func (f *Fleet) AddServer(ctx context.Context) (*ControlServer, error) {
+	s, err := f.NewServer("")
+	if err != nil {
+		return nil, err
+	}
+	return s, f.JoinServer(ctx, s)
+}
+
+// Rejoin lets a server whose data directory was lost join anew at its address.
+func (f *Fleet) Rejoin(ctx context.Context, s *ControlServer) error {
+	if err := os.RemoveAll(s.Dir); err != nil {
+		return fault.Wrap(err, fault.Internal, "fleet.Rejoin", "%s cannot be removed", s.Dir)
+	}
+	if err := f.configure(s); err != nil {
+		return err
+	}
+	return f.JoinServer(ctx, s)
+}
+
+// ServerToken makes a token for a control server.
+func (f *Fleet) ServerToken(ctx context.Context) (string, error) {
 	var token struct {
 		Token string `json:"token"`
 	}
-	if err := f.controlJSON(ctx, &token, "token", "create", "--role", "control"); err != nil {
+	err := f.controlJSON(ctx, &token, "token", "create", "--role", "control")
+	return token.Token, err
+}
+
+// JoinArgs are the arguments of relais-control that let the server join.
+func (f *Fleet) JoinArgs(s *ControlServer, token string) []string {
+	return []string{"join", "--token", token, "--data", s.Dir, "--advertise", s.Addr.String(), f.LinkAddr()}
+}
+
+// JoinServer lets a prepared server join with a new token, starts it, and waits
+// until it follows.
+func (f *Fleet) JoinServer(ctx context.Context, s *ControlServer) error {
+	token, err := f.ServerToken(ctx)
+	if err != nil {
 		return err
 	}
 	var joined struct {
 		Server string `json:"server"`
 	}
-	if err := runJSON(ctx, &joined, f.bin("relais-control"), "join", "--token", token.Token, "--data", s.Dir, "--advertise", s.Addr.String(), f.LinkAddr()); err != nil {
+	if err := runJSON(ctx, &joined, f.bin("relais-control"), f.JoinArgs(s, token)...); err != nil {
 		return err
 	}
 	s.ID = joined.Server
@@ -102,6 +136,9 @@ func (f *Fleet) StartServer(ctx context.Context, s *ControlServer) error {
 	}
 	return s.waitReady(ctx, s.ready())
 }
+
+// Spawn starts a control server and waits for nothing.
+func (s *ControlServer) Spawn() error { return s.start() }
 
 // Launch starts control servers together, as after a power cut: none is in
 // touch before a majority runs.
