@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"strconv"
 	"strings"
 	"time"
 
@@ -78,6 +79,9 @@ type SourceState string
 const (
 	SourceFree     SourceState = "free"
 	SourceAssigned SourceState = "assigned"
+	// SourceQuarantined: its relay was evicted. Nobody uses it until an operator
+	// releases or assigns it.
+	SourceQuarantined SourceState = "quarantined"
 )
 
 // Label is a key and a value that an operator gave to a node.
@@ -244,6 +248,8 @@ type Source struct {
 	ReverseDetail string    // what the check found
 	ReverseAt     time.Time // when the verdict was reached; zero: never checked
 	Overridden    bool      // an operator uses it without confirmed reverse DNS
+
+	Quarantine string // why it is in quarantine; empty: it is not
 }
 
 // Policy is the policy document as the operators put it.
@@ -366,6 +372,9 @@ func (s *Source) Summary() string {
 	}
 	if s.Overridden {
 		text += " overridden"
+	}
+	if s.Quarantine != "" {
+		text += " quarantine=" + strconv.Quote(s.Quarantine)
 	}
 	return text
 }

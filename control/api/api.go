@@ -70,6 +70,7 @@ func New(o Options) http.Handler {
 	s.registerTenants(a)
 	s.registerSending(a)
 	s.registerDNS(a)
+	s.registerQuarantine(a)
 	s.registerNodes(a)
 	s.registerServers(a)
 	s.registerPolicy(a)

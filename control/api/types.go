@@ -186,12 +186,14 @@ type IP struct {
 	NodeName  string    `json:"node_name,omitempty"`
 	Epoch     uint64    `json:"epoch"`
 	Pinned    bool      `json:"pinned"`
-	State     string    `json:"state" enum:"free,assigned"`
+	State     string    `json:"state" enum:"free,assigned,quarantined"`
 	Present   *bool     `json:"present,omitempty" doc:"Whether its relay found it on its host; absent while the relay is not connected"`
 	CreatedAt time.Time `json:"created_at"`
 	Revision  uint64    `json:"revision"`
 
-	Usable        bool       `json:"usable" doc:"Reverse DNS is confirmed, or an operator overrides it"`
+	Usable        bool       `json:"usable" doc:"Mail may leave from it"`
+	Unused        string     `json:"unused,omitempty" doc:"Why no mail leaves from it"`
+	Quarantine    string     `json:"quarantine,omitempty" doc:"Why it is in quarantine"`
 	Reverse       string     `json:"reverse,omitempty" enum:"confirmed,failed" doc:"Verdict on its reverse DNS; absent: not checked yet"`
 	ReverseDetail string     `json:"reverse_detail,omitempty" doc:"What the check found"`
 	ReverseAt     *time.Time `json:"reverse_at,omitempty" doc:"When the verdict was reached"`
@@ -350,7 +352,7 @@ func credentialOf(c *control.Credential) Credential {
 func ipOf(v service.IPView) IP {
 	return IP{ID: v.ID.String(), Bind: v.Bind.String(), Public: v.Public.String(), EHLO: v.EHLO, PTR: v.PTR, Pool: v.Pool.String(), PoolName: v.PoolName, Node: v.Owner.String(), NodeName: v.OwnerName,
 		Epoch: v.Epoch, Pinned: v.Pinned, State: string(v.State), Present: v.Present, CreatedAt: v.CreatedAt, Revision: v.Revision,
-		Usable: v.Usable(), Reverse: string(v.Reverse), ReverseDetail: v.ReverseDetail, ReverseAt: optionalTime(v.ReverseAt), Overridden: v.Overridden}
+		Usable: v.Unused == "", Unused: v.Unused, Quarantine: v.Quarantine, Reverse: string(v.Reverse), ReverseDetail: v.ReverseDetail, ReverseAt: optionalTime(v.ReverseAt), Overridden: v.Overridden}
 }
 
 func poolOf(p service.PoolView) Pool {

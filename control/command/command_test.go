@@ -60,6 +60,7 @@ func samples() []Command {
 		&CASkip{Meta: meta, Rotation: "ab12", Member: id(5)},
 		&CARollback{Meta: meta, Rotation: "ab12"},
 		&CAPrune{Meta: meta},
+		&IPRelease{Meta: meta, Expect: 25, Source: id(14), OldOwnerIsOff: true},
 	}
 }
 

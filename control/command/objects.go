@@ -66,3 +66,11 @@ func (c *DomainVerify) Validate() error {
 	}
 	return checkMeta(c.GetMeta())
 }
+
+// Validate implements Command.
+func (c *IPRelease) Validate() error {
+	if c.GetMeta().GetReason() == "" {
+		return fault.Field(opValidate, "reason", "is missing: say why the address may be used again")
+	}
+	return first(checkMeta(c.GetMeta()), checkBytes("ip", c.GetSource(), 16, 16))
+}

@@ -257,6 +257,75 @@ func (x *IPVerify) GetOverride() uint32 {
 	return 0
 }
 
+// IPRelease ends the quarantine of an address: it is free again.
+type IPRelease struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Meta          *Meta                  `protobuf:"bytes,1,opt,name=meta,proto3" json:"meta,omitempty"`
+	Expect        uint64                 `protobuf:"varint,2,opt,name=expect,proto3" json:"expect,omitempty"`
+	Source        []byte                 `protobuf:"bytes,3,opt,name=source,proto3" json:"source,omitempty"`
+	OldOwnerIsOff bool                   `protobuf:"varint,4,opt,name=old_owner_is_off,json=oldOwnerIsOff,proto3" json:"old_owner_is_off,omitempty"` // an operator's word that the machine that held it is switched off
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IPRelease) Reset() {
+	*x = IPRelease{}
+	mi := &file_control_command_objects_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IPRelease) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IPRelease) ProtoMessage() {}
+
+func (x *IPRelease) ProtoReflect() protoreflect.Message {
+	mi := &file_control_command_objects_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IPRelease.ProtoReflect.Descriptor instead.
+func (*IPRelease) Descriptor() ([]byte, []int) {
+	return file_control_command_objects_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *IPRelease) GetMeta() *Meta {
+	if x != nil {
+		return x.Meta
+	}
+	return nil
+}
+
+func (x *IPRelease) GetExpect() uint64 {
+	if x != nil {
+		return x.Expect
+	}
+	return 0
+}
+
+func (x *IPRelease) GetSource() []byte {
+	if x != nil {
+		return x.Source
+	}
+	return nil
+}
+
+func (x *IPRelease) GetOldOwnerIsOff() bool {
+	if x != nil {
+		return x.OldOwnerIsOff
+	}
+	return false
+}
+
 // DomainVerify records that a domain's ownership record was seen.
 type DomainVerify struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -269,7 +338,7 @@ type DomainVerify struct {
 
 func (x *DomainVerify) Reset() {
 	*x = DomainVerify{}
-	mi := &file_control_command_objects_proto_msgTypes[3]
+	mi := &file_control_command_objects_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -281,7 +350,7 @@ func (x *DomainVerify) String() string {
 func (*DomainVerify) ProtoMessage() {}
 
 func (x *DomainVerify) ProtoReflect() protoreflect.Message {
-	mi := &file_control_command_objects_proto_msgTypes[3]
+	mi := &file_control_command_objects_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -294,7 +363,7 @@ func (x *DomainVerify) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DomainVerify.ProtoReflect.Descriptor instead.
 func (*DomainVerify) Descriptor() ([]byte, []int) {
-	return file_control_command_objects_proto_rawDescGZIP(), []int{3}
+	return file_control_command_objects_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *DomainVerify) GetMeta() *Meta {
@@ -343,7 +412,12 @@ const file_control_command_objects_proto_rawDesc = "" +
 	"\x06source\x18\x03 \x01(\fR\x06source\x12\x18\n" +
 	"\areverse\x18\x04 \x01(\tR\areverse\x12\x16\n" +
 	"\x06detail\x18\x05 \x01(\tR\x06detail\x12\x1a\n" +
-	"\boverride\x18\x06 \x01(\rR\boverride\"k\n" +
+	"\boverride\x18\x06 \x01(\rR\boverride\"\x91\x01\n" +
+	"\tIPRelease\x12+\n" +
+	"\x04meta\x18\x01 \x01(\v2\x17.relais.control.v1.MetaR\x04meta\x12\x16\n" +
+	"\x06expect\x18\x02 \x01(\x04R\x06expect\x12\x16\n" +
+	"\x06source\x18\x03 \x01(\fR\x06source\x12'\n" +
+	"\x10old_owner_is_off\x18\x04 \x01(\bR\roldOwnerIsOff\"k\n" +
 	"\fDomainVerify\x12+\n" +
 	"\x04meta\x18\x01 \x01(\v2\x17.relais.control.v1.MetaR\x04meta\x12\x16\n" +
 	"\x06expect\x18\x02 \x01(\x04R\x06expect\x12\x16\n" +
@@ -361,24 +435,26 @@ func file_control_command_objects_proto_rawDescGZIP() []byte {
 	return file_control_command_objects_proto_rawDescData
 }
 
-var file_control_command_objects_proto_msgTypes = make([]protoimpl.MessageInfo, 4)
+var file_control_command_objects_proto_msgTypes = make([]protoimpl.MessageInfo, 5)
 var file_control_command_objects_proto_goTypes = []any{
 	(*NodeDrain)(nil),        // 0: relais.control.v1.NodeDrain
 	(*CredentialRotate)(nil), // 1: relais.control.v1.CredentialRotate
 	(*IPVerify)(nil),         // 2: relais.control.v1.IPVerify
-	(*DomainVerify)(nil),     // 3: relais.control.v1.DomainVerify
-	(*Meta)(nil),             // 4: relais.control.v1.Meta
+	(*IPRelease)(nil),        // 3: relais.control.v1.IPRelease
+	(*DomainVerify)(nil),     // 4: relais.control.v1.DomainVerify
+	(*Meta)(nil),             // 5: relais.control.v1.Meta
 }
 var file_control_command_objects_proto_depIdxs = []int32{
-	4, // 0: relais.control.v1.NodeDrain.meta:type_name -> relais.control.v1.Meta
-	4, // 1: relais.control.v1.CredentialRotate.meta:type_name -> relais.control.v1.Meta
-	4, // 2: relais.control.v1.IPVerify.meta:type_name -> relais.control.v1.Meta
-	4, // 3: relais.control.v1.DomainVerify.meta:type_name -> relais.control.v1.Meta
-	4, // [4:4] is the sub-list for method output_type
-	4, // [4:4] is the sub-list for method input_type
-	4, // [4:4] is the sub-list for extension type_name
-	4, // [4:4] is the sub-list for extension extendee
-	0, // [0:4] is the sub-list for field type_name
+	5, // 0: relais.control.v1.NodeDrain.meta:type_name -> relais.control.v1.Meta
+	5, // 1: relais.control.v1.CredentialRotate.meta:type_name -> relais.control.v1.Meta
+	5, // 2: relais.control.v1.IPVerify.meta:type_name -> relais.control.v1.Meta
+	5, // 3: relais.control.v1.IPRelease.meta:type_name -> relais.control.v1.Meta
+	5, // 4: relais.control.v1.DomainVerify.meta:type_name -> relais.control.v1.Meta
+	5, // [5:5] is the sub-list for method output_type
+	5, // [5:5] is the sub-list for method input_type
+	5, // [5:5] is the sub-list for extension type_name
+	5, // [5:5] is the sub-list for extension extendee
+	0, // [0:5] is the sub-list for field type_name
 }
 
 func init() { file_control_command_objects_proto_init() }
@@ -393,7 +469,7 @@ func file_control_command_objects_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_control_command_objects_proto_rawDesc), len(file_control_command_objects_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   4,
+			NumMessages:   5,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

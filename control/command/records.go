@@ -290,7 +290,7 @@ func (r *Pool) Row() (*control.Pool, error) {
 func SourceRecord(v *control.Source) *Source {
 	return &Source{Id: optionalID(v.ID), Bind: v.Bind.AsSlice(), Public: v.Public.AsSlice(), Ehlo: v.EHLO, Ptr: v.PTR, Pool: optionalID(v.Pool),
 		Owner: optionalID(v.Owner), Epoch: v.Epoch, Pinned: v.Pinned, State: string(v.State), CreatedMs: millis(v.CreatedAt),
-		Reverse: string(v.Reverse), ReverseDetail: v.ReverseDetail, ReverseMs: millis(v.ReverseAt), Overridden: v.Overridden}
+		Reverse: string(v.Reverse), ReverseDetail: v.ReverseDetail, ReverseMs: millis(v.ReverseAt), Overridden: v.Overridden, Quarantine: v.Quarantine}
 }
 
 // Row returns the row of the record.
@@ -298,7 +298,7 @@ func (r *Source) Row() (*control.Source, error) {
 	var s scan
 	v := &control.Source{Bind: s.addr("bind", r.GetBind()), Public: s.addr("public", r.GetPublic()), EHLO: r.GetEhlo(), PTR: r.GetPtr(),
 		Epoch: r.GetEpoch(), Pinned: r.GetPinned(), State: control.SourceState(r.GetState()), CreatedAt: fromMillis(r.GetCreatedMs()),
-		Reverse: control.ReverseVerdict(r.GetReverse()), ReverseDetail: r.GetReverseDetail(), ReverseAt: fromMillis(r.GetReverseMs()), Overridden: r.GetOverridden()}
+		Reverse: control.ReverseVerdict(r.GetReverse()), ReverseDetail: r.GetReverseDetail(), ReverseAt: fromMillis(r.GetReverseMs()), Overridden: r.GetOverridden(), Quarantine: r.GetQuarantine()}
 	setID(&s, "source", &v.ID, r.GetId())
 	setOptionalID(&s, "pool", &v.Pool, r.GetPool())
 	setOptionalID(&s, "node", &v.Owner, r.GetOwner())

@@ -1252,6 +1252,7 @@ type Source struct {
 	ReverseDetail string                 `protobuf:"bytes,13,opt,name=reverse_detail,json=reverseDetail,proto3" json:"reverse_detail,omitempty"` // what the check found
 	ReverseMs     int64                  `protobuf:"varint,14,opt,name=reverse_ms,json=reverseMs,proto3" json:"reverse_ms,omitempty"`            // when the verdict was reached
 	Overridden    bool                   `protobuf:"varint,15,opt,name=overridden,proto3" json:"overridden,omitempty"`                           // an operator uses it without confirmed reverse DNS
+	Quarantine    string                 `protobuf:"bytes,16,opt,name=quarantine,proto3" json:"quarantine,omitempty"`                            // why it is used by nobody until an operator says so; empty: it is not in quarantine
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1389,6 +1390,13 @@ func (x *Source) GetOverridden() bool {
 		return x.Overridden
 	}
 	return false
+}
+
+func (x *Source) GetQuarantine() string {
+	if x != nil {
+		return x.Quarantine
+	}
+	return ""
 }
 
 type PolicySection struct {
@@ -2160,7 +2168,7 @@ const file_control_command_records_proto_rawDesc = "" +
 	"\x04kind\x18\x03 \x01(\tR\x04kind\x12\x16\n" +
 	"\x06tenant\x18\x04 \x01(\fR\x06tenant\x12\x1d\n" +
 	"\n" +
-	"created_ms\x18\x05 \x01(\x03R\tcreatedMs\"\xf7\x02\n" +
+	"created_ms\x18\x05 \x01(\x03R\tcreatedMs\"\x97\x03\n" +
 	"\x06Source\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\fR\x02id\x12\x12\n" +
 	"\x04bind\x18\x02 \x01(\fR\x04bind\x12\x16\n" +
@@ -2181,7 +2189,10 @@ const file_control_command_records_proto_rawDesc = "" +
 	"reverse_ms\x18\x0e \x01(\x03R\treverseMs\x12\x1e\n" +
 	"\n" +
 	"overridden\x18\x0f \x01(\bR\n" +
-	"overridden\"7\n" +
+	"overridden\x12\x1e\n" +
+	"\n" +
+	"quarantine\x18\x10 \x01(\tR\n" +
+	"quarantine\"7\n" +
 	"\rPolicySection\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04text\x18\x02 \x01(\tR\x04text\"F\n" +

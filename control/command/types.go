@@ -44,6 +44,7 @@ const (
 	TypeCASkip           Type = 63
 	TypeCARollback       Type = 64
 	TypeCAPrune          Type = 65
+	TypeIPRelease        Type = 66
 	TypeStateHash        Type = 1 | IgnorableBit // says nothing that changes the state
 )
 
@@ -95,6 +96,7 @@ var registry = []registration{
 	{TypeCASkip, "ca.skip", func() Command { return new(CASkip) }},
 	{TypeCARollback, "ca.rollback", func() Command { return new(CARollback) }},
 	{TypeCAPrune, "ca.prune", func() Command { return new(CAPrune) }},
+	{TypeIPRelease, "ip.release", func() Command { return new(IPRelease) }},
 	{TypeStateHash, "state-hash", func() Command { return new(StateHash) }},
 }
 
@@ -162,6 +164,8 @@ func TypeOf(c Command) Type {
 		return TypeCredentialRotate
 	case *IPVerify:
 		return TypeIPVerify
+	case *IPRelease:
+		return TypeIPRelease
 	case *DomainVerify:
 		return TypeDomainVerify
 	case *ClusterRecover:

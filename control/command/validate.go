@@ -334,7 +334,7 @@ func (c *IPPut) Validate() error {
 	if err != nil || ehlo.IsLiteral() || string(ehlo) != row.EHLO || !strings.Contains(row.EHLO, ".") {
 		return fault.Field(opValidate, "ehlo", "%q is not a full host name in lower case, such as mta1.example.com", row.EHLO)
 	}
-	return first(checkMeta(c.GetMeta()), checkText("ptr", row.PTR), oneOf("state", r.GetState(), string(control.SourceFree), string(control.SourceAssigned)),
+	return first(checkMeta(c.GetMeta()), checkText("ptr", row.PTR), oneOf("state", r.GetState(), string(control.SourceFree), string(control.SourceAssigned), string(control.SourceQuarantined)), checkText("quarantine", r.GetQuarantine()),
 		checkOptionalID("node", c.GetNode()), checkOptionalID("pool", c.GetPool()))
 }
 

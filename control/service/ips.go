@@ -205,7 +205,8 @@ type IPView struct {
 	control.Source
 	OwnerName string
 	PoolName  string
-	Present   *bool // nil: the owner is not connected
+	Present   *bool  // nil: the owner is not connected
+	Unused    string // why no mail leaves from it; empty: it may
 }
 
 // IPs returns the addresses, oldest first.
@@ -237,7 +238,7 @@ func (s *Service) IPView(a Actor, ref string) (IPView, error) {
 }
 
 func ipView(r *state.Reader, src *control.Source, heard map[ids.Node]Seen) IPView {
-	v := IPView{Source: *src}
+	v := IPView{Source: *src, Unused: unused(r, src)}
 	if n := r.Node(src.Owner); n != nil {
 		v.OwnerName = n.Name
 	}

@@ -61,6 +61,11 @@ func (a *applier) fsmVersionSet(c *command.FSMVersionSet) (any, error) {
 			return nil, err
 		}
 	}
+	if old.FSMVersion < quarantineVersion && version >= quarantineVersion {
+		if err := a.quarantineEvicted(); err != nil {
+			return nil, err
+		}
+	}
 	row := *old
 	row.FSMVersion = version
 	return putRow(a, clusterTable, &row, change[control.Cluster]{what: "the cluster", object: row.ID.String(), expect: old.Revision})

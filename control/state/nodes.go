@@ -48,7 +48,11 @@ func (a *applier) nodeSetState(c *command.NodeSetState) (any, error) {
 	if expect == 0 {
 		expect = old.Revision
 	}
-	return putRow(a, nodesTable, &row, change[control.Node]{what: quoted("node", row.Name), object: row.ID.String(), expect: expect})
+	out, err := putRow(a, nodesTable, &row, change[control.Node]{what: quoted("node", row.Name), object: row.ID.String(), expect: expect})
+	if err == nil && row.State == control.NodeEvicted {
+		err = a.evicted(old, &row)
+	}
+	return out, err
 }
 
 // Node returns the node, or nil.

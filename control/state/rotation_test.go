@@ -2,12 +2,8 @@ package state
 
 import (
 	"bytes"
-	"encoding/hex"
 	"encoding/pem"
-	"errors"
 	"fmt"
-	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -338,41 +334,4 @@ func goldenLog3(t *testing.T) *world {
 }
 
 // TestGoldenLog3 replays a log of version 3 that was written once and for all.
-func TestGoldenLog3(t *testing.T) {
-	logPath, sumPath := filepath.Join("testdata", "golden3.log"), filepath.Join("testdata", "golden3.sums")
-	if *update {
-		w := goldenLog3(t)
-		var text strings.Builder
-		for _, b := range w.log {
-			fmt.Fprintln(&text, hex.EncodeToString(b))
-		}
-		if err := errors.Join(os.WriteFile(logPath, []byte(text.String()), 0o644), os.WriteFile(sumPath, []byte(sums(t, w.store)), 0o644)); err != nil {
-			t.Fatal(err)
-		}
-	}
-	log, err := os.ReadFile(logPath)
-	if err != nil {
-		t.Fatal(err)
-	}
-	want, err := os.ReadFile(sumPath)
-	if err != nil {
-		t.Fatal(err)
-	}
-	s := New()
-	for i, line := range strings.Fields(string(log)) {
-		b, err := hex.DecodeString(line)
-		if err != nil {
-			t.Fatal(err)
-		}
-		e, err := command.Decode(b)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if r := s.Apply(uint64(i+1), e); r.Err != nil {
-			t.Fatalf("entry %d: %v", i+1, r.Err)
-		}
-	}
-	if got := sums(t, s); got != string(want) {
-		t.Errorf("the golden log leads to\n%swant\n%s", got, want)
-	}
-}
+func TestGoldenLog3(t *testing.T) { checkGolden(t, "golden3", goldenLog3) }

@@ -134,6 +134,8 @@ func (a *applier) apply(body command.Command) (any, error) {
 		return a.credentialRotate(c)
 	case *command.IPVerify:
 		return a.sourceVerify(c)
+	case *command.IPRelease:
+		return a.sourceRelease(c)
 	case *command.DomainVerify:
 		return a.domainVerify(c)
 	case *command.ClusterRecover:

@@ -86,7 +86,7 @@ func (a *applier) sourcePut(c *command.IPPut) (any, error) {
 
 // unplaced refuses a row whose placement differs from the old one's.
 func unplaced(row, old *control.Source) error {
-	if row.Owner != old.Owner || row.Pool != old.Pool || row.Epoch != old.Epoch || row.State != old.State {
+	if row.Owner != old.Owner || row.Pool != old.Pool || row.Epoch != old.Epoch || row.State != old.State || row.Quarantine != old.Quarantine {
 		return fault.Field(op, "owner", "owner and pool change by assignment only")
 	}
 	return nil
@@ -165,7 +165,7 @@ func (a *applier) newOwner(old, row *control.Source, c *command.IPAssign) error 
 		e.Field = "node"
 		return e
 	}
-	row.Owner, row.Epoch, row.State = node.ID, a.index, control.SourceAssigned
+	row.Owner, row.Epoch, row.State, row.Quarantine = node.ID, a.index, control.SourceAssigned, ""
 	return nil
 }
 

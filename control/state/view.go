@@ -126,7 +126,7 @@ func (r *Reader) viewSources(v *policy.View) {
 	}
 	verdicts := r.Cluster().FSMVersion >= reverseVersion
 	for _, s := range r.Sources() {
-		if verdicts && !s.Usable() {
+		if verdicts && !s.Usable() || s.State == control.SourceQuarantined {
 			continue // a relay must not even try it
 		}
 		v.Sources = append(v.Sources, policy.Source{ID: s.ID, Bind: s.Bind, Public: s.Public, EHLO: s.EHLO, Pool: s.Pool, Owner: s.Owner, Epoch: s.Epoch, Pinned: s.Pinned})

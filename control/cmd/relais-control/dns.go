@@ -72,10 +72,15 @@ func reverseText(i api.IP) string {
 
 func printIP(w io.Writer, i api.IP) error {
 	used := ""
-	if !i.Usable {
-		used = "no: its reverse DNS is not confirmed; see `relais-control ip check`, or `ip override` to use it anyhow"
+	switch {
+	case i.State == "quarantined":
+		used = "no: it is in quarantine; see `relais-control ip release`, or `ip assign` to give it to another relay"
+	case i.Unused != "" && i.Reverse != "confirmed" && !i.Overridden && i.Node != "":
+		used = "no: " + i.Unused + "; see `relais-control ip check`, or `ip override` to use it anyhow"
+	case i.Unused != "":
+		used = "no: " + i.Unused
 	}
-	return printPairs(w, "Id", i.ID, "Bind", i.Bind, "Public", i.Public, "EHLO", i.EHLO, "Pool", i.PoolName, "Node", i.NodeName, "State", i.State, "Reverse DNS", reverseText(i), "Found", i.ReverseDetail, "Used", used,
+	return printPairs(w, "Id", i.ID, "Bind", i.Bind, "Public", i.Public, "EHLO", i.EHLO, "Pool", i.PoolName, "Node", i.NodeName, "State", i.State, "Quarantine", i.Quarantine, "Reverse DNS", reverseText(i), "Found", i.ReverseDetail, "Used", used,
 		"Epoch", fmt.Sprint(i.Epoch), "Revision", fmt.Sprint(i.Revision))
 }
 

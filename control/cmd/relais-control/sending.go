@@ -134,15 +134,15 @@ func (a *app) ipCommand() *cobra.Command {
 		return show(a, cmd, call{method: http.MethodPost, path: "/ips/" + url.PathEscape(args[0]) + "/assign", body: to, ifMatch: revisionText(cmd, *expect), reason: *why}, print)
 	}
 	ls := &cobra.Command{Use: "list", Short: "List source addresses", Example: "  relais-control ip list --json", Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error {
-		return list(a, cmd, "/ips", nil, "BIND PUBLIC EHLO POOL NODE STATE PRESENT REVERSE", func(i api.IP) []string {
+		return list(a, cmd, "/ips", nil, "BIND PUBLIC EHLO POOL NODE STATE PRESENT REVERSE UNUSED", func(i api.IP) []string {
 			present := ""
 			if i.Present != nil {
 				present = yes(*i.Present)
 			}
-			return []string{i.Bind, i.Public, i.EHLO, i.PoolName, i.NodeName, i.State, present, reverseText(i)}
+			return []string{i.Bind, i.Public, i.EHLO, i.PoolName, i.NodeName, i.State, present, reverseText(i), i.Unused}
 		})
 	}}
-	return group("ip", "Add, list, assign and check source addresses", add, ls, assign, a.ipCheck(), a.ipOverride())
+	return group("ip", "Add, list, assign, check and release source addresses", add, ls, assign, a.ipCheck(), a.ipOverride(), a.ipRelease())
 }
 
 // revisionText returns the value of --expect if it was given.
