@@ -182,12 +182,17 @@ type openingKey struct {
 func (k *openingKey) flags(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&k.kekFile, "kek", "", "key file of a server of that cluster: identity/kek.key of its data directory")
 	cmd.Flags().StringVar(&k.recoveryFile, "recovery-key-file", "", recoveryKeyFileNotice)
+	cmd.MarkFlagsMutuallyExclusive("kek", "recovery-key-file")
 }
 
 // open returns the key-encryption key of the backup's cluster.
 func (k *openingKey) open(cmd *cobra.Command, m backup.Manifest) (pki.Key, error) {
 	if k.recoveryFile == "" {
-		return pki.LoadKey(k.kekFile)
+		kek, err := pki.LoadKey(k.kekFile)
+		if fault.Is(err, fault.NotFound) {
+			err = fault.Wrap(err, fault.NotFound, "relais-control", "%s does not exist: name the key that opens the backup with --kek or --recovery-key-file", k.kekFile)
+		}
+		return kek, err
 	}
 	const op = "relais-control"
 	from := cmd.InOrStdin()

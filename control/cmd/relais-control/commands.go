@@ -13,6 +13,8 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/relais-mta/relais/control/api"
+	"github.com/relais-mta/relais/control/command"
+	"github.com/relais-mta/relais/control/service"
 )
 
 func sortedKeys(m map[string]string) []string { return slices.Sorted(maps.Keys(m)) }
@@ -24,12 +26,20 @@ type items[T any] struct {
 
 // show sends a request and prints its answer as JSON or by the given function.
 func show[T any](a *app, cmd *cobra.Command, req call, text func(io.Writer, T) error) error {
+	return showAdapted(a, cmd, req, func(*T) error { return nil }, text)
+}
+
+// showAdapted is show of an answer that is worked on first.
+func showAdapted[T any](a *app, cmd *cobra.Command, req call, adapt func(*T) error, text func(io.Writer, T) error) error {
 	c, err := a.client()
 	if err != nil {
 		return err
 	}
 	var out T
 	if err := c.do(cmd.Context(), req, &out); err != nil {
+		return err
+	}
+	if err := adapt(&out); err != nil {
 		return err
 	}
 	if a.json {
@@ -108,8 +118,11 @@ func (a *app) tokenCreate() *cobra.Command {
 		if body.Role != "relay" && body.Role != "control" {
 			return usagef("--role is %q: use relay or control", body.Role)
 		}
-		if ttl < 0 || ttl > 0 && ttl < time.Second {
+		if cmd.Flags().Changed("ttl") && ttl < time.Second {
 			return usagef("--ttl is %s: use at least 1s", ttl)
+		}
+		if body.Uses < 1 || body.Uses > command.MaxTokenUses {
+			return usagef("--uses is %d: a token is good for 1 to %d uses", body.Uses, command.MaxTokenUses)
 		}
 		body.TTLSeconds = int64(ttl / time.Second)
 		return show(a, cmd, call{method: http.MethodPost, path: "/tokens", body: body, reason: *reason}, func(w io.Writer, t api.Token) error {
@@ -218,8 +231,8 @@ func (a *app) credentialCommand() *cobra.Command {
 		if body.Tenant == "" {
 			return usagef("--tenant is missing")
 		}
-		if ttl < 0 {
-			return usagef("--ttl is %s: use a positive duration", ttl)
+		if cmd.Flags().Changed("ttl") && ttl < time.Second {
+			return usagef("--ttl is %s: use at least 1s, or leave it out for a credential without end", ttl)
 		}
 		if ttl > 0 {
 			end := time.Now().Add(ttl).UTC()
@@ -237,8 +250,11 @@ func (a *app) credentialCommand() *cobra.Command {
 		})
 	}
 	revoke := &cobra.Command{Use: "revoke ID", Short: "Revoke a credential for good", Example: "  relais-control credential revoke crd_01… --reason leaked", Args: cobra.ExactArgs(1)}
-	why := reasonFlag(revoke)
+	why, yes := reasonFlag(revoke), yesFlag(revoke)
 	revoke.RunE = func(cmd *cobra.Command, args []string) error {
+		if err := a.confirm(cmd, *yes, "Credential %s is refused from now on, for good.", args[0]); err != nil {
+			return err
+		}
 		return show(a, cmd, call{method: http.MethodPost, path: "/credentials/" + url.PathEscape(args[0]) + "/revoke", reason: *why}, func(w io.Writer, c api.Credential) error {
 			_, err := fmt.Fprintln(w, c.ID, "revoked")
 			return err
@@ -259,8 +275,8 @@ in sessions that are open. The user name stays.`,
 	reason := reasonFlag(cmd)
 	overlap := cmd.Flags().Duration("overlap", 24*time.Hour, "the old secret stays good this long, at most 720h")
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		if *overlap < 0 {
-			return usagef("--overlap is %s: use 0 or a positive duration", *overlap)
+		if *overlap < 0 || *overlap > service.MaxRotationOverlap {
+			return usagef("--overlap is %s: the old secret stays good for 0s to %s", *overlap, service.MaxRotationOverlap)
 		}
 		seconds := int64(*overlap / time.Second)
 		return show(a, cmd, call{method: http.MethodPost, path: "/credentials/" + url.PathEscape(args[0]) + "/rotate", body: api.CredentialRotate{OverlapSeconds: &seconds}, reason: *reason}, func(w io.Writer, c api.Credential) error {
@@ -269,6 +285,9 @@ in sessions that are open. The user name stays.`,
 	}
 	return cmd
 }
+
+// maxAuditLimit is how many entries the server sends at once.
+const maxAuditLimit = 1000
 
 func (a *app) auditCommand() *cobra.Command {
 	cmd := &cobra.Command{
@@ -282,6 +301,9 @@ func (a *app) auditCommand() *cobra.Command {
 	action := cmd.Flags().String("action", "", "only changes of this kind, such as policy.put")
 	since := cmd.Flags().String("since", "", "only changes since then: a span such as 24h, or a time such as 2026-01-02T15:04:05Z")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		if *limit < 1 || *limit > maxAuditLimit {
+			return usagef("--limit is %d: use 1 to %d", *limit, maxAuditLimit)
+		}
 		query := url.Values{"limit": {fmt.Sprint(*limit)}}
 		for name, value := range map[string]string{"actor": *actor, "object": *object, "action": *action} {
 			if value != "" {

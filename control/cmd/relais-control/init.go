@@ -109,7 +109,9 @@ func checkAdvertise(text string) error {
 		}
 		return nil
 	}
-	if d, err := mailaddr.ParseDomain(text); err != nil || d.IsLiteral() || string(d) != text {
+	last := text[strings.LastIndexByte(text, '.')+1:]
+	numeric := strings.Trim(last, "0123456789") == "" // RFC 3696 section 2: so it is an address with a mistake
+	if d, err := mailaddr.ParseDomain(text); err != nil || d.IsLiteral() || string(d) != text || numeric {
 		return fault.Field(op, "advertise", "%q is neither an IP address nor a host name; ports come from the configuration file", text)
 	}
 	return nil

@@ -7,8 +7,11 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"net"
 	"os"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -45,14 +48,14 @@ type joinOutput struct {
 }
 
 func (a *app) joinCommand() *cobra.Command {
-	var token, advertise, configFile string
+	var token, tokenFile, advertise, configFile string
 	cmd := &cobra.Command{
 		Use:   "join --token ct1.… ADDRESS… --data DIR",
 		Short: "Make this machine a server of an existing cluster",
 		Long: `Join the cluster that made the token: get a certificate, the cluster's
 key-encryption key, its CA and the list of its servers, and write them to the
 data directory, which must be empty except for a control.toml. Addresses are
-those of the relay link, host:port, of one or more running servers.
+those of the relay link of one or more running servers, port 7443 if none is given.
 
 Then start the server with serve. It follows at once and votes when the number
 of voters can be odd: the second server waits for the third.
@@ -61,8 +64,15 @@ After a failure, run the same command again.`,
 		Example: "  relais-control join --token ct1.… 10.0.0.1:7443 --data /var/lib/relais/control --advertise 10.0.0.2",
 		Args:    cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if token == "" {
+			if token == "" && tokenFile == "" {
 				return usagef("--token is missing: make one on a running server with `relais-control token create --role control`")
+			}
+			if tokenFile != "" {
+				text, err := readTokenFile(tokenFile)
+				if err != nil {
+					return err
+				}
+				token = text
 			}
 			conf, err := config.Load(configFile, a.dataDir)
 			if err != nil {
@@ -71,7 +81,7 @@ After a failure, run the same command again.`,
 			ctx, cancel := context.WithTimeout(cmd.Context(), joinTimeout)
 			defer cancel()
 			j := &joiner{paths: paths{a.dataDir}, conf: conf, advertise: strings.ToLower(advertise)}
-			out, err := j.join(ctx, token, args)
+			out, err := j.join(ctx, token, withLinkPort(args))
 			if err != nil {
 				return err
 			}
@@ -82,6 +92,8 @@ After a failure, run the same command again.`,
 		},
 	}
 	cmd.Flags().StringVar(&token, "token", "", "join token, ct1.…")
+	cmd.Flags().StringVar(&tokenFile, "token-file", "", "file that holds the token, so that it does not show in the list of processes")
+	cmd.MarkFlagsMutuallyExclusive("token", "token-file")
 	cmd.Flags().StringVar(&advertise, "advertise", "", "address or host name, without a port, that the others reach this server at (default: the one it reaches them from)")
 	cmd.Flags().StringVar(&configFile, "config", "", "configuration file (default: control.toml in the data directory)")
 	return cmd
@@ -91,6 +103,32 @@ func (o joinOutput) print(w io.Writer, dir string) error {
 	_, err := fmt.Fprintf(w, "Cluster       %s\nServer        %s\nEndpoint      %s\nServers       %s\nCommand line  %s\n\nStart the server with\n  relais-control serve --data %s\n",
 		o.Cluster, o.Server, o.Endpoint, strings.Join(o.Servers, ", "), o.CLIFile, dir)
 	return err
+}
+
+// maxTokenFileBytes bounds a file that holds a token.
+const maxTokenFileBytes = 4 << 10
+
+func readTokenFile(path string) (string, error) {
+	const op = "relais-control.join"
+	f, err := os.Open(path)
+	if err != nil {
+		return "", fault.Wrap(err, fault.NotFound, op, "token-file: %s cannot be read", path)
+	}
+	defer f.Close()
+	text, err := io.ReadAll(io.LimitReader(f, maxTokenFileBytes))
+	return strings.TrimSpace(string(text)), fault.Wrap(err, fault.Internal, op, "token-file: %s cannot be read", path)
+}
+
+// withLinkPort completes addresses that are given without a port.
+func withLinkPort(addresses []string) []string {
+	port := strconv.Itoa(int(config.Default().Listen.Link.Port()))
+	out := slices.Clone(addresses)
+	for i, address := range out {
+		if _, _, err := net.SplitHostPort(address); err != nil {
+			out[i] = net.JoinHostPort(strings.Trim(address, "[]"), port)
+		}
+	}
+	return out
 }
 
 // joiner makes a directory a server of a cluster.

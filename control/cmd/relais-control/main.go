@@ -63,11 +63,7 @@ func message(err error) string {
 	if !errors.As(err, &f) {
 		return err.Error()
 	}
-	text := fault.Public(err)
-	if f.Cause != nil {
-		text += " (" + f.Cause.Error() + ")"
-	}
-	return text
+	return fault.Public(err) + systemCause(f.Cause)
 }
 
 // app holds what all commands share.
@@ -76,6 +72,8 @@ type app struct {
 	json    bool
 	dataDir string
 	cliFile string
+
+	terminal *bool // a person types at standard input; nil: look
 }
 
 func (a *app) root() *cobra.Command {
@@ -87,8 +85,9 @@ func (a *app) root() *cobra.Command {
 		SilenceUsage:  true,
 		Args:          cobra.NoArgs,
 		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
-		PersistentPreRun: func(*cobra.Command, []string) {
+		PersistentPreRunE: func(cmd *cobra.Command, args []string) error {
 			a.entered = true
+			return checkInputs(cmd, args)
 		},
 	}
 	flags := root.PersistentFlags()

@@ -162,8 +162,11 @@ func (a *app) serverCommand() *cobra.Command {
 		Long:    "Take a server out of the cluster for good. It is refused if the servers that remain could not decide anything. Stop the removed server afterwards; to bring its machine back, empty its data directory and join anew.",
 		Example: "  relais-control server remove ctl3 --reason 'disk died'", Args: cobra.ExactArgs(1),
 	}
-	reason := reasonFlag(remove)
+	reason, yes := reasonFlag(remove), yesFlag(remove)
 	remove.RunE = func(cmd *cobra.Command, args []string) error {
+		if err := a.confirm(cmd, *yes, "Server %s is taken out of the cluster for good.", args[0]); err != nil {
+			return err
+		}
 		return show(a, cmd, call{method: http.MethodPost, path: "/servers/" + url.PathEscape(args[0]) + "/remove", reason: *reason}, func(w io.Writer, s api.Server) error {
 			_, err := fmt.Fprintln(w, s.ID, "removed")
 			return err

@@ -33,9 +33,14 @@ then be given to another one.`,
 		Example: "  relais-control recovery end\n  relais-control recovery end --waive edge-7 --reason 'machine burnt'",
 		Args:    cobra.NoArgs,
 	}
-	reason := reasonFlag(end)
+	reason, yes := reasonFlag(end), yesFlag(end)
 	waive := end.Flags().StringSlice("waive", nil, "relay, id or name, that is given up though it was not heard; may be repeated")
 	end.RunE = func(cmd *cobra.Command, _ []string) error {
+		if len(*waive) > 0 {
+			if err := a.confirm(cmd, *yes, "The addresses of %s may go to other relays: be sure that it is switched off.", strings.Join(*waive, ", ")); err != nil {
+				return err
+			}
+		}
 		return show(a, cmd, call{method: http.MethodPost, path: "/recovery/end", body: map[string][]string{"waive": *waive}, reason: *reason}, printRecovery)
 	}
 	return group("recovery", "Show and end recovery mode after restore or recover", show1, end)

@@ -1,0 +1,119 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/spf13/cobra"
+
+	"github.com/relais-mta/relais/shared/fault"
+)
+
+// TestInputsThatMeanNothing: what a script with an unset variable would call is
+// a usage error before anything is asked of a server.
+func TestInputsThatMeanNothing(t *testing.T) {
+	dir := t.TempDir()
+	for name, args := range map[string][]string{
+		"empty argument":      {"tenant", "show", ""},
+		"empty second":        {"policy", "put", "a.toml", ""},
+		"empty flag":          {"project", "list", "--tenant", ""},
+		"empty network":       {"token", "create", "--role", "relay", "--cidr", ""},
+		"empty data":          {"init", "--advertise", "192.0.2.1", "--data", ""},
+		"two lines":           {"tenant", "add", "acme", "--reason", "a\nb"},
+		"not UTF-8":           {"tenant", "add", "acme", "--reason", "\xff"},
+		"long reason":         {"tenant", "add", "acme", "--reason", strings.Repeat("r", 256)},
+		"no uses":             {"token", "create", "--role", "relay", "--uses", "0"},
+		"no life":             {"token", "create", "--role", "relay", "--ttl", "0"},
+		"credential's life":   {"credential", "create", "--tenant", "acme", "--ttl", "1ms"},
+		"long overlap":        {"credential", "rotate", "crd_1", "--overlap", "721h"},
+		"no entries":          {"audit", "--limit", "0"},
+		"too many entries":    {"audit", "--limit", "1001"},
+		"two keys":            {"backup", "verify", "b", "--kek", "a", "--recovery-key-file", "b"},
+		"two tokens":          {"join", "--token", "a", "--token-file", "b", "192.0.2.1"},
+		"advertise is absent": {"init"},
+	} {
+		if name != "empty data" {
+			args = append([]string{"--data", dir}, args...)
+		}
+		if got := run(args); got != exitUsage {
+			t.Errorf("%s: exit code %d, want %d", name, got, exitUsage)
+		}
+	}
+	if got := run([]string{"init", "--data", dir, "--advertise", "192.0.2.400"}); got != exitFailed {
+		t.Errorf("an address with a mistake: exit code %d", got)
+	}
+	if left, err := os.ReadDir(dir); err != nil || len(left) != 0 {
+		t.Errorf("refused commands left %v behind", left)
+	}
+}
+
+// TestConfirm: at a terminal what cannot be taken back is asked for, and only
+// a yes goes on; without one nobody is asked.
+func TestConfirm(t *testing.T) {
+	for _, tc := range []struct {
+		answer        string
+		terminal, yes bool
+		goesOn, asked bool
+	}{
+		{"", false, false, true, false}, {"", true, true, true, false},
+		{"y\n", true, false, true, true}, {"YES\n", true, false, true, true},
+		{"\n", true, false, false, true}, {"n\n", true, false, false, true}, {"y", true, false, false, true},
+	} {
+		var said bytes.Buffer
+		cmd := &cobra.Command{}
+		cmd.SetIn(strings.NewReader(tc.answer))
+		cmd.SetErr(&said)
+		err := (&app{terminal: &tc.terminal}).confirm(cmd, tc.yes, "Server %s goes.", "c3")
+		if (err == nil) != tc.goesOn || (said.Len() > 0) != tc.asked {
+			t.Errorf("%+v: got %v, said %q", tc, err, said.String())
+		}
+	}
+	terminal := true
+	a := &app{terminal: &terminal}
+	root := a.root()
+	root.SetArgs([]string{"server", "remove", "c3", "--data", t.TempDir()})
+	root.SetIn(strings.NewReader("n\n"))
+	root.SetErr(&bytes.Buffer{})
+	if err := root.Execute(); !fault.Is(err, fault.Denied) {
+		t.Errorf("server remove went on: %v", err)
+	}
+}
+
+// TestMessageSaysThingsOnce: a system's cause is shown, our own words are not
+// said again with the names of our functions.
+func TestMessageSaysThingsOnce(t *testing.T) {
+	system := &fs.PathError{Op: "open", Path: "x", Err: syscall.ENOENT}
+	if got := message(fault.Wrap(system, fault.NotFound, "op", "x cannot be read")); got != "x cannot be read (open x: no such file or directory)" {
+		t.Errorf("got %q", got)
+	}
+	inner := fault.New(fault.Unavailable, "link.Dial", "nobody answers")
+	if got := message(fault.Wrap(errors.Join(inner, system), fault.Unavailable, "op", "nobody answers")); got != "nobody answers" {
+		t.Errorf("got %q", got)
+	}
+}
+
+func TestTokenFileAndLinkPort(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "token")
+	if err := os.WriteFile(path, fmt.Appendf(nil, "ct1.a.b.c\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := readTokenFile(path); err != nil || got != "ct1.a.b.c" {
+		t.Errorf("got %q, %v", got, err)
+	}
+	if _, err := readTokenFile(path + ".none"); err == nil || !strings.Contains(message(err), "token-file") {
+		t.Errorf("a missing file: %v", err)
+	}
+	got := withLinkPort([]string{"192.0.2.1", "192.0.2.1:1", "::1", "[::1]", "[::1]:2", "c.example.com"})
+	want := []string{"192.0.2.1:7443", "192.0.2.1:1", "[::1]:7443", "[::1]:7443", "[::1]:2", "c.example.com:7443"}
+	if !slices.Equal(got, want) {
+		t.Errorf("got %v, want %v", got, want)
+	}
+}
