@@ -308,9 +308,9 @@ func (c *Conn) Close() error {
 	if was {
 		return nil
 	}
-	err := nc.Close()
+	// First, so that a client that sees the end finds room when it comes back.
 	c.server.release(c)
-	return err
+	return nc.Close()
 }
 
 // abort breaks the connection under its goroutine.
