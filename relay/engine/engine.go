@@ -267,8 +267,8 @@ func (e *Engine) act(f schedule.Effect, now time.Time) {
 	}
 }
 
-// take gets the next work of a queue and tells the scheduler what is left.
-// e.mu is held.
+// take gets the next work of a queue, which may still have to be loaded, and
+// tells the scheduler what is left. e.mu is held.
 func (e *Engine) take(n schedule.Queue, lane schedule.Lane, now time.Time) *queue.Work {
 	if p := e.pinned[n]; p != nil {
 		return e.takePinned(n, p, now)

@@ -31,7 +31,7 @@ type pinnedQueue struct {
 }
 
 // pin moves work to the lane of its sticky source if that is another one than
-// the given and still usable. e.mu is held.
+// the given and still usable; the work is loaded. e.mu is held.
 func (e *Engine) pin(w *queue.Work, lane schedule.Lane, now time.Time) bool {
 	sticky := w.Recipients[0].State.Sticky
 	if !sticky.IsValid() {

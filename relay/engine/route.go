@@ -132,7 +132,7 @@ func (e *Engine) refuse(n schedule.Queue) {
 			route = e.routes[w.Key.Domain]
 		}
 		e.mu.Unlock()
-		if w == nil {
+		if w == nil || !e.queue.Load(w) {
 			return
 		}
 		if route == nil || route.Failure == nil || route.Failure.Status != relay.Failed {
@@ -155,7 +155,7 @@ func (e *Engine) deferDomain(domain mailaddr.Domain, route *resolve.Route) {
 			e.mu.Lock()
 			w := e.take(n, schedule.Lane{}, now)
 			e.mu.Unlock()
-			if w == nil {
+			if w == nil || !e.queue.Load(w) {
 				break
 			}
 			e.settleWithout(w, route.Failure, now)

@@ -18,6 +18,7 @@ type worker struct {
 	engine  *Engine
 	id      schedule.Session
 	lane    schedule.Lane
+	first   schedule.Effect // what it was opened for
 	orders  chan order
 	source  policy.Source
 	session *delivery.Session
@@ -44,17 +45,13 @@ func (w *worker) order(o order) {
 
 // open starts a session with its first message. e.mu is held.
 func (e *Engine) open(f schedule.Effect, now time.Time) {
-	work := e.take(f.Queue, f.Lane, now)
-	for work != nil && f.Queue < firstPinned && e.pin(work, f.Lane, now) {
-		work = e.take(f.Queue, f.Lane, now)
-	}
+	work := e.takeFor(f, now)
 	if work == nil {
 		e.sched.Ended(f.Session)
 		return
 	}
-	w := &worker{engine: e, id: f.Session, lane: f.Lane, orders: make(chan order, 1), journal: make(chan error, 1)}
+	w := &worker{engine: e, id: f.Session, lane: f.Lane, first: f, orders: make(chan order, 1), journal: make(chan error, 1)}
 	e.sessions[w.id] = w
-	e.sched.Started(w.id)
 	route := e.routes[work.Key.Domain]
 	var hosts []resolve.Host
 	if route != nil {
@@ -64,6 +61,49 @@ func (e *Engine) open(f schedule.Effect, now time.Time) {
 	go w.run(work, hosts)
 }
 
+// takeFor gets work for a session that is to be opened. e.mu is held.
+func (e *Engine) takeFor(f schedule.Effect, now time.Time) *queue.Work {
+	for {
+		work := e.take(f.Queue, f.Lane, now)
+		if work == nil || e.begins(f.Session, f.Lane, work, now) {
+			return work
+		}
+	}
+}
+
+// begins books work for a session, unless it belongs to another lane and was
+// moved there; work that is not loaded is booked by ready. e.mu is held.
+func (e *Engine) begins(id schedule.Session, lane schedule.Lane, work *queue.Work, now time.Time) bool {
+	if !work.Loaded() {
+		return true
+	}
+	if e.pin(work, lane, now) {
+		return false
+	}
+	e.sched.Started(id)
+	return true
+}
+
+// ready loads work that waited on disk, with no lock held, and reports whether
+// the session may carry it: the message may not be readable, or belong to
+// another lane.
+func (w *worker) ready(work *queue.Work) bool {
+	if work.Loaded() {
+		return true
+	}
+	e := w.engine
+	if !e.queue.Load(work) {
+		return false // Notify was told
+	}
+	e.mu.Lock()
+	ok := e.begins(w.id, w.lane, work, e.cfg.Now())
+	e.mu.Unlock()
+	if !ok {
+		e.wake() // the other lane has work
+	}
+	return ok
+}
+
 // dispatch gives a parked session its next message. e.mu is held.
 func (e *Engine) dispatch(f schedule.Effect, now time.Time) {
 	w := e.sessions[f.Session]
@@ -71,15 +111,10 @@ func (e *Engine) dispatch(f schedule.Effect, now time.Time) {
 		e.sched.Ended(f.Session)
 		return
 	}
-	work := e.take(f.Queue, f.Lane, now)
-	if work != nil && f.Queue < firstPinned && e.pin(work, f.Lane, now) {
-		work = nil
-	}
 	answer := schedule.Work
-	if work == nil {
+	work := e.take(f.Queue, f.Lane, now)
+	if work == nil || !e.begins(w.id, f.Lane, work, now) {
 		work, answer = e.next(w, now)
-	} else {
-		e.sched.Started(w.id)
 	}
 	switch answer {
 	case schedule.Work:
@@ -103,8 +138,7 @@ func (e *Engine) next(w *worker, now time.Time) (*queue.Work, schedule.Answer) {
 			return nil, answer
 		}
 		work := e.take(n, w.lane, now)
-		if work != nil && (n >= firstPinned || !e.pin(work, w.lane, now)) {
-			e.sched.Started(w.id)
+		if work != nil && e.begins(w.id, w.lane, work, now) {
 			return work, schedule.Work
 		}
 	}
@@ -115,6 +149,10 @@ func (w *worker) run(work *queue.Work, hosts []resolve.Host) {
 	e := w.engine
 	defer e.workers.Done()
 	ctx := e.sessionContext()
+	if work = w.begin(work); work == nil {
+		w.end()
+		return
+	}
 	if !w.dial(ctx, work, hosts) {
 		return
 	}
@@ -128,6 +166,12 @@ func (w *worker) run(work *queue.Work, hosts []resolve.Host) {
 		work = w.proceed()
 	}
 	w.session.Quit()
+	w.end()
+}
+
+// end tells the scheduler that the session is gone.
+func (w *worker) end() {
+	e := w.engine
 	e.mu.Lock()
 	delete(e.sessions, w.id)
 	e.sched.Ended(w.id)
@@ -136,9 +180,30 @@ func (w *worker) run(work *queue.Work, hosts []resolve.Host) {
 	e.wake()
 }
 
-// proceed returns the next work, waiting for it if the session is parked; nil
-// ends the session.
+// begin returns the first work of the session, ready to be sent; nil: the queue
+// that it was opened for has none (any more).
+func (w *worker) begin(work *queue.Work) *queue.Work {
+	e := w.engine
+	for work != nil && !w.ready(work) {
+		e.mu.Lock()
+		work = e.takeFor(w.first, e.cfg.Now())
+		e.mu.Unlock()
+	}
+	return work
+}
+
+// proceed returns the next work, ready to be sent; nil ends the session.
 func (w *worker) proceed() *queue.Work {
+	for {
+		if work := w.next(); work == nil || w.ready(work) {
+			return work
+		}
+	}
+}
+
+// next returns the next work, waiting for it if the session is parked; nil
+// ends the session.
+func (w *worker) next() *queue.Work {
 	e := w.engine
 	now := e.cfg.Now()
 	e.mu.Lock()

@@ -78,7 +78,7 @@ func BenchmarkCycle(b *testing.B) {
 	go func() {
 		for n := range notified {
 			for {
-				w, ok := f.q.Take(n, time.Now().Add(time.Hour), 100)
+				w, ok := takeLoaded(f.q, n, time.Now().Add(time.Hour), 100)
 				if !ok {
 					break
 				}

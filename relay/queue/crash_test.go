@@ -60,7 +60,7 @@ func crashMain() int {
 	}
 	for n := range wake {
 		for {
-			w, ok := q.Take(n, time.Now(), 10)
+			w, ok := takeLoaded(q, n, time.Now(), 10)
 			if !ok {
 				break
 			}

@@ -79,7 +79,7 @@ func (f *fixture) takeFrom(domain string) *Work {
 			if string(info.Key.Domain) != domain {
 				return true
 			}
-			w, _ = f.q.Take(info.Number, f.clock.Now(), 10)
+			w, _ = takeLoaded(f.q, info.Number, f.clock.Now(), 10)
 			return w == nil
 		})
 		return w != nil

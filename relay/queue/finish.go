@@ -124,6 +124,9 @@ func (q *Queue) endMails(end *ending, err error) {
 // checkResults finds each result's recipient and refuses what would lose one.
 func (q *Queue) checkResults(end *ending) error {
 	w := end.w
+	if !w.Loaded() {
+		return q.violation("work was ended that was never loaded", "message", w.msg.id)
+	}
 	end.at = make([]int, len(end.results))
 	for i := range end.results {
 		r := &end.results[i]

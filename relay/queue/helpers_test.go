@@ -155,6 +155,15 @@ func (f *fixture) until(what string, ok func() bool) {
 	}
 }
 
+// takeLoaded takes work and reads from disk what memory lacks.
+func takeLoaded(q *Queue, n Number, now time.Time, most int) (*Work, bool) {
+	w, ok := q.Take(n, now, most)
+	if !ok || !q.Load(w) {
+		return nil, false
+	}
+	return w, true
+}
+
 // take waits for work of any queue that is due.
 func (f *fixture) take(most int) *Work {
 	f.t.Helper()
@@ -162,7 +171,7 @@ func (f *fixture) take(most int) *Work {
 	f.until("due work", func() bool {
 		f.q.Queues(func(info QueueInfo) bool {
 			var ok bool
-			w, ok = f.q.Take(info.Number, f.clock.Now(), most)
+			w, ok = takeLoaded(f.q, info.Number, f.clock.Now(), most)
 			return !ok
 		})
 		return w != nil

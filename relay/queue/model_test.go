@@ -98,7 +98,7 @@ func (m *model) take(t *rapid.T) {
 	if known {
 		m.f.until("the head of the queue", func() bool {
 			settled := m.f.settled(number)
-			w, ok = m.f.q.Take(number, now, most)
+			w, ok = takeLoaded(m.f.q, number, now, most)
 			return ok || settled
 		})
 	}

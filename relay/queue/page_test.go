@@ -47,7 +47,7 @@ func TestWhatHappensWhileAPageIsReadIsInTheWindow(t *testing.T) {
 	snap.Close()
 	var got []string
 	for {
-		w, ok := f.q.Take(wq.number, f.clock.Now(), 10)
+		w, ok := takeLoaded(f.q, wq.number, f.clock.Now(), 10)
 		if !ok {
 			break
 		}

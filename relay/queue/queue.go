@@ -65,12 +65,13 @@ type WorkRecipient struct {
 }
 
 // Work is a message with those of its recipients that are the caller's now.
-// Finish or Return gives each of them back exactly once.
+// Finish or Return gives each of them back exactly once. Work from Take must be
+// loaded before anything but Return is done with it.
 type Work struct {
 	Queue      Number
 	Key        Key
-	Env        *relay.Envelope // shared: never change it
-	Recipients []WorkRecipient
+	Env        *relay.Envelope // shared: never change it; nil until loaded
+	Recipients []WorkRecipient // their states are right once loaded
 
 	msg       *message
 	wq        *workQueue
@@ -78,6 +79,10 @@ type Work struct {
 	state     workState
 	journaled bool // an attempt was handed to the journal
 }
+
+// Loaded reports whether the work is complete, so that Load will not read from
+// disk. It is, for mail that is in memory.
+func (w *Work) Loaded() bool { return w.Env != nil }
 
 type heldItem struct {
 	due    int64 // of its waiting key

@@ -59,10 +59,10 @@ func TestRetriedMailComesBackWithItsStateAfterARestart(t *testing.T) {
 	f.reopen()
 	f.loaded()
 	f.q.Queues(func(info QueueInfo) bool {
-		if due, ok := f.q.NextDue(info.Number); !ok || !due.Equal(results[0].State.Next) {
-			t.Errorf("due at %v, %v", due, ok)
+		if head, ok := f.q.Head(info.Number); !ok || !head.Due.Equal(results[0].State.Next) {
+			t.Errorf("due at %v, %v", head.Due, ok)
 		}
-		if _, ok := f.q.Take(info.Number, f.clock.Now(), 1); ok {
+		if _, ok := takeLoaded(f.q, info.Number, f.clock.Now(), 1); ok {
 			t.Error("taken before it was due")
 		}
 		return true

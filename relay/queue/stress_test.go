@@ -92,7 +92,7 @@ func (f *fixture) stressOnce(t *testing.T, n int, end func(ids.Message, []Result
 	f.mu.Unlock()
 	took := false
 	f.q.Queues(func(info QueueInfo) bool {
-		w, ok := f.q.Take(info.Number, time.Now().Add(time.Second), 1+n%3)
+		w, ok := takeLoaded(f.q, info.Number, time.Now().Add(time.Second), 1+n%3)
 		if !ok {
 			return true
 		}

@@ -10,40 +10,23 @@ import (
 	"github.com/relais-mta/relais/shared/ids"
 )
 
-// NextDue returns when the queue's earliest waiting recipient is due. False:
-// nothing waits, or the head is being read from disk and Notify will tell.
-func (q *Queue) NextDue(n Number) (time.Time, bool) {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	wq := q.byNumber[n]
-	if wq == nil {
-		return time.Time{}, false
-	}
-	if wq.win.len() == 0 {
-		q.wantPage(wq)
-		return time.Time{}, false
-	}
-	return time.UnixMilli(max(wq.win.first().due, wq.blockedTo)), true
-}
-
 // Take returns the due head message of a queue with at most maxRecipients of
 // its recipients that became due together; they are the caller's until Finish
 // or Return. False: nothing is due, or the head is being read from disk and
-// Notify will tell. Fresh mail costs no read; other mail costs two.
+// Notify will tell. Take reads nothing from disk, so it may be called with a
+// lock held; what memory does not have is left to Load.
 func (q *Queue) Take(n Number, now time.Time, maxRecipients int) (*Work, bool) {
 	q.mu.Lock()
+	defer q.mu.Unlock()
 	wq := q.byNumber[n]
 	if wq == nil || q.closed || wq.blockedTo > now.UnixMilli() {
-		q.mu.Unlock()
 		return nil, false
 	}
 	if wq.win.len() == 0 {
 		q.wantPage(wq)
-		q.mu.Unlock()
 		return nil, false
 	}
 	if wq.win.first().due > now.UnixMilli() {
-		q.mu.Unlock()
 		return nil, false
 	}
 	w, needsState := q.takeHead(wq, max(maxRecipients, 1))
@@ -53,12 +36,8 @@ func (q *Queue) Take(n Number, now time.Time, maxRecipients int) (*Work, bool) {
 	m := w.msg
 	if m.env != nil && !needsState && (m.total == 1 || m.known) {
 		w.Env = m.env
-		q.mu.Unlock()
-		return w, true
 	}
-	env := m.env
-	q.mu.Unlock()
-	return q.loadWork(w, env)
+	return w, true
 }
 
 // takeHead moves the recipients of the head message from the window into the
@@ -136,14 +115,22 @@ func (m *message) setFlying(index uint16, on bool) bool {
 	return true
 }
 
-// loadWork reads from disk what memory does not have about taken work; env is
-// nil if that includes the envelope.
-func (q *Queue) loadWork(w *Work, env *relay.Envelope) (*Work, bool) {
+// Load reads from disk what memory did not have about taken work: fresh mail
+// costs no read, other mail costs two. False: the work has ended, because its
+// message does not exist or cannot be read; its queue rests in the latter case,
+// and Notify tells either way.
+func (q *Queue) Load(w *Work) bool {
+	if w.Loaded() {
+		return true
+	}
 	m := w.msg
+	q.mu.Lock()
+	env := m.env // nil: to be read as well
+	q.mu.Unlock()
 	read, err := q.readMessage(m.id, env)
 	if fault.Is(err, fault.NotFound) {
 		q.dropOrphans(w)
-		return nil, false
+		return false
 	}
 	if err != nil {
 		q.log.Error("cannot read a message; its queue rests", "message", m.id, "error", err)
@@ -151,7 +138,8 @@ func (q *Queue) loadWork(w *Work, env *relay.Envelope) (*Work, bool) {
 		w.wq.blockedTo = q.nowMS() + readRetryMS
 		q.mu.Unlock()
 		q.giveBack(w)
-		return nil, false
+		q.notify(w.Queue)
+		return false
 	}
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -168,7 +156,7 @@ func (q *Queue) loadWork(w *Work, env *relay.Envelope) (*Work, bool) {
 			_ = q.violation("a final recipient waits", "message", m.id, "index", r.Index)
 		}
 	}
-	return w, true
+	return true
 }
 
 // readMessage is what the disk says about a message.
@@ -272,7 +260,7 @@ func (q *Queue) Return(w *Work) {
 	q.mu.Lock()
 	if w.state != workTaken {
 		q.mu.Unlock()
-		_ = q.violation("work was given back twice", "message", w.Env.ID)
+		_ = q.violation("work was given back twice", "message", w.msg.id)
 		return
 	}
 	if w.journaled && q.begin() == nil {
@@ -280,7 +268,7 @@ func (q *Queue) Return(w *Work) {
 		b.Delete(store.AppendAttemptKey(nil, w.msg.id, w.Recipients[0].Index))
 		q.st.CommitAsync(b, func(err error) {
 			if err != nil {
-				q.log.Warn("cannot forget an attempt that did not happen; the next start finds it in doubt", "message", w.Env.ID, "error", err)
+				q.log.Warn("cannot forget an attempt that did not happen; the next start finds it in doubt", "message", w.msg.id, "error", err)
 			}
 			q.pending.Done()
 		})
