@@ -51,9 +51,10 @@ func (l *oneServer) Propose(_ context.Context, c command.Command) (state.Result,
 	return r, r.Err
 }
 
-func (l *oneServer) Ready() bool   { return l.leads }
-func (l *oneServer) Fresh() bool   { return l.leads }
-func (l *oneServer) Health() error { return l.unsound }
+func (l *oneServer) Ready() bool               { return l.leads }
+func (l *oneServer) Fresh() bool               { return l.leads }
+func (*oneServer) Fence(context.Context) error { return nil }
+func (l *oneServer) Health() error             { return l.unsound }
 
 type fixture struct {
 	t   *testing.T

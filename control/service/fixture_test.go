@@ -26,6 +26,7 @@ type localLog struct {
 	bytes   []byte // everything that was ever logged
 	stale   bool
 	unsound error
+	fence   func() error // nil: nothing is to be waited for
 }
 
 func (l *localLog) Propose(_ context.Context, c command.Command) (state.Result, error) {
@@ -46,8 +47,14 @@ func (l *localLog) Propose(_ context.Context, c command.Command) (state.Result, 
 	return r, r.Err
 }
 
-func (l *localLog) Ready() bool   { return !l.stale }
-func (l *localLog) Fresh() bool   { return !l.stale }
+func (l *localLog) Ready() bool { return !l.stale }
+func (l *localLog) Fresh() bool { return !l.stale }
+func (l *localLog) Fence(context.Context) error {
+	if l.fence == nil {
+		return nil
+	}
+	return l.fence()
+}
 func (l *localLog) Health() error { return l.unsound }
 
 var (

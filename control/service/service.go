@@ -25,9 +25,10 @@ import (
 // Log is where changes are proposed; control/cluster implements it.
 type Log interface {
 	Propose(context.Context, command.Command) (state.Result, error)
-	Ready() bool   // this server leads and is up to date
-	Fresh() bool   // what is read here is what the cluster agreed on
-	Health() error // why this server must not serve, or nil
+	Ready() bool                 // this server leads and is up to date
+	Fresh() bool                 // what is read here is what the cluster agreed on
+	Fence(context.Context) error // waits until what is read here misses no change that was acknowledged before
+	Health() error               // why this server must not serve, or nil
 }
 
 // Sealer encrypts secrets under the cluster's key-encryption key.

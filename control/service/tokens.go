@@ -124,8 +124,16 @@ func (s *Service) RevokeToken(ctx context.Context, a Actor, id string, c Change)
 }
 
 // TokenSecretHash returns the SHA-256 of a token's secret, with which enrolment
-// checks a proof. An unknown token is Unauthenticated, as a wrong proof is.
-func (s *Service) TokenSecretHash(_ context.Context, id ids.Token) ([32]byte, error) {
+// checks a proof. An unknown token is Unauthenticated, as a wrong proof is. A
+// server that follows first catches up with the leader: the token may have been
+// made a moment ago. It does so for every token, so that the time an answer
+// takes does not tell which ones exist.
+func (s *Service) TokenSecretHash(ctx context.Context, id ids.Token) ([32]byte, error) {
+	if !s.log.Ready() {
+		if err := s.log.Fence(ctx); err != nil {
+			return [32]byte{}, err
+		}
+	}
 	t := s.state.Read().Token(id)
 	if t == nil {
 		return [32]byte{}, fault.New(fault.Unauthenticated, "service.TokenSecretHash", "the token is unknown, or its proof is wrong")
