@@ -240,10 +240,15 @@ func (u *upgrade) exchangeServers(to release) {
 		u.exchange(s.Process, to)
 		u.waitVoters(3)
 		u.change()
-		u.agree()
-		if i == 0 {
+		if i == 0 { // servers of both releases, led by one of the former
+			through := s
+			if to == u.before {
+				through = last
+			}
+			u.operate(through)
 			u.readable(s, to)
 		}
+		u.agree()
 	}
 	u.UseRelease(to.bin)
 	if now, _ := u.leader(); now == last {
@@ -273,6 +278,16 @@ func (u *upgrade) change() {
 	if err := u.WaitApplied(u.t.Context()); err != nil {
 		u.t.Fatal(err)
 	}
+}
+
+// policyFile writes one section of the policy and returns its path.
+func (u *upgrade) policyFile(section, text string) string {
+	u.t.Helper()
+	path := filepath.Join(u.t.TempDir(), section+".toml")
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		u.t.Fatal(err)
+	}
+	return path
 }
 
 // backup lets one server take a backup and returns its state's hash.

@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -361,6 +362,7 @@ func (f *Fleet) WaitApplied(ctx context.Context) error {
 	}
 	for {
 		var nodes []struct {
+			ID       string `json:"id"`
 			Name     string `json:"name"`
 			Acked    uint64 `json:"acked_revision"`
 			Refusing string `json:"refused_why"`
@@ -368,16 +370,19 @@ func (f *Fleet) WaitApplied(ctx context.Context) error {
 		if err := f.controlJSON(ctx, &nodes, "node", "list"); err != nil {
 			return err
 		}
-		behind := 0
+		behind := len(f.Relays)
 		for _, n := range nodes {
+			if !slices.ContainsFunc(f.Relays, func(r *Relay) bool { return r.Node == n.ID }) {
+				continue // joined by a test, and not started
+			}
 			if n.Refusing != "" {
 				return fault.New(fault.Internal, "fleet.WaitApplied", "%s refuses the view: %s", n.Name, n.Refusing)
 			}
-			if n.Acked < status.Revision {
-				behind++
+			if n.Acked >= status.Revision {
+				behind--
 			}
 		}
-		if behind == 0 && len(nodes) == len(f.Relays) {
+		if behind == 0 {
 			return nil
 		}
 		select {
