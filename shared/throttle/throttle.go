@@ -1,7 +1,7 @@
-// Package throttle decides whether one more thing may start now under a limit:
-// rates by the generic cell rate algorithm, and plain counts of what is under
-// way. It is pure and works in whole nanoseconds, so that a relay, a preview in
-// the console and a simulation give the same answer for the same times.
+// Package throttle decides whether one more thing may start now under a rate,
+// by the generic cell rate algorithm. It is pure and works in whole nanoseconds,
+// so that a relay, a preview in the console and a simulation give the same
+// answer for the same times.
 //
 // # What a rate promises
 //
@@ -13,7 +13,7 @@
 // rounding can only make a limit tighter, by less than one part in a thousand
 // as long as Per / Limit is a microsecond or more.
 //
-// Neither type locks: the one goroutine that schedules owns them.
+// A Bucket does not lock: the one goroutine that schedules owns it.
 package throttle
 
 import (
@@ -61,9 +61,6 @@ func NewRate(limit int, per time.Duration, burst int) (Rate, error) {
 // Limited reports whether the rate bounds anything.
 func (r Rate) Limited() bool { return r.interval > 0 }
 
-// Burst returns the most events that can start at once, 0 without a bound.
-func (r Rate) Burst() int { return int(r.burst) }
-
 // Bucket holds what has started under a rate. The zero Bucket has no bound;
 // use Set to give it one.
 type Bucket struct {
@@ -95,16 +92,12 @@ func (b *Bucket) Set(r Rate, now time.Time) {
 // Take starts n events at now, all or none. It returns true when they may
 // start; otherwise how long to wait until they may, if nothing else is taken
 // meanwhile. An n above the burst never fits: it returns false and a negative
-// wait. An n below 1 fits and takes nothing. A clock that steps back makes the
-// bucket wait until it has caught up, which Rewind prevents.
+// wait. An n below 1 fits and takes nothing. After a clock stepped back the
+// bucket owes its whole burst, and no more.
 func (b *Bucket) Take(now time.Time, n int) (ok bool, wait time.Duration) {
 	ok, wait = b.Peek(now, n)
 	if ok && n > 0 && b.rate.Limited() {
-		at := now.UnixNano()
-		if !b.set || b.next < at {
-			b.next = at
-		}
-		b.next += int64(n) * b.rate.interval
+		b.next = b.due(now.UnixNano()) + int64(n)*b.rate.interval
 		b.set = true
 	}
 	return ok, wait
@@ -119,71 +112,22 @@ func (b *Bucket) Peek(now time.Time, n int) (ok bool, wait time.Duration) {
 		return false, -1
 	}
 	at := now.UnixNano()
-	next := at
-	if b.set && b.next > at {
-		next = b.next
-	}
-	// The last of the n events would be due at next + (n-1) intervals; it may
+	// The last of the n events would be due at due + (n-1) intervals; it may
 	// come early by slack.
-	if early := next + int64(n-1)*b.rate.interval - b.rate.slack - at; early > 0 {
+	if early := b.due(at) + int64(n-1)*b.rate.interval - b.rate.slack - at; early > 0 {
 		return false, time.Duration(early)
 	}
 	return true, 0
 }
 
-// Rewind tells the bucket that the clock was set back to now: what it owes is
-// kept, but no longer than the whole burst.
-func (b *Bucket) Rewind(now time.Time) {
-	if limit := now.UnixNano() + b.rate.slack + b.rate.interval; b.set && b.next > limit {
-		b.next = limit
+// due is when an event at full speed would be due, seen at a time. What was
+// taken up to then lies at most slack and one interval ahead; if next is
+// further ahead, the clock has stepped back. Waiting for it to catch up would
+// stop all mail for as long as the step was, so next follows it.
+func (b *Bucket) due(at int64) int64 {
+	if !b.set {
+		return at
 	}
+	b.next = min(b.next, at+b.rate.slack+b.rate.interval)
+	return max(b.next, at)
 }
-
-// Count bounds how many things are under way at once. The zero Count has no
-// bound.
-type Count struct {
-	max  int // 0: no bound
-	used int
-}
-
-// NewCount returns a count with a bound; 0 or less is none.
-func NewCount(max int) Count { return Count{max: maxOf(max)} }
-
-func maxOf(n int) int {
-	if n < 0 {
-		return 0
-	}
-	return n
-}
-
-// SetMax changes the bound. What is under way goes on, even above it.
-func (c *Count) SetMax(max int) { c.max = maxOf(max) }
-
-// Free returns how many more may start; math.MaxInt without a bound, never
-// less than 0.
-func (c *Count) Free() int {
-	if c.max == 0 {
-		return math.MaxInt
-	}
-	return max(c.max-c.used, 0)
-}
-
-// Take starts one more and reports whether the bound allowed it.
-func (c *Count) Take() bool {
-	if c.max > 0 && c.used >= c.max {
-		return false
-	}
-	c.used++
-	return true
-}
-
-// Done ends one. It panics when nothing is under way: the bound would be lost.
-func (c *Count) Done() {
-	if c.used == 0 {
-		panic("throttle: Count.Done without a Take")
-	}
-	c.used--
-}
-
-// Used returns how many are under way.
-func (c *Count) Used() int { return c.used }

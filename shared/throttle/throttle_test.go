@@ -106,16 +106,21 @@ func TestSetGivesNoSecondBurst(t *testing.T) {
 	}
 }
 
-func TestRewind(t *testing.T) {
+// TestClockStepsBack sets the clock back by an hour when the burst is used up:
+// one interval later the next event may start, and no second burst with it.
+func TestClockStepsBack(t *testing.T) {
 	b := NewBucket(rate(t, 1, time.Second, 2))
 	b.Take(start, 2)
 	back := start.Add(-time.Hour)
-	if ok, wait := b.Take(back, 1); ok || wait < time.Hour {
-		t.Fatalf("ok %v, wait %v: the test expects the clock's step to show", ok, wait)
-	}
-	b.Rewind(back)
 	if ok, wait := b.Take(back, 1); ok || wait != time.Second {
 		t.Errorf("ok %v, wait %v; want what is owed and no more: 1s", ok, wait)
+	}
+	back = back.Add(time.Second)
+	if ok, _ := b.Take(back, 1); !ok {
+		t.Error("refused after its own wait")
+	}
+	if ok, wait := b.Take(back, 1); ok || wait != time.Second {
+		t.Errorf("ok %v, wait %v: the step gave a second burst", ok, wait)
 	}
 }
 
@@ -187,38 +192,6 @@ func TestRateIsUsedUp(t *testing.T) {
 	})
 }
 
-func TestCount(t *testing.T) {
-	c := NewCount(2)
-	for i, want := range []bool{true, true, false} {
-		if c.Take() != want {
-			t.Errorf("take %d: %v, want %v", i, !want, want)
-		}
-	}
-	c.SetMax(1)
-	if c.Free() != 0 || c.Used() != 2 {
-		t.Errorf("free %d, used %d", c.Free(), c.Used())
-	}
-	c.Done()
-	if c.Take() {
-		t.Error("a lowered bound must hold for what comes next")
-	}
-	c.Done()
-	if !c.Take() {
-		t.Error("a freed place cannot be taken")
-	}
-	c.SetMax(0)
-	if c.Free() != math.MaxInt || !c.Take() {
-		t.Error("0 is no bound")
-	}
-	defer func() {
-		if recover() == nil {
-			t.Error("Done without Take must panic")
-		}
-	}()
-	none := NewCount(-1)
-	none.Done()
-}
-
 func BenchmarkTake(b *testing.B) {
 	bucket := NewBucket(rate(b, 1000, time.Second, 100))
 	now := start
@@ -231,12 +204,8 @@ func BenchmarkTake(b *testing.B) {
 }
 
 func TestTakeDoesNotAllocate(t *testing.T) {
-	bucket, c := NewBucket(rate(t, 1000, time.Second, 100)), NewCount(5)
-	if n := testing.AllocsPerRun(100, func() {
-		bucket.Take(start, 1)
-		c.Take()
-		c.Done()
-	}); n != 0 {
+	bucket := NewBucket(rate(t, 1000, time.Second, 100))
+	if n := testing.AllocsPerRun(100, func() { bucket.Take(start, 1) }); n != 0 {
 		t.Errorf("%v allocations", n)
 	}
 }
