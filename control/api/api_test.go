@@ -237,8 +237,14 @@ func TestNodesAndAssignment(t *testing.T) {
 	if n.ID != node.String() || !slices.Equal(n.Sources, []string{"198.51.100.1"}) || n.Connected {
 		t.Errorf("got %+v", n)
 	}
-	if got := get[Node](f, f.do("PUT", "/nodes/edge-1/state", m{"state": "draining"})); got.State != "draining" {
+	f.problem(f.do("PUT", "/nodes/edge-1/state", m{"state": "draining"}, "If-Match", `"1"`), 409, "", "revision")
+	f.problem(f.do("PUT", "/nodes/edge-1/state", m{"state": "draining"}, "If-Match", "soon"), 422, "If-Match", "revision")
+	f.problem(f.do("PUT", "/nodes/edge-2/state", m{"state": "draining"}), 404, "node", "edge-2")
+	if got := get[Node](f, f.do("PUT", "/nodes/edge-1/state", m{"state": "draining"}, "If-Match", fmt.Sprintf("%q", fmt.Sprint(n.Revision)), "Relais-Reason", "new disk")); got.State != "draining" {
 		t.Errorf("got %+v", got)
+	}
+	if entries := get[ListBody[AuditEntry]](f, f.do("GET", "/audit?limit=1", nil)); len(entries.Items) != 1 || entries.Items[0].Reason != "new disk" || entries.Items[0].Object != node.String() {
+		t.Errorf("the audit tail has %+v", entries.Items)
 	}
 	if got := get[ListBody[Node]](f, f.do("GET", "/nodes", nil)); len(got.Items) != 1 {
 		t.Errorf("got %+v", got)

@@ -101,6 +101,9 @@ func TestEvictedRelayStops(t *testing.T) {
 		if reply := c.cmd("MAIL FROM:<news@"+fleet.Domain+">", "451 4.3.2"); !strings.Contains(reply, "evicted") {
 			t.Errorf("the refusal does not say why: %s", reply)
 		}
+		if ready := get(t, r.Metrics()+"/readyz"); !strings.Contains(ready, "not ready: this relay was evicted") {
+			t.Errorf("readyz says %q", ready)
+		}
 	}
 	refuses()
 	// The providers are well again; only the other relay may use them.
@@ -112,7 +115,7 @@ func TestEvictedRelayStops(t *testing.T) {
 	if err := r.Stop(); err != nil {
 		t.Fatal(err)
 	}
-	if err := f.Restart(t.Context(), r); err != nil {
+	if err := f.RestartUnready(t.Context(), r); err != nil {
 		t.Fatal(err)
 	}
 	refuses()
@@ -120,6 +123,7 @@ func TestEvictedRelayStops(t *testing.T) {
 		q, err := f.Relays[1].Queue(t.Context())
 		return err == nil && q.Waiting == 0
 	})
+	checkQuarantine(t, f, r)
 	after, err := r.Queue(t.Context())
 	if err != nil || after.Waiting != before.Waiting {
 		t.Errorf("the queue has %+v, it had %+v: %v", after, before, err)
@@ -133,13 +137,34 @@ func TestEvictedRelayStops(t *testing.T) {
 	if _, err := f.Ctl(t.Context(), "node", "evict", off.Node); err != nil {
 		t.Fatal(err)
 	}
-	if err := f.Restart(t.Context(), off); err != nil {
+	if err := f.RestartUnready(t.Context(), off); err != nil {
 		t.Fatal(err)
 	}
 	eventually(t, 5*time.Second, "the relay that was off is told", func() bool {
 		s, err := statusOf(off)
 		return err == nil && s.Evicted
 	})
+}
+
+// checkQuarantine looks at the addresses of an evicted relay, and gives one to
+// another relay.
+func checkQuarantine(t *testing.T, f *fleet.Fleet, r *fleet.Relay) {
+	t.Helper()
+	address := r.Sources[0].String()
+	if out := ctl(t, f, "ip", "list"); !strings.Contains(out, "quarantined: relay relay1.relais.test was evicted: stolen") {
+		t.Errorf("ip list says\n%s", out)
+	}
+	refusedCtl(t, f, "switch it off", "ip", "release", address, "--reason", "wiped")
+	refusedCtl(t, f, "--reason", "ip", "release", address, "--old-owner-is-off")
+	if out := ctl(t, f, "ip", "release", address, "--old-owner-is-off", "--reason", "wiped"); !strings.Contains(out, "free") {
+		t.Errorf("release said\n%s", out)
+	}
+	if out := ctl(t, f, "audit", "--limit", "1"); !strings.Contains(out, "ip.release") || !strings.Contains(out, "wiped") {
+		t.Errorf("the audit tail says\n%s", out)
+	}
+	if out := ctl(t, f, "ip", "assign", address, "--node", f.Relays[1].Node); !strings.Contains(out, "assigned") {
+		t.Errorf("assign said\n%s", out)
+	}
 }
 
 // checkRejoin lets an evicted machine join again: it is a new node.
@@ -227,6 +252,9 @@ func TestClonedMachineIsRefused(t *testing.T) {
 	}
 	if s, err := statusOf(r); err != nil || !s.Connected {
 		t.Errorf("the original lost its link: %+v, %v", s, err)
+	}
+	if ready := get(t, r.Metrics()+"/readyz"); !strings.Contains(ready, "ready") || strings.Contains(ready, "not ready") {
+		t.Errorf("readyz of the original says %q", ready)
 	}
 }
 

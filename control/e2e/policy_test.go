@@ -104,6 +104,9 @@ func TestDNSDecides(t *testing.T) {
 	if out := ctl(t, f, "node", "show", node); !strings.Contains(out, "draining") {
 		t.Errorf("the node is shown as\n%s", out)
 	}
+	if ready := get(t, f.Relays[0].Metrics()+"/readyz"); !strings.Contains(ready, "not ready: the relay drains") {
+		t.Errorf("readyz says %q", ready)
+	}
 	ctl(t, f, "node", "undrain", node)
 	if err := f.WaitApplied(t.Context()); err != nil {
 		t.Fatal(err)

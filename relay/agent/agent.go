@@ -59,6 +59,7 @@ type Health struct {
 	ViewAge     time.Duration // since it arrived
 	LeafEnds    time.Time     // of the certificate
 	Evicted     bool          // the cluster has put this relay out: it must not accept or deliver
+	Copied      bool          // the cluster refuses this machine, because another one is linked with its key
 	Problem     string        // what is wrong now, one sentence; empty: nothing
 }
 
@@ -91,6 +92,7 @@ type Agent struct {
 	offset      time.Duration
 	offsetKnown bool
 	linkProblem string    // why there is no link
+	copied      bool      // another machine is linked with our key
 	viewProblem string    // why the newest view is not in use
 	renewDue    string    // why the certificate could not be renewed
 	renewBy     time.Time // when it is to be renewed before its time; zero: it need not be
@@ -379,7 +381,7 @@ func (a *Agent) Health() Health {
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	h.Connected, h.Server, h.Transport, h.LastContact = a.connected, a.server, a.transport, a.lastContact
+	h.Connected, h.Server, h.Transport, h.LastContact, h.Copied = a.connected, a.server, a.transport, a.lastContact, a.copied
 	eviction := ""
 	if e := a.member.Evicted; e != nil {
 		h.Evicted, eviction = true, e.text()

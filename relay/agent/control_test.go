@@ -240,6 +240,13 @@ func (c *controlServer) serve(ctx context.Context, session link.Session) (link.C
 	c.hellos, c.prefaces = append(c.hellos, hello), append(c.prefaces, preface)
 	refusal, servers := c.refuseHello, c.servers
 	c.mu.Unlock()
+	if fault.Is(refusal, fault.Conflict) { // told in words first, as control does
+		if err := s.control.Send(wire.NewError(refusal)); err != nil {
+			return link.CodeInternal, err.Error()
+		}
+		<-session.Done()
+		return link.CodeReplaced, fault.Public(refusal)
+	}
 	if refusal != nil {
 		return link.CodeDenied, fault.Public(refusal)
 	}

@@ -100,6 +100,9 @@ func (a *Agent) lost(err error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.connected = false
+	// A server refuses with a conflict for this reason alone. Other failures after
+	// it, such as a server that is down, say nothing about the copy.
+	a.copied = a.copied || fault.Is(err, fault.Conflict)
 	if err != nil {
 		a.linkProblem = "no link to control: " + describe(err)
 	}
@@ -279,6 +282,7 @@ func (s *session) welcome(m *wire.Welcome) {
 	a.noteServers(m.GetServers())
 	a.mu.Lock()
 	a.connected, a.server, a.transport, a.lastContact, a.linkProblem = true, s.address, s.link.Transport(), time.Now(), ""
+	a.copied = false
 	a.mu.Unlock()
 	a.metrics.sessions.Inc()
 	a.options.Logger.Info("linked to control", "server", s.address, "transport", s.link.Transport(), "state", m.GetState())

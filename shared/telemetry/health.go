@@ -59,6 +59,7 @@ type Health struct {
 	watches  map[string]func() (Severity, string)
 	ready    bool
 	notReady string
+	idle     func() string // why the node takes no work although it is ready; nil: nobody says so
 }
 
 // NewHealth returns the health of a node that is not ready yet.
@@ -123,14 +124,28 @@ func (h *Health) SetReady(ready bool, why string) {
 	h.ready, h.notReady = ready, why
 }
 
+// WatchReady asks f at each look whether a node that was set ready takes work
+// now; f returns why it does not, empty if it does. It must answer at once and
+// must not call Health.
+func (h *Health) WatchReady(f func() string) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.idle = f
+}
+
 // Ready reports whether the node takes work, and the reason when it does not.
 func (h *Health) Ready() (bool, string) {
 	h.mu.Lock()
-	defer h.mu.Unlock()
-	if h.ready {
-		return true, ""
+	ready, why, idle := h.ready, h.notReady, h.idle
+	h.mu.Unlock()
+	if !ready {
+		return false, why
 	}
-	return false, h.notReady
+	if idle != nil { // asked without the lock: it may wait for a lock of its part
+		why = idle()
+		return why == "", why
+	}
+	return true, ""
 }
 
 // Checks returns all checks, the worst first, and the worst severity.

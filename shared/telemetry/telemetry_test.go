@@ -187,6 +187,29 @@ func TestServeUntilCancelled(t *testing.T) {
 	}
 }
 
+// TestReadyIsAsked takes a node that runs out of work and into it again.
+func TestReadyIsAsked(t *testing.T) {
+	h := NewHealth(time.Now)
+	why := "the disk is full"
+	h.WatchReady(func() string { return why })
+	if ok, got := h.Ready(); ok || got != "starting" {
+		t.Errorf("while it starts: %v %q", ok, got)
+	}
+	h.SetReady(true, "")
+	if ok, got := h.Ready(); ok || got != why {
+		t.Errorf("with a full disk: %v %q", ok, got)
+	}
+	why = ""
+	if ok, got := h.Ready(); !ok || got != "" {
+		t.Errorf("afterwards: %v %q", ok, got)
+	}
+	why = "drains"
+	h.SetReady(false, "stopping")
+	if ok, got := h.Ready(); ok || got != "stopping" {
+		t.Errorf("while it stops: %v %q", ok, got)
+	}
+}
+
 func TestServeTellsWhyItStopped(t *testing.T) {
 	_, _, mux := newHandler(t)
 	ln, err := net.Listen("tcp", "127.0.0.1:0")

@@ -63,6 +63,9 @@ func (s *server) upkeep(ctx context.Context, group *errgroup.Group) {
 				if err := s.service.EndRecoveryWhenHeard(ctx, now); err != nil {
 					s.logger.Warn("recovery mode was not ended", "error", err)
 				}
+				if err := s.service.SettleDrains(ctx); err != nil {
+					s.logger.Warn("a relay that has drained was not recorded so", "error", err)
+				}
 				if err := upgrade.Step(ctx, now); err != nil {
 					s.logger.Warn("the version of the commands was not raised", "error", err)
 				}

@@ -93,6 +93,9 @@ func (n *node) load() agent.Load {
 	s, disk := n.queue.Summary(), n.store.Stats()
 	l := agent.Load{WaitingRecipients: uint64(max(0, s.Waiting)), InFlightRecipients: uint64(max(0, s.InFlight)),
 		QueueBytes: uint64(max(0, disk.LiveBodyBytes)), FreeBytes: uint64(max(0, disk.FreeBytes))}
+	if !s.Counted {
+		l.WaitingRecipients = max(1, l.WaitingRecipients) // a queue that is still being counted is not known to be empty
+	}
 	checks, _ := n.health.Checks()
 	for _, c := range checks {
 		if c.Severity != telemetry.OK && len(l.Problems) < 16 {
@@ -134,6 +137,25 @@ func (n *node) closed() string {
 	return ""
 }
 
+// unready says why the relay takes no new mail although it runs; empty: it does.
+// Balancers and probes go by it, and send clients elsewhere.
+func (n *node) unready() string {
+	h := n.agent.Health()
+	switch {
+	case h.Evicted:
+		return h.Problem
+	case h.Copied:
+		return "another machine is linked with the key of this relay: " + h.Problem
+	}
+	if d := n.agent.Directory(); d != nil && d.View().Draining {
+		return "the relay drains: an operator lets it take no new mail"
+	}
+	if err := n.store.Health(); err != nil {
+		return fault.Public(err)
+	}
+	return ""
+}
+
 // sources returns what mail may leave from. An evicted relay has nothing: its
 // addresses may be another relay's by now.
 func (n *node) sources(d *policy.Directory) []policy.Source {
@@ -145,6 +167,7 @@ func (n *node) sources(d *policy.Directory) []policy.Source {
 
 // watchHealth names what /health and the control plane are told.
 func (n *node) watchHealth() {
+	n.health.WatchReady(n.unready)
 	n.health.Watch("control", func() (telemetry.Severity, string) {
 		h := n.agent.Health()
 		switch {

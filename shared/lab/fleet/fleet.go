@@ -406,6 +406,15 @@ func (f *Fleet) Restart(ctx context.Context, r *Relay) error {
 	return r.waitReady(ctx, r.ready)
 }
 
+// RestartUnready starts a relay that runs without being ready, such as an
+// evicted one, and waits until it answers.
+func (f *Fleet) RestartUnready(ctx context.Context, r *Relay) error {
+	if err := r.start(); err != nil {
+		return err
+	}
+	return r.waitReady(ctx, r.Metrics()+"/healthz")
+}
+
 // RestartControl starts the control server again.
 func (f *Fleet) RestartControl(ctx context.Context) error {
 	if err := f.Control.start(); err != nil {

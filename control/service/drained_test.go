@@ -1,0 +1,52 @@
+package service
+
+import (
+	"net/netip"
+	"testing"
+
+	"github.com/relais-mta/relais/control"
+)
+
+// TestDrainedWhenNothingIsLeft drains a relay: it has drained when its queue is
+// empty, by a report that is newer than the drain, and its address is gone.
+func TestDrainedWhenNothingIsLeft(t *testing.T) {
+	f := newFixture(t)
+	node := f.join(t, "edge1")
+	f.join(t, "edge2")
+	must[*control.Source](t)(f.AddIP(ctx, operator, IPRequest{Bind: netip.MustParseAddr("192.0.2.1"), EHLO: "mta1.example.net", Node: "edge1"}, Change{}))
+	f.NodeSeen(ctx, node, HelloInfo{})
+	f.NodeReported(node, ReportInfo{Revision: f.state.Read().ViewRevision()})
+	row := must[*control.Node](t)(f.SetNodeState(ctx, operator, "edge1", control.NodeDraining, Change{}))
+	is := func(what string, want control.NodeState) {
+		t.Helper()
+		if err := f.SettleDrains(ctx); err != nil {
+			t.Fatal(err)
+		}
+		if got := f.state.Read().Node(node).State; got != want {
+			t.Errorf("%s: it is %s, want %s", what, got, want)
+		}
+	}
+	must[*control.Source](t)(f.AssignIP(ctx, operator, "192.0.2.1", AssignRequest{Node: "edge2", OldOwnerIsOff: true}, Change{}))
+	is("the report is older than the drain", control.NodeDraining)
+	for _, left := range []ReportInfo{{WaitingRecipients: 1}, {InFlightRecipients: 1}, {HeldRecipients: 1}} {
+		left.Revision = row.Revision
+		f.NodeReported(node, left)
+		is("mail is left", control.NodeDraining)
+	}
+	f.NodeReported(node, ReportInfo{Revision: row.Revision})
+	f.NodeGone(node)
+	is("it is not connected", control.NodeDraining)
+	f.NodeSeen(ctx, node, HelloInfo{Revision: row.Revision})
+	is("nothing is left", control.NodeDrained)
+	if !f.state.Read().Draining(node) {
+		t.Error("a drained relay would take mail")
+	}
+	must[*control.Node](t)(f.SetNodeState(ctx, operator, "edge1", control.NodeActive, Change{}))
+	is("it was taken back", control.NodeActive)
+
+	// With an address it stays draining: the address would be nobody's.
+	must[*control.Source](t)(f.AssignIP(ctx, operator, "192.0.2.1", AssignRequest{Node: "edge1", OldOwnerIsOff: true}, Change{}))
+	row = must[*control.Node](t)(f.SetNodeState(ctx, operator, "edge1", control.NodeDraining, Change{}))
+	f.NodeReported(node, ReportInfo{Revision: row.Revision})
+	is("it has an address", control.NodeDraining)
+}
