@@ -209,6 +209,7 @@ func TestExpiresWithTheReason(t *testing.T) {
 	if err != nil || info.States[0].State != relay.StateWaiting {
 		t.Fatalf("while the clock was not trusted: %+v, %v", info, err)
 	}
+	w.until("the source is missed", func() bool { return w.engine.Explain(env, 0, info.States[0]).Reason == "source" })
 	w.trusted.Store(true)
 	w.engine.Changed()
 	if e := w.event(env, outbox.Expired); e.Reply.Enhanced != "4.4.7" || !strings.Contains(e.Reply.Text, "source") {
