@@ -353,6 +353,9 @@ func (d *Domain) Summary() string {
 // Summary renders the row for the audit tail, without secrets.
 func (c *Credential) Summary() string {
 	text := fmt.Sprintf("tenant=%s project=%s name=%s stream=%s revoked=%t", c.Tenant, c.Project, c.Name, c.Stream, c.Revoked)
+	if !c.NotAfter.IsZero() {
+		text += " not_after=" + c.NotAfter.UTC().Format(time.RFC3339)
+	}
 	if !c.PreviousUntil.IsZero() {
 		text += " previous_until=" + c.PreviousUntil.UTC().Format(time.RFC3339)
 	}

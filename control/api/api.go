@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"strconv"
 	"strings"
+	"unicode/utf8"
 
 	"github.com/danielgtaylor/huma/v2"
 	"github.com/danielgtaylor/huma/v2/adapters/humachi"
@@ -126,12 +127,23 @@ type Precondition struct {
 	Reason  string `header:"Relais-Reason" doc:"Why, for the audit tail"`
 }
 
+// Resolve implements huma.Resolver: a header may carry any bytes, an audit
+// entry may not.
+func (p *Precondition) Resolve(huma.Context) []error {
+	if utf8.ValidString(p.Reason) {
+		return nil
+	}
+	return []error{&huma.ErrorDetail{Location: "header.Relais-Reason", Message: "is not UTF-8 text"}}
+}
+
 // change reads the headers.
 func (p Precondition) change() (service.Change, error) {
 	c := service.Change{Reason: p.Reason}
 	expect, err := p.revision()
 	if err == nil && expect != nil {
-		c.Expect = *expect
+		if c.Expect = *expect; c.Expect == 0 { // within, 0 stands for whatever it is now
+			return c, fault.Field("api", "If-Match", "0 is no object's revision: send the one that was read, or nothing")
+		}
 	}
 	return c, err
 }
@@ -243,21 +255,28 @@ var statuses = map[fault.Kind]int{
 // libraryProblem words an error of the library: the first detail names the field.
 func libraryProblem(status int, text string, errs ...error) huma.StatusError {
 	p := &Problem{Type: "about:blank", Title: http.StatusText(status), Status: status, Detail: text, Kind: fault.Invalid.String()}
+	var details []string
 	for _, err := range errs {
 		if err == nil {
 			continue
 		}
 		var d huma.ErrorDetailer
 		if !errors.As(err, &d) {
-			p.Detail += "; " + err.Error()
+			details = append(details, err.Error())
 			continue
 		}
 		detail := d.ErrorDetail()
-		field := strings.TrimPrefix(detail.Location, "body.")
+		_, field, located := strings.Cut(detail.Location, ".") // the first word says in which part of the request
+		if !located {
+			field = detail.Location
+		}
 		if p.Field == "" {
 			p.Field = field
 		}
-		p.Detail += "; " + field + ": " + detail.Message
+		details = append(details, strings.TrimPrefix(field+": ", ": ")+detail.Message)
+	}
+	if len(details) > 0 {
+		p.Detail = strings.Join(details, "; ")
 	}
 	if status >= http.StatusInternalServerError {
 		p.Kind, p.Detail = fault.Internal.String(), fault.Public(errors.New(text))

@@ -229,6 +229,7 @@ func TestNodesAndAssignment(t *testing.T) {
 	ip := get[IP](f, f.do("POST", "/ips", IPAdd{Bind: "198.51.100.1", EHLO: "mta1.example.net"}))
 	f.problem(f.do("POST", "/ips/198.51.100.1/assign", IPAssign{Node: "edge-1"}, "If-Match", `"1"`), 409, "", "revision")
 	f.problem(f.do("POST", "/ips/198.51.100.1/assign", IPAssign{Node: "edge-1"}, "If-Match", "soon"), 422, "If-Match", "revision")
+	f.problem(f.do("POST", "/ips/198.51.100.1/assign", IPAssign{Node: "edge-1"}, "If-Match", `"0"`), 422, "If-Match", "no object's revision")
 	got := get[IP](f, f.do("POST", "/ips/198.51.100.1/assign", IPAssign{Node: "edge-1", Pool: "default"}, "If-Match", fmt.Sprintf("%q", fmt.Sprint(ip.Revision))))
 	if got.Node != node.String() || got.NodeName != "edge-1" || got.State != "assigned" {
 		t.Errorf("got %+v", got)
@@ -286,11 +287,13 @@ func TestRefusals(t *testing.T) {
 	f.problem(f.do("POST", "/ips", IPAdd{Bind: "198.51.100.2", EHLO: "mta"}), 422, "ehlo", "host name")
 	f.problem(f.do("POST", "/tokens", TokenCreate{Role: "relay", CIDRs: []string{"198.51.100.0/99"}}), 422, "cidr", "network")
 	f.problem(f.do("POST", "/tokens", TokenCreate{Role: "relay", TTLSeconds: 90000}), 422, "ttl", "24h")
+	f.problem(f.raw("POST", "/tenants", `{"name":"x"}`, "Relais-Reason", "\xff"), 422, "Relais-Reason", "UTF-8")
+	f.problem(f.do("POST", "/tokens", TokenCreate{Role: "relay", CIDRs: []string{"fe80::1%eth0/64"}}), 422, "cidr", "network")
 	// What the schema forbids is refused by name as well.
 	f.problem(f.raw("POST", "/tenants", `{"name":"x","colour":"red"}`), 422, "colour", "unexpected property")
 	f.problem(f.raw("POST", "/tenants", `{}`), 422, "body", "required property name")
 	f.problem(f.raw("POST", "/tenants", `{"name":`), 400, "body", "unexpected end")
-	f.problem(f.do("GET", "/audit?limit=0", nil), 422, "query.limit", ">= 1")
+	f.problem(f.do("GET", "/audit?limit=0", nil), 422, "limit", "limit: expected number >= 1")
 	f.problem(f.raw("POST", "/tenants", `{"name":"`+strings.Repeat("x", 2<<20)+`"}`), 413, "", "large")
 	if f.log.state.Read().Hash() != before {
 		t.Error("a refused request changed something")

@@ -5,6 +5,7 @@ import (
 	"encoding/base64"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"slices"
 	"strings"
@@ -14,6 +15,7 @@ import (
 
 	"github.com/relais-mta/relais/control"
 	"github.com/relais-mta/relais/control/service"
+	"github.com/relais-mta/relais/shared/fault"
 )
 
 // maxDetailNames is how many found names a detail shows.
@@ -64,7 +66,7 @@ func finding(check, name string, required bool) service.Finding {
 
 // unknown says that DNS gave no answer.
 func unknown(f service.Finding, err error) service.Finding {
-	f.Status, f.Detail = service.FindingUnknown, err.Error()
+	f.Status, f.Detail = service.FindingUnknown, wordsOf(err)
 	return f
 }
 
@@ -217,4 +219,17 @@ func (r *Resolver) dmarc(ctx context.Context, domain string) service.Finding {
 		return f
 	}
 	return bad(f, "there is no DMARC record: large receivers ask for one, p=none at least")
+}
+
+// wordsOf returns what an error says to a person: our own text, which the SPF
+// library may have wrapped, or else its whole text.
+func wordsOf(err error) string {
+	var dns *net.DNSError
+	switch {
+	case errors.As(err, &dns):
+		return dns.Err
+	case fault.KindOf(err) != fault.Internal:
+		return fault.Public(err)
+	}
+	return err.Error()
 }

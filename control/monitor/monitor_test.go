@@ -219,6 +219,9 @@ func TestDomain(t *testing.T) {
 		if (f.Check == "spf" || f.Check == "return-path") && f.Status != service.FindingUnknown {
 			t.Errorf("SERVFAIL: %+v", f)
 		}
+		if f.Status == service.FindingUnknown && (!strings.HasPrefix(f.Detail, "DNS gives no answer for rp.example.com ") || !strings.HasSuffix(f.Detail, "SERVFAIL")) {
+			t.Errorf("%s does not say in our words what failed: %q", f.Check, f.Detail)
+		}
 	}
 }
 

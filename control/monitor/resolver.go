@@ -83,7 +83,7 @@ func (r *Resolver) ask(ctx context.Context, name string, qtype uint16) ([]dns.RR
 			last = fmt.Errorf("%s answers %s", server, dns.RcodeToString[in.Rcode])
 		}
 	}
-	return nil, fault.Wrap(last, fault.Unavailable, "monitor.ask", "DNS gives no answer for %s %s", name, dns.TypeToString[qtype])
+	return nil, fault.Wrap(last, fault.Unavailable, "monitor.ask", "DNS gives no answer for %s %s: %v", name, dns.TypeToString[qtype], last)
 }
 
 func plainName(name string) string { return strings.ToLower(strings.TrimSuffix(name, ".")) }
@@ -159,7 +159,7 @@ type spfResolver struct{ *Resolver }
 func notFound[T any](name string, out []T, err error) ([]T, error) {
 	switch {
 	case err != nil:
-		return nil, &net.DNSError{Err: err.Error(), Name: name, IsTemporary: true}
+		return nil, &net.DNSError{Err: fault.Public(err), Name: name, IsTemporary: true}
 	case len(out) == 0:
 		return nil, &net.DNSError{Err: "no record", Name: name, IsNotFound: true}
 	}

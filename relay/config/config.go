@@ -137,7 +137,7 @@ func decodeFault(op string, err error) error {
 	var bad *toml.DecodeError
 	if errors.As(err, &bad) {
 		row, _ := bad.Position()
-		return &fault.Error{Kind: fault.Invalid, Op: op, Field: strings.Join(bad.Key(), "."), Cause: err,
+		return &fault.Error{Kind: fault.Invalid, Op: op, Field: strings.Join(bad.Key(), "."),
 			Public: fmt.Sprintf("line %d: the value does not fit: %s", row, bad.Error())}
 	}
 	return fault.Wrap(err, fault.Invalid, op, "not a TOML file")

@@ -21,8 +21,11 @@ func (a *app) nodeEvict() *cobra.Command {
 			"as a new node.",
 		Example: "  relais-control node evict edge-7 --reason 'disk stolen'", Args: cobra.ExactArgs(1),
 	}
-	reason := reasonFlag(cmd)
+	reason, yes := reasonFlag(cmd), yesFlag(cmd)
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		if err := a.confirm(cmd, *yes, "Relay %s is put out of the cluster for good.", args[0]); err != nil {
+			return err
+		}
 		return a.setNodeState(cmd, args[0], "evicted", *reason, "evicted: it works no more once it is told, its queue stays on its disk")
 	}
 	return cmd

@@ -190,15 +190,22 @@ func (a *app) policyGet() *cobra.Command {
 	}
 	dir := cmd.Flags().String("dir", "", "write one file per section into this directory")
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		return show(a, cmd, call{method: http.MethodGet, path: "/policy"}, func(w io.Writer, p api.Policy) error {
+		adapt := func(p *api.Policy) error {
 			if len(args) == 1 {
 				p.Sections = slices.DeleteFunc(p.Sections, func(s api.PolicySection) bool { return s.Name != args[0] })
 				if len(p.Sections) == 0 {
 					return fault.Field("relais-control", args[0], "is not a section of the policy: use %s", strings.Join(policy.SectionNames(), ", "))
 				}
 			}
+			if *dir == "" {
+				return nil
+			}
+			return writeSections(*dir, *p)
+		}
+		return showAdapted(a, cmd, call{method: http.MethodGet, path: "/policy"}, adapt, func(w io.Writer, p api.Policy) error {
 			if *dir != "" {
-				return writeSections(w, *dir, p)
+				_, err := fmt.Fprintf(w, "%d sections of policy revision %d written to %s\n", len(p.Sections), p.Revision, *dir)
+				return err
 			}
 			for i, s := range p.Sections {
 				if len(args) == 0 {
@@ -219,7 +226,7 @@ func (a *app) policyGet() *cobra.Command {
 	return cmd
 }
 
-func writeSections(w io.Writer, dir string, p api.Policy) error {
+func writeSections(dir string, p api.Policy) error {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return fault.Wrap(err, fault.Internal, "relais-control", "the directory %s cannot be made", dir)
 	}
@@ -229,8 +236,7 @@ func writeSections(w io.Writer, dir string, p api.Policy) error {
 			return fault.Wrap(err, fault.Internal, "relais-control", "%s cannot be written", path)
 		}
 	}
-	_, err := fmt.Fprintf(w, "%d sections of policy revision %d written to %s\n", len(p.Sections), p.Revision, dir)
-	return err
+	return nil
 }
 
 func (a *app) policyPut() *cobra.Command {
@@ -293,8 +299,8 @@ func readSections(args []string) (map[string]string, error) {
 			return nil, fault.Field(op, path, "section %s is named twice", name)
 		}
 		info, err := os.Stat(path)
-		if err != nil || info.Size() > policy.MaxSectionBytes {
-			return nil, fault.Field(op, path, "cannot be read, or is longer than the %d bytes of a section", policy.MaxSectionBytes)
+		if err != nil || !info.Mode().IsRegular() || info.Size() > policy.MaxSectionBytes {
+			return nil, fault.Field(op, path, "is not a file of at most %d bytes, the most that a section has", policy.MaxSectionBytes)
 		}
 		text, err := os.ReadFile(path)
 		if err != nil {

@@ -45,10 +45,15 @@ type usageError struct{ error }
 
 func message(err error) string {
 	var e *fault.Error
-	if errors.As(err, &e) {
+	if !errors.As(err, &e) {
+		return err.Error()
+	}
+	// A system's cause says what our own words could not; others repeat them.
+	var ours *fault.Error
+	if e.Cause == nil || errors.As(e.Cause, &ours) {
 		return fault.Public(err)
 	}
-	return err.Error()
+	return fault.Public(err) + " (" + e.Cause.Error() + ")"
 }
 
 // options are the flags that all commands share.
@@ -66,12 +71,7 @@ func newRoot() *cobra.Command {
 		Version:       buildinfo.Get().Version,
 		SilenceUsage:  true,
 		SilenceErrors: true,
-		Args: func(_ *cobra.Command, args []string) error {
-			if len(args) > 0 {
-				return usageError{fmt.Errorf("there is no command %q; see relais-relay --help", args[0])}
-			}
-			return nil
-		},
+		Args:          noCommand,
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	root.PersistentFlags().StringVar(&o.data, "data", config.DefaultDataDir, "data directory")
@@ -81,6 +81,14 @@ func newRoot() *cobra.Command {
 	return root
 }
 
+// noCommand refuses the name of a command that is not there.
+func noCommand(cmd *cobra.Command, args []string) error {
+	if len(args) > 0 {
+		return usageError{fmt.Errorf("there is no command %q; see %s --help", args[0], cmd.CommandPath())}
+	}
+	return nil
+}
+
 // exactly is cobra.ExactArgs with a usage error.
 func exactly(n int) cobra.PositionalArgs { return wrapArgs(cobra.ExactArgs(n)) }
 
@@ -88,6 +96,11 @@ func wrapArgs(check cobra.PositionalArgs) cobra.PositionalArgs {
 	return func(cmd *cobra.Command, args []string) error {
 		if err := check(cmd, args); err != nil {
 			return usageError{err}
+		}
+		for i, arg := range args {
+			if arg == "" {
+				return usageError{fmt.Errorf("argument %d is empty: %s", i+1, cmd.UseLine())}
+			}
 		}
 		return nil
 	}

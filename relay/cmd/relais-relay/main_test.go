@@ -1,9 +1,13 @@
 package main
 
 import (
+	"errors"
+	"io/fs"
 	"log/slog"
 	"net/netip"
 	"slices"
+	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -11,6 +15,7 @@ import (
 
 	"github.com/relais-mta/relais/relay/config"
 	"github.com/relais-mta/relais/relay/egress"
+	"github.com/relais-mta/relais/shared/fault"
 	"github.com/relais-mta/relais/shared/ids"
 	"github.com/relais-mta/relais/shared/policy"
 )
@@ -37,5 +42,29 @@ func TestUnlistedAddressIsLocal(t *testing.T) {
 	n := &node{cfg: &config.Config{}, egress: m}
 	if got := n.localAddresses(); !slices.Contains(got, here) || slices.Contains(got, elsewhere) {
 		t.Errorf("got %v, want %s and not %s", got, here, elsewhere)
+	}
+}
+
+// TestUsageErrors: what no command can mean is a usage error.
+func TestUsageErrors(t *testing.T) {
+	for _, args := range [][]string{{"nonsense"}, {"queue", "nonsense"}, {"queue", "show"}, {"queue", "show", ""}, {"join"}, {"--nonsense"}} {
+		root := newRoot()
+		root.SetArgs(append(args, "--data", t.TempDir()))
+		var usage usageError
+		if err := root.Execute(); !errors.As(err, &usage) {
+			t.Errorf("%q: got %v, want a usage error", args, err)
+		}
+	}
+}
+
+// TestMessageSaysTheSystemsCause: our own words are said once, a system's cause
+// is said behind them.
+func TestMessageSaysTheSystemsCause(t *testing.T) {
+	system := &fs.PathError{Op: "mkdir", Path: "x", Err: syscall.EROFS}
+	if got := message(fault.Wrap(system, fault.Internal, "op", "cannot make x")); !strings.Contains(got, "read-only") {
+		t.Errorf("got %q", got)
+	}
+	if got := message(fault.Wrap(fault.New(fault.Invalid, "op", "cannot make x"), fault.Internal, "op", "cannot make x")); got != "cannot make x" {
+		t.Errorf("got %q", got)
 	}
 }

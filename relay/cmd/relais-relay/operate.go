@@ -65,7 +65,7 @@ func ask(ctx context.Context, o *options, path string, v any) error {
 }
 
 func newQueue(o *options) *cobra.Command {
-	cmd := &cobra.Command{Use: "queue", Short: "See what waits and why, export and import it", RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() }, Args: exactly(0)}
+	cmd := &cobra.Command{Use: "queue", Args: noCommand, Short: "See what waits and why, export and import it", RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() }}
 	cmd.AddCommand(newQueueSummary(o), newQueueList(o), newQueueShow(o), newQueueWhy(o), newQueueExport(o), newQueueImport(o))
 	return cmd
 }
@@ -237,6 +237,9 @@ func newStatus(o *options) *cobra.Command {
 			link := "control is reachable"
 			if !s.Connected {
 				link = "control is not reachable; the relay works on with what it knows"
+			}
+			if s.Problem != "" {
+				link += ": " + s.Problem
 			}
 			if s.Evicted {
 				link = s.Problem
