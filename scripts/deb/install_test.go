@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -44,17 +45,15 @@ func TestPackages(t *testing.T) {
 	m.sh("dpkg -i " + inside(older))
 	m.installed()
 	m.start()
+	m.join()
 	secret := m.tenant()
-	m.accept(secret)
+	m.accept(secret, "b")
 	m.upgrade(inside(older), inside(newer))
-	m.accept(secret)
+	m.accept(secret, "c")
 	m.live()
 	m.reinstall(inside(newer[:1]))
 	m.deliver()
-
-	m.sh("dpkg --purge relais-relay")
-	m.sh("test ! -e /var/lib/relais/relay && test ! -e /etc/relais/relay.toml && test -d /var/lib/relais/control")
-	m.want("systemctl is-active relais-control", "active")
+	m.purge(secret, inside(newer[:1]))
 	m.sh("dpkg --purge relais-control")
 	m.sh("test ! -e /var/lib/relais && test ! -e /etc/relais && ! systemctl cat relais-control relais-relay && getent passwd relais")
 }
@@ -72,17 +71,22 @@ func (m *machine) installed() {
 	}
 }
 
-// start makes the machine a cluster of one server and one relay.
+// start makes the machine a cluster of one server.
 func (m *machine) start() {
 	m.t.Helper()
 	m.sh("relais-control init --data /var/lib/relais/control --advertise 127.0.0.1 --config /etc/relais/control.toml")
 	m.sh("systemctl start relais-control")
 	m.until("the server serves", "curl -fsS http://127.0.0.1:9091/readyz")
+}
+
+// join makes it a relay of that cluster, too, as an operator does.
+func (m *machine) join() {
+	m.t.Helper()
 	var token struct{ Token string }
 	if err := json.Unmarshal([]byte(m.sh("relais-control token create --role relay --json")), &token); err != nil || token.Token == "" {
 		m.t.Fatalf("no token: %v", err)
 	}
-	m.sh(`printf '[lab]\nsmtp_port = 2525\nallow_private = true\n' >>/etc/relais/relay.toml`)
+	m.sh(labConfig)
 	m.sh("relais-relay join --token " + token.Token + " 127.0.0.1:7443 --config /etc/relais/relay.toml")
 	m.sh("systemctl start relais-relay")
 	m.until("the relay is ready", ready)
@@ -91,7 +95,10 @@ func (m *machine) start() {
 	m.sh("! find /var/lib/relais/relay /var/lib/relais/control ! -user relais | grep .")
 }
 
-const ready = "curl -fsS http://127.0.0.1:9090/readyz"
+const (
+	ready     = "curl -fsS http://127.0.0.1:9090/readyz"
+	labConfig = `printf '[lab]\nsmtp_port = 2525\nallow_private = true\n' >>/etc/relais/relay.toml`
+)
 
 // tenant makes somebody who may send, and returns the credential as curl wants
 // it. The address to send from is not on the machine yet.
@@ -99,12 +106,7 @@ func (m *machine) tenant() string {
 	m.t.Helper()
 	m.sh("relais-control tenant add acme")
 	m.sh("relais-control domain add example.com --tenant acme")
-	var nodes []struct{ ID string }
-	if err := json.Unmarshal([]byte(m.sh("relais-control node list --json")), &nodes); err != nil || len(nodes) == 0 {
-		m.t.Fatalf("no nodes: %v", err)
-	}
-	m.sh("relais-control ip add " + source + " --ehlo " + sourceName + " --pool default --node " + nodes[len(nodes)-1].ID)
-	m.sh("relais-control ip check " + source)
+	m.source(source, sourceName)
 	var c struct{ ID, Secret string } // the id is the user name
 	if err := json.Unmarshal([]byte(m.sh("relais-control credential create --tenant acme --json")), &c); err != nil || c.Secret == "" {
 		m.t.Fatalf("no credential: %v", err)
@@ -112,13 +114,30 @@ func (m *machine) tenant() string {
 	return c.ID + ":" + c.Secret
 }
 
+// source lets the relay send from an address.
+func (m *machine) source(address, name string) {
+	m.t.Helper()
+	m.sh("relais-control ip add " + address + " --ehlo " + name + " --pool default --node " + m.node())
+	m.sh("relais-control ip check " + address)
+}
+
+// node returns the id of the relay.
+func (m *machine) node() string {
+	m.t.Helper()
+	var s struct{ Node string }
+	if err := json.Unmarshal([]byte(m.sh("relais-relay status --json")), &s); err != nil || s.Node == "" {
+		m.t.Fatalf("the relay does not know its node: %v", err)
+	}
+	return s.Node
+}
+
 // accept puts one more message into the queue, where it waits for its source.
-func (m *machine) accept(secret string) {
+func (m *machine) accept(secret, user string) {
 	m.t.Helper()
 	before := m.waits()
-	m.until("the relay accepts a message", "id=$(cat /proc/sys/kernel/random/uuid) && printf 'From: a@example.com\\r\\nTo: b@"+destination+
+	m.until("the relay accepts a message", "id=$(cat /proc/sys/kernel/random/uuid) && printf 'From: a@example.com\\r\\nTo: "+user+"@"+destination+
 		"\\r\\nMessage-ID: <%s@example.com>\\r\\nSubject: kept\\r\\n\\r\\nkept\\r\\n' $id >/tmp/m && curl -fsSk smtps://127.0.0.1:465 --user '"+
-		secret+"' --mail-from a@example.com --mail-rcpt b@"+destination+" --upload-file /tmp/m")
+		secret+"' --mail-from a@example.com --mail-rcpt "+user+"@"+destination+" --upload-file /tmp/m")
 	m.waiting(before + 1)
 }
 
@@ -168,18 +187,42 @@ func (m *machine) reinstall(relay string) {
 	want := m.waits()
 	m.sh("dpkg --remove relais-relay")
 	m.sh("test -d /var/lib/relais/relay/store && test -f /etc/relais/relay.toml && ! pgrep -x relais-relay")
+	m.want("cat /var/lib/relais/relay/mail-waits", strconv.Itoa(want))
 	m.sh("dpkg -i " + relay)
 	m.until("the relay is back after its package was installed again", ready)
 	m.waiting(want)
 }
 
-// deliver puts the source address onto the machine, and the mail goes.
+// deliver puts the source address onto the machine, and all mail goes.
 func (m *machine) deliver() {
 	m.t.Helper()
 	want := m.waits()
 	m.sh("ip address add " + source + "/32 dev lo")
 	m.arrived(int64(want))
 	m.until("the queue is empty", `relais-relay queue summary --json | grep -q '"waiting": *0[,}]'`)
+}
+
+// purge removes all that was the relay's, but no mail that nobody else has.
+func (m *machine) purge(secret, relay string) {
+	m.t.Helper()
+	gone := "test ! -e /var/lib/relais/relay && test ! -e /etc/relais/relay.toml && test -d /var/lib/relais/control"
+	m.sh("dpkg --purge relais-relay")
+	m.sh(gone)
+	m.want("systemctl is-active relais-control", "active")
+
+	m.sh("dpkg -i " + relay)
+	m.join()
+	m.source(nextSource, nextSourceName)
+	m.accept(secret, "fulltemp")
+	m.want("dpkg --purge relais-relay 2>&1", "Mail of 1 recipients waits in /var/lib/relais/relay, which is kept")
+	m.sh("test -d /var/lib/relais/relay/store && test -d /var/lib/relais/relay/identity && test ! -e /etc/relais/relay.toml")
+	m.sh("dpkg -i " + relay)
+	m.until("the relay is back after it was purged with mail", ready)
+	m.waiting(1)
+
+	m.sh("systemctl stop relais-relay && relais-relay queue export /root/queue")
+	m.sh("dpkg --remove relais-relay && dpkg --purge relais-relay")
+	m.sh(gone)
 }
 
 // waits returns how many recipients wait in the relay's queue.

@@ -5,6 +5,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -23,13 +24,16 @@ import (
 
 // What the machine finds in its network.
 const (
-	labDir      = "RELAIS_DEB_LAB" // environment: serve the lab, with its files there
-	labPort     = 2525
-	labReport   = "127.0.0.1:8053"
-	source      = "192.0.2.10"
-	sourceName  = "mx10.example.net"
-	destination = "recipients.test"
-	stopTimeout = 10 * time.Second
+	labDir     = "RELAIS_DEB_LAB" // environment: serve the lab, with its files there
+	labPort    = 2525
+	labReport  = "127.0.0.1:8053"
+	source     = "192.0.2.10"
+	sourceName = "mx10.example.net"
+	// Of the relay that the machine is after it was purged.
+	nextSource     = "192.0.2.11"
+	nextSourceName = "mx11.example.net"
+	destination    = "recipients.test"
+	stopTimeout    = 10 * time.Second
 )
 
 // TestMain is the test, or the lab for the machine of another one.
@@ -51,12 +55,12 @@ func serveLab(dir string) error {
 	l, err := lab.Start(ctx, lab.Config{
 		Seed: 1, Mode: lab.Open, DNSAddr: netip.MustParseAddrPort("127.0.0.1:53"), SMTPPort: labPort, HTTPAddr: labReport, Dir: dir,
 		SkipDKIM: true, Logger: slog.New(slog.NewTextHandler(io.Discard, nil)),
-		Zones: []lab.Zone{{Origin: "example.net.", Records: []string{sourceName + ". IN A " + source}}},
+		Zones: []lab.Zone{{Origin: "example.net.", Records: []string{sourceName + ". IN A " + source, nextSourceName + ". IN A " + nextSource}}},
 	})
 	if err != nil {
 		return err
 	}
-	if err := l.AddPTR(netip.MustParseAddr(source), sourceName); err != nil {
+	if err := errors.Join(l.AddPTR(netip.MustParseAddr(source), sourceName), l.AddPTR(netip.MustParseAddr(nextSource), nextSourceName)); err != nil {
 		return err
 	}
 	for _, p := range l.Providers() {

@@ -133,7 +133,13 @@ func (b *builder) fill(t *tree, p *product) error {
 	t.write("/DEBIAN/control", 0o644, p.control(b.version, b.maintainer, t.kib()))
 	t.write("/DEBIAN/conffiles", 0o644, "/etc/relais/"+p.side+".toml\n")
 	for _, script := range []string{"postinst", "prerm", "postrm"} {
-		t.write("/DEBIAN/"+script, 0o755, p.fill(own(script)))
+		text := own(script)
+		for _, more := range p.scripts {
+			if strings.HasPrefix(more, script+".") {
+				text += own(more)
+			}
+		}
+		t.write("/DEBIAN/"+script, 0o755, p.fill(text))
 	}
 	return t.err
 }

@@ -14,6 +14,7 @@ type product struct {
 	synopsis string
 	about    string // long description, wrapped, without the leading blanks
 	depends  string
+	scripts  []string // script.side: what this package's scripts do beside the common part
 }
 
 var products = []product{
@@ -24,6 +25,7 @@ keeps it in a queue that survives power cuts, and delivers it from named
 source addresses under the limits of each mailbox provider. It takes its
 policy from the servers of relais-control, and works on when they are away.`,
 		depends: "adduser, ca-certificates",
+		scripts: []string{"prerm.relay"},
 	},
 	{
 		name: "relais-control", side: "control", synopsis: "control plane for Relais mail relays",

@@ -74,9 +74,10 @@ func newQueueSummary(o *options) *cobra.Command {
 	return &cobra.Command{
 		Use: "summary", Short: "Count what is in the queue", Args: exactly(0),
 		Example: "  relais-relay queue summary --json",
+		Long:    "Count what is in the queue of the relay, whether it runs or not.",
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			var s admin.Summary
-			if err := ask(cmd.Context(), o, "/v1/queue/summary", &s); err != nil || o.json {
+			s, err := summary(cmd.Context(), o)
+			if err != nil || o.json {
 				return err
 			}
 			fmt.Printf("waiting recipients    %d\nbeing delivered       %d\nwork queues           %d\nlongest past deadline %.0f s\n",
