@@ -223,6 +223,9 @@ func (s *Server) show(r *http.Request) (any, error) {
 		return nil, err
 	}
 	m, err := s.cfg.Queue.Show(id)
+	if fault.Is(err, fault.NotFound) {
+		return nil, fault.New(fault.NotFound, "admin.show", "message %s is not in the queue: it was delivered or given up, or another relay has it; `relais-relay events` tells what happened here", id)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -239,7 +242,7 @@ func (s *Server) list(r *http.Request) (any, error) {
 	var err error
 	if t := v.Get("tenant"); t != "" {
 		if err = f.Tenant.UnmarshalText([]byte(t)); err != nil {
-			return nil, err
+			return nil, fault.Field(op, "tenant", "%s", fault.Public(err))
 		}
 	}
 	if t := v.Get("after"); t != "" {

@@ -72,7 +72,7 @@ func newRoot() *cobra.Command {
 		SilenceUsage:  true,
 		SilenceErrors: true,
 		Args:          noCommand,
-		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	root.PersistentFlags().StringVar(&o.data, "data", config.DefaultDataDir, "data directory")
 	root.PersistentFlags().BoolVar(&o.json, "json", false, "print JSON")

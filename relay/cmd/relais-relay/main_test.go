@@ -47,8 +47,9 @@ func TestUnlistedAddressIsLocal(t *testing.T) {
 
 // TestUsageErrors: what no command can mean is a usage error.
 func TestUsageErrors(t *testing.T) {
-	for _, args := range [][]string{{"nonsense"}, {"queue", "nonsense"}, {"queue", "show"}, {"queue", "show", ""}, {"join"}, {"--nonsense"}} {
+	for _, args := range [][]string{{"nonsense"}, {"queue", "nonsense"}, {"queue", "show"}, {"queue", "show", ""}, {"join"}, {"--nonsense"}, {"classify", "--provider", "gogle"}} {
 		root := newRoot()
+		root.SetIn(strings.NewReader(""))
 		root.SetArgs(append(args, "--data", t.TempDir()))
 		var usage usageError
 		if err := root.Execute(); !errors.As(err, &usage) {

@@ -281,6 +281,22 @@ func newEvents(o *options) *cobra.Command {
 	return cmd
 }
 
+// checkProvider wants a provider that the shipped profiles name, or one named
+// after its MX: rules of a misspelt one would silently not be tried.
+func checkProvider(name string) error {
+	if name == "" || strings.HasPrefix(name, "mx:") {
+		return nil
+	}
+	var known []string
+	for _, p := range defaults().Providers.Provider {
+		if p.Name == name {
+			return nil
+		}
+		known = append(known, p.Name)
+	}
+	return usageError{fmt.Errorf("--provider %q is unknown: use mx: and a domain, or one of %s", name, strings.Join(known, ", "))}
+}
+
 // maxReplyLineBytes bounds one line of classify's input.
 const maxReplyLineBytes = 64 << 10
 
@@ -291,6 +307,9 @@ func newClassify() *cobra.Command {
 		Long:    "Read remote replies on standard input, one per line, and print class, scope, action and\nrule of each as JSON lines.",
 		Example: "  echo '550 5.1.1 no such user' | relais-relay classify --provider google",
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := checkProvider(provider); err != nil {
+				return err
+			}
 			in := bufio.NewScanner(cmd.InOrStdin())
 			in.Buffer(nil, maxReplyLineBytes)
 			out := json.NewEncoder(cmd.OutOrStdout())
