@@ -104,7 +104,7 @@ func (c *Cluster) Members(ctx context.Context) ([]Member, error) {
 	}
 	to, id := c.Leader()
 	if to == "" || id == c.id || c.peers == nil {
-		return nil, fault.Wrap(control.ErrNoLeader, fault.Unavailable, "cluster.Members", "the cluster has no leader now: try again in a few seconds")
+		return nil, fault.Wrap(control.ErrNoLeader, fault.Unavailable, "cluster.Members", noLeaderText)
 	}
 	var out []Member
 	return out, c.askFor(ctx, to, "members", nil, &out)
@@ -130,6 +130,12 @@ func (c *Cluster) members() ([]Member, error) {
 	conf := c.raft.GetConfiguration()
 	if err := conf.Error(); err != nil {
 		return nil, fault.Wrap(errors.Join(control.ErrNoLeader, err), fault.Unavailable, "cluster.members", "the members cannot be told now")
+	}
+	c.roster.mu.Lock()
+	unknown := len(c.roster.heard) == 0
+	c.roster.mu.Unlock()
+	if unknown { // it leads since a moment, and would take all others for dead
+		c.hearAll()
 	}
 	now := time.Now()
 	c.roster.mu.Lock()

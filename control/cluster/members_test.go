@@ -389,6 +389,42 @@ func TestARemovedServerIsRefused(t *testing.T) {
 	}
 }
 
+// TestANewLeaderKnowsWhoAnswers asks for the members in the moment in which the
+// lead has changed: nobody is to be taken for dead.
+func TestANewLeaderKnowsWhoAnswers(t *testing.T) {
+	t.Parallel()
+	slow := quick
+	slow.CheckEvery = time.Second
+	w := newWorld(t, TransportTCP, slow)
+	w.join("")
+	w.join("")
+	waitFor(t, func() bool { return w.voters() == 3 }, "three voters")
+	for range 3 {
+		old := w.leader()
+		if err := old.raft.LeadershipTransfer().Error(); err != nil {
+			t.Fatal(err)
+		}
+		var next *peerServer
+		waitFor(t, func() bool {
+			for _, s := range w.servers {
+				if s != old && s.Ready() {
+					next = s
+				}
+			}
+			return next != nil
+		}, "another leader")
+		members, err := next.Members(w.ctx())
+		if err != nil || len(members) != 3 {
+			t.Fatalf("%+v, %v", members, err)
+		}
+		for _, m := range members {
+			if !m.Alive {
+				t.Errorf("%s is said not to answer", m.ID)
+			}
+		}
+	}
+}
+
 // TestAServerRemovedWhileOffIsTold removes a voter that does not run: when it
 // comes back it must say why nobody talks to it.
 func TestAServerRemovedWhileOffIsTold(t *testing.T) {

@@ -228,7 +228,7 @@ func (c *Cluster) forward(ctx context.Context, cmd command.Command) (state.Resul
 	const op = "cluster.Propose"
 	to, id := c.Leader()
 	if to == "" || id == c.id || c.peers == nil {
-		return state.Result{}, fault.Wrap(control.ErrNoLeader, fault.Unavailable, op, "the cluster has no leader now: try again in a few seconds")
+		return state.Result{}, fault.Wrap(control.ErrNoLeader, fault.Unavailable, op, noLeaderText)
 	}
 	data, err := command.Encode(cmd, time.Now(), 0) // the leader stamps its own time and term
 	if err != nil {
@@ -296,7 +296,7 @@ func (c *Cluster) Fence(ctx context.Context) error {
 	}
 	to, id := c.Leader()
 	if to == "" || id == c.id || c.peers == nil {
-		return fault.Wrap(control.ErrNoLeader, fault.Unavailable, op, "the cluster has no leader now: try again in a few seconds")
+		return fault.Wrap(control.ErrNoLeader, fault.Unavailable, op, noLeaderText)
 	}
 	var index uint64
 	asking, enough := c.whileLeads(ctx, id)

@@ -13,6 +13,9 @@ import (
 	"github.com/relais-mta/relais/shared/fault"
 )
 
+// noLeaderText also serves those who have lost a majority of their servers.
+const noLeaderText = "the cluster has no leader now: try again in a few seconds. If it stays so, too few of its voters run: start them, or, if they are lost for good, see `relais-control recover --help`"
+
 // Propose commits the command, through the leader if that is another server,
 // and returns what applying it gave; this server's state has it then. The error
 // is either a rule's refusal (nothing changed), or says that there is no leader

@@ -83,25 +83,34 @@ func (o *ordeal) survived(what string) {
 // check ends mail and history; every acknowledged change must be on every server.
 func (o *ordeal) check() {
 	o.t.Helper()
-	o.waitVoters(3)
 	o.history.check()
 	o.mail.check()
 	for _, s := range o.servers {
-		eventually(o.t, 20*time.Second, "all changes at "+s.Name, func() bool {
-			out, err := o.CtlAt(o.t.Context(), s, "tenant", "list", "--json")
-			var rows []struct{ Name string }
-			if err != nil || json.Unmarshal(out, &rows) != nil {
-				return false
-			}
-			for _, name := range o.acked {
-				if !slices.ContainsFunc(rows, func(r struct{ Name string }) bool { return r.Name == name }) {
-					return false
-				}
-			}
-			return true
-		})
+		eventually(o.t, 20*time.Second, "all changes at "+s.Name, func() bool { return o.missing(s) == "" })
 	}
 	o.t.Logf("%d changes by the command line were acknowledged, each is on every server", len(o.acked))
+}
+
+// missing names an acknowledged change that a server does not show.
+func (o *ordeal) missing(at *fleet.ControlServer) string {
+	out, err := o.CtlAt(o.t.Context(), at, "tenant", "list", "--json")
+	var rows []struct{ Name string }
+	if err == nil {
+		err = json.Unmarshal(out, &rows)
+	}
+	if err != nil {
+		return err.Error()
+	}
+	have := make(map[string]bool, len(rows))
+	for _, r := range rows {
+		have[r.Name] = true
+	}
+	for _, name := range o.acked {
+		if !have[name] {
+			return name
+		}
+	}
+	return ""
 }
 
 // waitProblem waits until `server list`, asked of one server, says text of another.
@@ -185,6 +194,7 @@ func TestStoppedAndKilledLeaders(t *testing.T) {
 	}
 	o.write(o.servers[0], time.Now())
 	o.survived("end and start of all servers")
+	o.waitVoters(3)
 	o.check()
 }
 
@@ -261,6 +271,7 @@ func TestFullAndBrokenDisks(t *testing.T) {
 		t.Fatal(err)
 	}
 	o.survived(what)
+	o.waitVoters(3)
 	o.check()
 }
 

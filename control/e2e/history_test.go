@@ -101,10 +101,10 @@ const (
 // through all servers of a cluster.
 type history struct {
 	t       *testing.T
-	f       *trio
 	keys    int
 	key     string // of the API
 	web     *http.Client
+	servers atomic.Pointer[[]*fleet.ControlServer]
 	begin   time.Time
 	clients sync.WaitGroup
 	end     atomic.Bool
@@ -120,7 +120,8 @@ type history struct {
 // for pace between two operations; 0 is without a pause.
 func startHistory(t *testing.T, f *trio, keys int, pace time.Duration) *history {
 	t.Helper()
-	h := &history{t: t, f: f, keys: keys, begin: time.Now()}
+	h := &history{t: t, keys: keys, begin: time.Now()}
+	h.use(f.servers...)
 	var cli struct {
 		Key string `toml:"key"`
 	}
@@ -145,6 +146,12 @@ func startHistory(t *testing.T, f *trio, keys int, pace time.Duration) *history 
 	return h
 }
 
+// use says which servers the clients ask.
+func (h *history) use(servers ...*fleet.ControlServer) {
+	servers = slices.Clone(servers)
+	h.servers.Store(&servers)
+}
+
 func (h *history) stop() {
 	h.end.Store(true)
 	h.clients.Wait()
@@ -163,7 +170,8 @@ func (h *history) client(id int, pace time.Duration) {
 	}
 	for !h.end.Load() && h.t.Context().Err() == nil {
 		key := rng.IntN(h.keys)
-		s := h.f.servers[rng.IntN(len(h.f.servers))]
+		servers := *h.servers.Load()
+		s := servers[rng.IntN(len(servers))]
 		if time.Since(shun[s]) < shunFor && rng.IntN(20) > 0 {
 			continue
 		}
@@ -212,7 +220,7 @@ func (h *history) once(id int, s *fleet.ControlServer, in registerInput, seen re
 func (h *history) check() {
 	h.t.Helper()
 	h.stop()
-	for _, s := range h.f.servers {
+	for _, s := range *h.servers.Load() {
 		for key := range h.keys {
 			in := registerInput{key: key}
 			eventually(h.t, 20*time.Second, "a last read at "+s.Name, func() bool {

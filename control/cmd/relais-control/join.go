@@ -197,11 +197,28 @@ func (j *joiner) claim() error {
 		return fault.Wrap(err, fault.Internal, op, "the directory %s cannot be read", j.paths.dir)
 	}
 	for _, e := range entries {
+		if j.halfWritten(e.Name()) {
+			if err := os.Remove(filepath.Join(j.paths.dir, e.Name())); err != nil {
+				return fault.Wrap(err, fault.Internal, op, "%s, left from a join that was broken off, cannot be removed", e.Name())
+			}
+			continue
+		}
 		if name := e.Name(); !keptByInit(name) && name != filepath.Base(j.paths.identity()) && name != filepath.Base(j.paths.ca()) && name != filepath.Base(j.paths.cli()) {
 			return fault.Field(op, "data", "%s is not empty (it holds %s): name an empty directory", j.paths.dir, name)
 		}
 	}
 	return nil
+}
+
+// halfWritten reports whether a file is what is left of one that a join was
+// writing when it was killed.
+func (j *joiner) halfWritten(name string) bool {
+	for _, path := range []string{j.paths.ca(), j.paths.cli(), j.paths.server()} {
+		if number, ok := strings.CutPrefix(name, "."+filepath.Base(path)+"."); ok && strings.Trim(number, "0123456789") == "" {
+			return true
+		}
+	}
+	return false
 }
 
 // try joins at one address.
