@@ -229,8 +229,8 @@ func (j *joiner) try(ctx context.Context, dialer *link.Dialer, address string) (
 	}
 	advertise := j.advertise
 	if advertise == "" {
-		local := session.LocalAddr().Addr()
-		if !local.IsValid() || local.IsUnspecified() {
+		local, ok := addressTowards(ctx, session.LocalAddr(), session.RemoteAddr())
+		if !ok {
 			session.Close(link.CodeDone, "")
 			return out, fault.Field("relais-control.join", "advertise", "is missing: this machine's own address is not evident")
 		}
