@@ -148,7 +148,8 @@ func names(e *control.AuditEntry, text string) bool {
 	}
 	for _, shown := range []string{e.Before, e.After} {
 		for word := range strings.FieldsSeq(shown) {
-			if name, ok := strings.CutPrefix(word, "name="); ok && strings.Contains(name, text) {
+			key, value, ok := strings.Cut(word, "=")
+			if ok && (key == "name" || key == "quarantined") && strings.Contains(value, text) {
 				return true
 			}
 		}

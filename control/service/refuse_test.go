@@ -136,3 +136,15 @@ func TestAuditIsFoundByName(t *testing.T) {
 		t.Errorf("got %v", got)
 	}
 }
+
+// TestAuditIsFoundByQuarantinedAddress: an eviction is one change; it is found
+// by the addresses it put aside as well.
+func TestAuditIsFoundByQuarantinedAddress(t *testing.T) {
+	t.Parallel()
+	e := &control.AuditEntry{Object: "nod_1", Before: "name=edge-1 state=active", After: "name=edge-1 state=evicted quarantined=192.0.2.1,192.0.2.2"}
+	for text, want := range map[string]bool{"192.0.2.2": true, "edge-1": true, "nod_1": true, "": true, "192.0.2.3": false, "evicted": false} {
+		if got := names(e, text); got != want {
+			t.Errorf("%q: got %t", text, got)
+		}
+	}
+}

@@ -1,6 +1,8 @@
 package state
 
 import (
+	"fmt"
+
 	"google.golang.org/protobuf/proto"
 
 	"github.com/relais-mta/relais/control"
@@ -15,6 +17,10 @@ var recoveryTable = &table[control.Recovery]{
 	row:      unmarshalRow[command.Recovery, control.Recovery],
 	revision: func(r *control.Recovery) *uint64 { return &r.Revision },
 }
+
+// recoveryNamesVersion is the version of the commands since which the audit
+// entry of a recovery names the servers and tokens that it ended.
+const recoveryNamesVersion = 3
 
 // clusterRecover begins a new generation with one server. Join tokens from
 // before are void: their uses may be spent already, in what was lost.
@@ -34,10 +40,11 @@ func (a *applier) clusterRecover(c *command.ClusterRecover) (any, error) {
 	if c.GetGeneration() != old.Generation+1 {
 		return nil, fault.New(fault.Conflict, op, "the cluster is at generation %d: the next one is %d, not %d", old.Generation, old.Generation+1, c.GetGeneration())
 	}
+	var gone, void []string
 	for _, s := range all(a.txn, serversTable) {
 		if s.ID != server.ID {
 			remove(a, serversTable, s)
-			a.audit(s.ID.String(), s.Summary(), "")
+			gone = append(gone, s.Name+"/"+s.ID.String())
 			if err := a.revokeServer(s); err != nil {
 				return nil, err
 			}
@@ -55,16 +62,20 @@ func (a *applier) clusterRecover(c *command.ClusterRecover) (any, error) {
 		if err := put(a, tokensTable, &row); err != nil {
 			return nil, err
 		}
-		a.audit(row.ID.String(), t.Summary(), row.Summary())
+		void = append(void, row.ID.String())
 	}
 	recovery := &control.Recovery{Generation: c.GetGeneration(), Since: a.now, Cause: control.RecoveryCause(c.GetCause())}
 	if err := put(a, recoveryTable, recovery); err != nil {
 		return nil, err
 	}
-	a.audit("recovery", "", recovery.Summary())
 	row := *old
 	row.Generation = c.GetGeneration()
-	return putRow(a, clusterTable, &row, change[control.Cluster]{what: "the cluster", object: row.ID.String(), expect: old.Revision})
+	out, err := putRow(a, clusterTable, &row, change[control.Cluster]{what: "the cluster", object: row.ID.String(), expect: old.Revision})
+	if err == nil && old.FSMVersion >= recoveryNamesVersion {
+		// One entry of the log makes one of the tail: it names all that went.
+		a.audit(row.ID.String(), old.Summary(), fmt.Sprintf("%s recovery: %s servers_removed=[%s] tokens_revoked=[%s]", row.Summary(), recovery.Summary(), clipNames(gone), clipNames(void)))
+	}
+	return out, err
 }
 
 // recoveryEnd ends recovery mode. Ending it again does nothing.

@@ -3,6 +3,7 @@ package state
 import (
 	"bytes"
 	"errors"
+	"strings"
 	"testing"
 	"time"
 
@@ -76,6 +77,28 @@ func TestRecoverBeginsAGeneration(t *testing.T) {
 
 // TestNewerSnapshotIsRefused: going back past a version that the cluster works
 // at would make this server differ from the others.
+// TestRecoveryIsAudited: the one entry of a recovery names the cause, the
+// servers that went and the tokens that are void.
+func TestRecoveryIsAudited(t *testing.T) {
+	w := newWorld(t)
+	w.ok(&command.ClusterInit{Cluster: &command.Cluster{Id: id(100), Generation: 1, FsmVersion: 3}})
+	for n := byte(101); n < 104; n++ {
+		w.ok(&command.ServerUpsert{Server: &command.Server{Id: id(n), Name: "lost", RaftAddress: "10.0.0.1:7444", State: "active"}})
+	}
+	w.ok(tokenCreate(10, nil))
+	w.ok(recoverCommand(2))
+	e := w.store.Read().Audit(1)[0]
+	token := w.store.Read().Tokens()[0].ID.String()
+	for _, want := range []string{"cause=restore", "lost/nod_", token, "generation=2"} {
+		if !strings.Contains(e.After, want) {
+			t.Errorf("the entry says %q, want %q in it", e.After, want)
+		}
+	}
+	if n := strings.Count(e.After, "lost/"); n != 3 {
+		t.Errorf("the entry names %d of 3 servers: %q", n, e.After)
+	}
+}
+
 func TestNewerSnapshotIsRefused(t *testing.T) {
 	w := newWorld(t)
 	w.ok(&command.ClusterInit{Cluster: &command.Cluster{Id: id(100), Generation: 1, FsmVersion: uint32(command.FSMVersion) + 1}})
