@@ -63,7 +63,7 @@ deb:
 # Installs, starts, upgrades and purges the packages in a Debian of their own,
 # booted with systemd-nspawn. Needs root; the first run fetches that Debian.
 test-deb:
-	@scripts/debian-peers.sh mmdebstrap systemd-container lintian
+	@scripts/debian-peers.sh mmdebstrap systemd-container lintian procps
 	$(GO) vet -tags deb ./scripts/deb
 	$(GO) test $(TESTFLAGS) -tags deb -timeout 20m -v -run TestPackages ./scripts/deb
 

@@ -16,7 +16,7 @@ set -eu
 default="swaks libnet-ssleay-perl python3 e2fsprogs mount util-linux iproute2 opendkim opendkim-tools"
 
 # What other targets ask for by name.
-known="$default postfix postgresql chromium mmdebstrap systemd-container lintian"
+known="$default postfix postgresql chromium mmdebstrap systemd-container lintian procps"
 
 fail() {
 	echo "debian-peers: $*" >&2
