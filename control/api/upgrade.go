@@ -2,6 +2,7 @@ package api
 
 import (
 	"context"
+	"fmt"
 	"net/http"
 
 	"github.com/danielgtaylor/huma/v2"
@@ -15,7 +16,7 @@ type Upgrade struct {
 	Commands   uint16   `json:"commands" doc:"Version of the commands that the cluster works at"`
 	KnownByAll uint16   `json:"known_by_all" doc:"Newest version that every server knows; above commands, older releases can still be put back"`
 	Newest     uint16   `json:"newest" doc:"Newest version that any server knows"`
-	Waiting    []string `json:"waiting" doc:"Servers, by name, that do not know the newest version"`
+	Waiting    []string `json:"waiting" doc:"Servers, with address and release, that do not know the newest version"`
 }
 
 func upgradeOf(v service.UpgradeView) Upgrade {
@@ -28,7 +29,9 @@ func upgradeOf(v service.UpgradeView) Upgrade {
 	return out
 }
 
-func serverName(row *control.Server) string { return row.Name + " (" + row.Version + ")" }
+func serverName(row *control.Server) string {
+	return fmt.Sprintf("%s at %s (%s)", row.Name, row.RaftAddress, row.Version)
+}
 
 func (s *server) registerUpgrade(a huma.API) {
 	handle(s, a, route{method: http.MethodGet, path: "/upgrade", id: "get-upgrade", summary: "Where the cluster stands between two releases"},

@@ -91,7 +91,7 @@ func (s *Service) FinishUpgrade(ctx context.Context, a Actor, c Change) (Upgrade
 	}
 	for _, row := range view.Servers {
 		if row.MaxFSMVersion < view.Newest {
-			return UpgradeView{}, fault.New(fault.Conflict, op, "%s runs release %s, which knows version %d of the commands, others know %d: upgrade it first, or remove it if it is gone for good", row.Name, row.Version, row.MaxFSMVersion, view.Newest)
+			return UpgradeView{}, fault.New(fault.Conflict, op, "%s at %s runs release %s, which knows version %d of the commands, others know %d: upgrade it first, or remove it if it is gone for good", row.Name, row.RaftAddress, row.Version, row.MaxFSMVersion, view.Newest)
 		}
 	}
 	if err := s.raiseVersion(ctx, view.Next, c.meta(a)); err != nil {

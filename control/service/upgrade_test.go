@@ -42,7 +42,7 @@ func TestFinishUpgrade(t *testing.T) {
 	if err != nil || v.Version != before || v.Next != before || v.Newest != command.FSMVersion || len(v.Servers) != 2 {
 		t.Errorf("halfway: %+v, %v", v, err)
 	}
-	if _, err := f.FinishUpgrade(ctx, admin, Change{}); !fault.Is(err, fault.Conflict) || !strings.Contains(fault.Public(err), "c2 runs release r2") {
+	if _, err := f.FinishUpgrade(ctx, admin, Change{}); !fault.Is(err, fault.Conflict) || !strings.Contains(fault.Public(err), "c2 at 10.0.0.2:7444 runs release r2") {
 		t.Errorf("with a server of the older release: %v", err)
 	}
 	last.MaxFSMVersion = command.FSMVersion

@@ -231,6 +231,9 @@ func (c *client) once(ctx context.Context, endpoint string, req call, out any) (
 func refusal(status int, text []byte) (retry bool, err error) {
 	var p api.Problem
 	if err := json.Unmarshal(text, &p); err != nil || p.Detail == "" {
+		if status == http.StatusNotFound { // our own refusals say what was not found
+			return false, fault.New(fault.Unavailable, "relais-control", "the server does not know this request: it runs an older release than this command line, upgrade it first")
+		}
 		return false, fault.New(fault.Internal, "relais-control", "the server answered %d %s", status, http.StatusText(status))
 	}
 	return status == http.StatusServiceUnavailable && p.Retry, errors.New(p.Detail)

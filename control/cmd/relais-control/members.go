@@ -175,8 +175,17 @@ func (a *app) serverCommand() *cobra.Command {
 	return group("server", "List and remove control servers", list, remove)
 }
 
+// commandsText shows a version of the commands, 0 if the server that answers is
+// too old to tell.
+func commandsText(version uint16) string {
+	if version == 0 {
+		return ""
+	}
+	return fmt.Sprint(version)
+}
+
 func listServers(a *app, cmd *cobra.Command, removed bool) error {
 	return list(a, cmd, "/servers", url.Values{"removed": {fmt.Sprint(removed)}}, "ID NAME STATE ROLE ALIVE LAG VERSION COMMANDS ADDRESS PROBLEM", func(s api.Server) []string {
-		return []string{s.ID, s.Name, s.State, s.Role, yes(s.Alive), fmt.Sprint(s.Lag), s.Version, fmt.Sprint(s.Commands), s.RaftAddress, s.Problem}
+		return []string{s.ID, s.Name, s.State, s.Role, yes(s.Alive), fmt.Sprint(s.Lag), s.Version, commandsText(s.Commands), s.RaftAddress, s.Problem}
 	})
 }

@@ -40,8 +40,11 @@ runs the older release.`,
 		Example: "  relais-control upgrade finish --reason 'mail was watched for an hour'",
 		Args:    cobra.NoArgs,
 	}
-	reason := reasonFlag(finish)
+	reason, yes := reasonFlag(finish), yesFlag(finish)
 	finish.RunE = func(cmd *cobra.Command, _ []string) error {
+		if err := a.confirm(cmd, *yes, "The release before cannot be put back from now on."); err != nil {
+			return err
+		}
 		return show(a, cmd, call{method: http.MethodPost, path: "/upgrade/finish", reason: *reason}, printUpgrade)
 	}
 	return group("upgrade", "Show and finish the upgrade of the control servers", status, finish)
