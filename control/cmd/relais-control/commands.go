@@ -182,7 +182,7 @@ func (a *app) tenantCommand() *cobra.Command {
 	add.RunE = func(cmd *cobra.Command, args []string) error {
 		return show(a, cmd, call{method: http.MethodPost, path: "/tenants", body: map[string]string{"name": args[0]}, reason: *reason}, print)
 	}
-	return group("tenant", "Add, list and show tenants", add,
+	return group("tenant", "Add, list, show, suspend and resume tenants", add, a.tenantSuspend(true), a.tenantSuspend(false),
 		&cobra.Command{Use: "list", Short: "List tenants", Example: "  relais-control tenant list", Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error {
 			return list(a, cmd, "/tenants", nil, "ID NAME SUSPENDED CREATED", func(t api.Tenant) []string {
 				return []string{t.ID, t.Name, yes(t.Suspended), when(t.CreatedAt)}
