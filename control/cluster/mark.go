@@ -55,6 +55,9 @@ func openMarked(base string, w *wal.WAL, toDisk writer) (*markedLog, error) {
 			"In a cluster of several servers move the data directory away and join again; with one server restore the last backup, or give up what is missing with `relais-control recover`", base, last, reached)
 		return nil, closeAfter(f, err)
 	}
+	if err := m.checkAll(last); err != nil {
+		return nil, closeAfter(f, err)
+	}
 	return m, nil
 }
 

@@ -53,7 +53,7 @@ func (c *Cluster) proposeHere(ctx context.Context, cmd command.Command) (state.R
 		<-c.slots
 		return state.Result{}, err
 	}
-	future := c.raft.Apply(data, enqueueTimeout)
+	future := c.raft.ApplyLog(raft.Log{Data: data, Extensions: sumOf(data)}, enqueueTimeout)
 	done := make(chan error, 1)
 	go func() { // ends with the proposal or with raft
 		done <- future.Error()

@@ -205,6 +205,20 @@ func TestRefusedJoins(t *testing.T) {
 			t.Errorf("%s: %v, want a message with %q:\n%s", tc.name, err, tc.want, out)
 		}
 	}
+	other := start(t, fleet.Config{})
+	foreign, _ := token(t, other, "--role", "control")
+	for _, tc := range []struct {
+		name, want string
+		args       []string
+	}{
+		{"a second init in a used directory", "start the server that lives there", []string{"init", "--data", first.Dir, "--advertise", first.Addr.String()}},
+		{"a server of one cluster joins another", "of cluster cls_", []string{"join", "--token", foreign, "--data", first.Dir, other.LinkAddr()}},
+		{"a token of another cluster", "pin", []string{"join", "--token", foreign, "--data", t.TempDir(), f.LinkAddr()}},
+	} {
+		if out, err := runText(t, bin, tc.args...); err == nil || !strings.Contains(out, tc.want) {
+			t.Errorf("%s: %v, want a message with %q:\n%s", tc.name, err, tc.want, out)
+		}
+	}
 	// A refused join used nothing up.
 	dir := t.TempDir()
 	if out, err := runText(t, bin, "join", "--token", control, "--data", dir, "--advertise", "127.0.0.1", f.LinkAddr()); err != nil {

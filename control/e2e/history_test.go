@@ -181,7 +181,10 @@ func (h *history) client(id int, pace time.Duration) {
 			shun[s] = time.Now()
 		}
 		if pause != nil {
-			<-pause
+			select {
+			case <-pause:
+			case <-h.t.Context().Done():
+			}
 		}
 	}
 }

@@ -1,0 +1,215 @@
+package e2e
+
+import (
+	"bufio"
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/relais-mta/relais/shared/lab/fleet"
+)
+
+// TestLostAndDamagedData deletes a follower's data, damages the end of its log
+// in several ways, and damages the view that a relay keeps.
+func TestLostAndDamagedData(t *testing.T) {
+	o := startOrdeal(t, startTrio(t, fleet.Config{Relays: 2, Open: true, NoDKIM: true}))
+	leads, lost := o.leader()
+	if lost == o.servers[0] { // the fleet's own commands need its directory
+		lost = o.other(leads, lost)
+	}
+	o.write(lost, time.Now())
+	lost.Kill()
+	o.write(leads, time.Now())
+	if err := o.Rejoin(within(t, time.Minute), lost); err != nil {
+		t.Fatal(err)
+	}
+	if name := o.missing(lost); name != "" {
+		t.Errorf("the server that joined anew lacks %s", name)
+	}
+	o.waitVoters(3)
+	o.survived("deleted data of a follower")
+
+	o.write(lost, time.Now())
+	lost.Kill()
+	if err := os.Remove(filepath.Join(lost.Dir, "admin.sock")); err != nil {
+		t.Fatal(err)
+	}
+	last := []byte(o.acked[len(o.acked)-1])
+	for name, damage := range map[string]func(b []byte, at int) []byte{
+		"a flipped bit": func(b []byte, at int) []byte { b[at] ^= 1; return b },
+		"zeros":         func(b []byte, at int) []byte { clear(b[at:]); return b },
+		"cut off":       func(b []byte, at int) []byte { return b[:at] },
+	} {
+		was := lost.Dir + ".good"
+		if err := os.Rename(lost.Dir, was); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.CopyFS(lost.Dir, os.DirFS(was)); err != nil {
+			t.Fatal(err)
+		}
+		damaged := 0
+		logs, err := filepath.Glob(filepath.Join(lost.Dir, "raft", "log", "*.wal"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, path := range logs {
+			b, err := os.ReadFile(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if at := bytes.LastIndex(b, last); at >= 0 {
+				damaged++
+				if err := os.WriteFile(path, damage(b, at), 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		if damaged != 1 {
+			t.Fatalf("%s: the last change is in %d of %d log files", name, damaged, len(logs))
+		}
+		t.Log(name)
+		o.refusesToStart(lost, "move the data directory away and join again")
+		if err := os.RemoveAll(lost.Dir); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Rename(was, lost.Dir); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// The remedy that the message names.
+	if err := os.Rename(lost.Dir, lost.Dir+".away"); err != nil {
+		t.Fatal(err)
+	}
+	if err := o.Rejoin(within(t, time.Minute), lost); err != nil {
+		t.Fatal(err)
+	}
+	o.waitVoters(3)
+	o.survived("damaged log of a follower")
+	o.check()
+
+	r := o.Relays[0]
+	r.Kill()
+	view := filepath.Join(r.Dir, "view", "current")
+	b, err := os.ReadFile(view)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b[len(b)/2] ^= 1
+	if err := os.WriteFile(view, b, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := o.Restart(within(t, time.Minute), r); err != nil {
+		t.Fatal(err)
+	}
+	log, err := os.ReadFile(r.Log)
+	if err != nil || !bytes.Contains(log, []byte("is damaged (its checksum does not match): it is not used, the relay waits for control to send the view again")) {
+		t.Errorf("the relay does not say that its view is damaged (%v)", err)
+	}
+	if err := o.WaitApplied(within(t, time.Minute)); err != nil {
+		t.Fatal(err)
+	}
+	after, err := o.Submit(within(t, time.Minute), fleet.Stream{Recipients: recipients(t, o.Fleet, 20), Size: flowMailBytes, Connections: 2, Tag: "after"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if a := settle(t, o.Fleet, after); a.delivered != len(after) {
+		t.Errorf("%d of %d messages arrived after the view was damaged", a.delivered, len(after))
+	}
+}
+
+const (
+	commitSamples = 400
+	maxCommitP50  = 5 * time.Millisecond
+)
+
+// TestCommitLatency measures how long three servers on one machine take to
+// agree on a change, apart from HTTPS and the checks before it.
+func TestCommitLatency(t *testing.T) {
+	f := startTrio(t, fleet.Config{Open: true, NoDKIM: true})
+	leads, _ := f.leader()
+	h := startHistory(t, f, 1, time.Hour) // for its key and client: they pause
+	before, samples := commitSeconds(t, leads)
+	for n := range commitSamples {
+		body := fmt.Sprintf(`{"name":"latency%d"}`, n)
+		req, err := http.NewRequestWithContext(within(t, 10*time.Second), http.MethodPost, "https://"+leads.API()+"/api/v1/tenants", strings.NewReader(body))
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Header.Set("Authorization", "Bearer "+h.key)
+		req.Header.Set("Content-Type", "application/json")
+		resp, err := h.web.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var row struct{ Name string }
+		if err := json.NewDecoder(resp.Body).Decode(&row); err != nil || row.Name == "" {
+			t.Fatalf("%s: %v", resp.Status, err)
+		}
+		_ = resp.Body.Close()
+	}
+	after, total := commitSeconds(t, leads)
+	p50 := median(before, after, total-samples)
+	t.Logf("three servers: p50 of %d commits is %s", total-samples, p50.Round(10*time.Microsecond))
+	if total-samples < commitSamples {
+		t.Errorf("%d commits were measured, %d were made", total-samples, commitSamples)
+	}
+	if p50 > maxCommitP50 {
+		t.Errorf("p50 of a commit is %s, want less than %s", p50, maxCommitP50)
+	}
+}
+
+// bucket is one of a histogram: how many samples were at most so long.
+type bucket struct {
+	limit float64
+	count uint64
+}
+
+// commitSeconds reads the histogram of commits from a server's metrics.
+func commitSeconds(t *testing.T, s *fleet.ControlServer) (out []bucket, count uint64) {
+	t.Helper()
+	resp, err := http.Get(s.Metrics() + "/metrics")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	const name = "relais_control_raft_commit_seconds"
+	lines := bufio.NewScanner(resp.Body)
+	for lines.Scan() {
+		var b bucket
+		if text, ok := strings.CutPrefix(lines.Text(), name+`_bucket{le="`); ok {
+			if _, err := fmt.Sscanf(strings.Replace(text, `"}`, "", 1), "%g %d", &b.limit, &b.count); err != nil {
+				t.Fatalf("%s: %v", text, err)
+			}
+			out = append(out, b)
+		} else if text, ok := strings.CutPrefix(lines.Text(), name+"_count "); ok {
+			if count, err = strconv.ParseUint(text, 10, 64); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if lines.Err() != nil || len(out) == 0 {
+		t.Fatalf("the metric %s is missing (%v)", name, lines.Err())
+	}
+	return out, count
+}
+
+// median estimates the middle of the samples between two readings, as
+// histogram_quantile does: evenly within a bucket.
+func median(before, after []bucket, samples uint64) time.Duration {
+	lower, below := 0.0, 0.0
+	for i, b := range after {
+		n := float64(b.count - before[i].count)
+		if half := float64(samples) / 2; n >= half && n > below {
+			return time.Duration((lower + (b.limit-lower)*(half-below)/(n-below)) * float64(time.Second))
+		}
+		lower, below = b.limit, n
+	}
+	return time.Hour
+}
