@@ -36,53 +36,7 @@ func TestLostAndDamagedData(t *testing.T) {
 	o.waitVoters(3)
 	o.survived("deleted data of a follower")
 
-	o.write(lost, time.Now())
-	lost.Kill()
-	if err := os.Remove(filepath.Join(lost.Dir, "admin.sock")); err != nil {
-		t.Fatal(err)
-	}
-	last := []byte(o.acked[len(o.acked)-1])
-	for name, damage := range map[string]func(b []byte, at int) []byte{
-		"a flipped bit": func(b []byte, at int) []byte { b[at] ^= 1; return b },
-		"zeros":         func(b []byte, at int) []byte { clear(b[at:]); return b },
-		"cut off":       func(b []byte, at int) []byte { return b[:at] },
-	} {
-		was := lost.Dir + ".good"
-		if err := os.Rename(lost.Dir, was); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.CopyFS(lost.Dir, os.DirFS(was)); err != nil {
-			t.Fatal(err)
-		}
-		damaged := 0
-		logs, err := filepath.Glob(filepath.Join(lost.Dir, "raft", "log", "*.wal"))
-		if err != nil {
-			t.Fatal(err)
-		}
-		for _, path := range logs {
-			b, err := os.ReadFile(path)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if at := bytes.LastIndex(b, last); at >= 0 {
-				damaged++
-				if err := os.WriteFile(path, damage(b, at), 0o600); err != nil {
-					t.Fatal(err)
-				}
-			}
-		}
-		if damaged != 1 {
-			t.Fatalf("%s: the last change is in %d of %d log files", name, damaged, len(logs))
-		}
-		t.Log(name)
-		o.refusesToStart(lost, "move the data directory away and join again")
-		if err := os.RemoveAll(lost.Dir); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.Rename(was, lost.Dir); err != nil {
-			t.Fatal(err)
-		}
-	}
+	o.damageLog(lost)
 	// The remedy that the message names.
 	if err := os.Rename(lost.Dir, lost.Dir+".away"); err != nil {
 		t.Fatal(err)
@@ -94,7 +48,66 @@ func TestLostAndDamagedData(t *testing.T) {
 	o.survived("damaged log of a follower")
 	o.check()
 
-	r := o.Relays[0]
+	o.damageView(o.Relays[0])
+}
+
+// damageLog damages the end of a follower's log in several ways: each must be
+// refused with the remedy.
+func (o *ordeal) damageLog(lost *fleet.ControlServer) {
+	o.t.Helper()
+	o.write(lost, time.Now())
+	lost.Kill()
+	if err := os.Remove(filepath.Join(lost.Dir, "admin.sock")); err != nil {
+		o.t.Fatal(err)
+	}
+	last := []byte(o.acked[len(o.acked)-1])
+	for name, damage := range map[string]func(b []byte, at int) []byte{
+		"a flipped bit": func(b []byte, at int) []byte { b[at] ^= 1; return b },
+		"zeros":         func(b []byte, at int) []byte { clear(b[at:]); return b },
+		"cut off":       func(b []byte, at int) []byte { return b[:at] },
+	} {
+		was := lost.Dir + ".good"
+		if err := os.Rename(lost.Dir, was); err != nil {
+			o.t.Fatal(err)
+		}
+		if err := os.CopyFS(lost.Dir, os.DirFS(was)); err != nil {
+			o.t.Fatal(err)
+		}
+		damaged := 0
+		logs, err := filepath.Glob(filepath.Join(lost.Dir, "raft", "log", "*.wal"))
+		if err != nil {
+			o.t.Fatal(err)
+		}
+		for _, path := range logs {
+			b, err := os.ReadFile(path)
+			if err != nil {
+				o.t.Fatal(err)
+			}
+			if at := bytes.LastIndex(b, last); at >= 0 {
+				damaged++
+				if err := os.WriteFile(path, damage(b, at), 0o600); err != nil {
+					o.t.Fatal(err)
+				}
+			}
+		}
+		if damaged != 1 {
+			o.t.Fatalf("%s: the last change is in %d of %d log files", name, damaged, len(logs))
+		}
+		o.t.Log(name)
+		o.refusesToStart(lost, "move the data directory away and join again")
+		if err := os.RemoveAll(lost.Dir); err != nil {
+			o.t.Fatal(err)
+		}
+		if err := os.Rename(was, lost.Dir); err != nil {
+			o.t.Fatal(err)
+		}
+	}
+}
+
+// damageView damages the view that a relay keeps: it must get it again.
+func (o *ordeal) damageView(r *fleet.Relay) {
+	t := o.t
+	t.Helper()
 	r.Kill()
 	view := filepath.Join(r.Dir, "view", "current")
 	b, err := os.ReadFile(view)
