@@ -15,6 +15,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/pelletier/go-toml/v2"
@@ -63,11 +64,21 @@ func (a *app) client() (*client, error) {
 	}
 	c := &client{}
 	if err := toml.NewDecoder(bytes.NewReader(text)).DisallowUnknownFields().Decode(&c.file); err != nil {
+		var unknown *toml.StrictMissingError
+		if errors.As(err, &unknown) && len(unknown.Errors) > 0 {
+			return nil, fault.Field(op, "cli", "%s is malformed: it has no use for %q, it holds endpoints, ca_pin and key", path, strings.Join(unknown.Errors[0].Key(), "."))
+		}
 		return nil, &fault.Error{Kind: fault.Invalid, Op: op, Field: "cli", Public: path + " is malformed: it holds endpoints, ca_pin and key", Cause: err}
 	}
 	raw, err := hex.DecodeString(c.file.CAPin)
 	if err != nil || len(raw) != len(pki.Pin{}) || len(c.file.Endpoints) == 0 {
 		return nil, fault.Field(op, "cli", "%s is malformed: it holds endpoints, a ca_pin of 64 hexadecimal digits and a key", path)
+	}
+	for _, endpoint := range c.file.Endpoints {
+		// The key goes to whoever is named here: never without TLS.
+		if u, err := url.Parse(endpoint); err != nil || u.Scheme != "https" || u.Host == "" || u.Path != "" || u.User != nil {
+			return nil, fault.Field(op, "cli", "%s names the endpoint %q: write https://host:port", path, endpoint)
+		}
 	}
 	c.http = &http.Client{Timeout: requestLimit, Transport: &http.Transport{DialTLSContext: dialTLS(trust(pki.Pin(raw))), ForceAttemptHTTP2: true}}
 	return c, nil
@@ -142,7 +153,7 @@ func (c *client) tryAll(ctx context.Context, req call, out any) (retry bool, err
 		return false, oneErr
 	}
 	if len(unreachable) == len(c.file.Endpoints) {
-		return false, fault.Wrap(errors.Join(unreachable...), fault.Unavailable, "relais-control", "no control server can be reached: is one running?")
+		return false, fault.Wrap(errors.Join(unreachable...), fault.Unavailable, "relais-control", "no control server of this cluster can be reached: is one running?")
 	}
 	return retry, err
 }

@@ -117,3 +117,26 @@ func TestTokenFileAndLinkPort(t *testing.T) {
 		t.Errorf("got %v, want %v", got, want)
 	}
 }
+
+// TestEndpointsWithoutTLS: the API key is never sent in clear, and a file that
+// cannot be meant is refused with what is wrong in it.
+func TestEndpointsWithoutTLS(t *testing.T) {
+	pin := strings.Repeat("ab", 32)
+	for name, tc := range map[string]struct{ text, says string }{
+		"no TLS":       {"endpoints = ['http://192.0.2.1:8443']", "https://host:port"},
+		"no scheme":    {"endpoints = ['192.0.2.1:8443']", "https://host:port"},
+		"with a user":  {"endpoints = ['https://a:b@192.0.2.1:8443']", "https://host:port"},
+		"second one":   {"endpoints = ['https://192.0.2.1:8443', 'ftp://192.0.2.2']", "ftp://192.0.2.2"},
+		"none":         {"endpoints = []", "endpoints"},
+		"unknown word": {"endpoints = ['https://192.0.2.1:8443']\nkeys = 'x'", `"keys"`},
+	} {
+		path := filepath.Join(t.TempDir(), "cli.toml")
+		if err := os.WriteFile(path, fmt.Appendf(nil, "%s\nca_pin = '%s'\nkey = 'rk1.a.secret'\n", tc.text, pin), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		_, err := (&app{cliFile: path}).client()
+		if err == nil || !strings.Contains(message(err), tc.says) || strings.Contains(message(err), "secret") {
+			t.Errorf("%s: got %v, want it to say %q", name, err, tc.says)
+		}
+	}
+}

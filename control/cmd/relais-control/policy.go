@@ -184,7 +184,7 @@ func (c *client) policyStatus(ctx context.Context) (api.PolicyStatus, error) {
 		answers = append(answers, s)
 	}
 	if len(answers) == 0 {
-		return api.PolicyStatus{}, fault.Wrap(errors.Join(failed...), fault.Unavailable, "relais-control", "no control server can be reached: is one running?")
+		return api.PolicyStatus{}, fault.Wrap(errors.Join(failed...), fault.Unavailable, "relais-control", "no control server of this cluster can be reached: is one running?")
 	}
 	return mergeStatus(answers), nil
 }
