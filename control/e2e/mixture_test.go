@@ -10,7 +10,8 @@ import (
 
 // operate makes changes of every kind an operator knows through one server.
 // Whatever release the others run, they must come to the same state by it.
-func (u *upgrade) operate(through *fleet.ControlServer) {
+// It returns an address whose relay was put out.
+func (u *upgrade) operate(through *fleet.ControlServer) (address string) {
 	u.t.Helper()
 	u.tags++
 	tag := fmt.Sprintf("op%d", u.tags)
@@ -56,7 +57,7 @@ func (u *upgrade) operate(through *fleet.ControlServer) {
 	if err != nil {
 		u.t.Fatalf("join: %v\n%s", err, out)
 	}
-	address := fmt.Sprintf("198.51.100.%d", u.tags)
+	address = fmt.Sprintf("198.51.100.%d", u.tags)
 	do("ip", "add", address, "--ehlo", tag+".example.net", "--pool", tag, "--node", joined.Node)
 	do("ip", "override", address, "--reason", "mixture")
 	do("node", "drain", joined.Node, "--reason", "mixture")
@@ -65,4 +66,5 @@ func (u *upgrade) operate(through *fleet.ControlServer) {
 	if err := u.WaitApplied(u.t.Context()); err != nil {
 		u.t.Fatal(err)
 	}
+	return address
 }
