@@ -27,17 +27,6 @@ const (
 	Clear                   // STARTTLS is not used even if it is offered
 )
 
-// String returns the name that logs use.
-func (d Decision) String() string {
-	switch d {
-	case Require:
-		return "require"
-	case Clear:
-		return "clear"
-	}
-	return "try"
-}
-
 // Decide combines a provider's TLS mode with whether the host's STARTTLS
 // failed lately. It is the whole rule.
 func Decide(mode policy.TLSMode, broken bool) Decision {
