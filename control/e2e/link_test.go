@@ -1,0 +1,224 @@
+package e2e
+
+import (
+	"context"
+	"crypto/tls"
+	"encoding/json"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/relais-mta/relais/shared/lab/fleet"
+	"github.com/relais-mta/relais/shared/link"
+	"github.com/relais-mta/relais/shared/pki"
+	"github.com/relais-mta/relais/shared/pki/pkitest"
+	"github.com/relais-mta/relais/shared/wire"
+)
+
+// TestUDPBlockedMidConnection blocks UDP between a relay and its server while
+// they are linked over QUIC: once the relay has noticed, by reports that nobody
+// answers, it is linked over TCP within 5 s, and mail flows all the time. The
+// test runs itself again in a network namespace, where everything else is as it
+// is outside.
+func TestUDPBlockedMidConnection(t *testing.T) {
+	if os.Getenv(binariesVariable) != "" {
+		blockUDP(t)
+		return
+	}
+	cmd := exec.CommandContext(within(t, 4*time.Minute), need(t, "unshare"), "--net", "--", os.Args[0], "-test.run=^"+t.Name()+"$", "-test.v", "-test.count=1")
+	cmd.Env = append(os.Environ(), binariesVariable+"="+binaries)
+	out, err := cmd.CombinedOutput()
+	t.Logf("in the namespace:\n%s", out)
+	if err != nil || !strings.Contains(string(out), "--- PASS: "+t.Name()) {
+		t.Errorf("it failed in the namespace: %v", err)
+	}
+}
+
+func blockUDP(t *testing.T) {
+	run := func(line string) {
+		t.Helper()
+		args := strings.Fields(line)
+		if out, err := command(t, need(t, args[0]), args[1:]...); err != nil {
+			t.Fatalf("%s: %v\n%s", line, err, out)
+		}
+	}
+	run("ip link set lo up")
+	f := start(t, fleet.Config{Open: true, NoDKIM: true})
+	r := f.Relays[0]
+	linkedBy := func(transport string) int {
+		text, err := os.ReadFile(r.Log)
+		if err != nil {
+			t.Fatal(err)
+		}
+		n := 0
+		for _, line := range strings.Split(string(text), "\n") {
+			var entry struct{ Msg, Transport string }
+			if json.Unmarshal([]byte(line), &entry) == nil && entry.Msg == "linked to control" && entry.Transport == transport {
+				n++
+			}
+		}
+		return n
+	}
+	if linkedBy("quic") != 1 || linkedBy("tcp") != 0 {
+		t.Fatal("the relay is not linked over QUIC")
+	}
+	type row struct {
+		ID     string `json:"id"`
+		Joined string `json:"joined_at"`
+	}
+	var before, after row
+	showNode(t, f, r.Node, &before)
+	policyBefore := policyRevision(t, f)
+	var submitted []fleet.Submitted
+	send := func(tag string) {
+		t.Helper()
+		batch, err := f.Submit(within(t, time.Minute), fleet.Stream{Recipients: recipients(t, f, 20), Size: 2000, Connections: 2, Tag: tag})
+		if err != nil {
+			t.Fatal(err)
+		}
+		submitted = append(submitted, batch...)
+	}
+	send("before")
+	_, port, err := net.SplitHostPort(f.LinkAddr())
+	if err != nil {
+		t.Fatal(err)
+	}
+	// A class whose queue has no room drops what is sorted into it, silently.
+	run("tc qdisc add dev lo root handle 1: htb default 1")
+	run("tc class add dev lo parent 1: classid 1:1 htb rate 10gbit quantum 60000")
+	run("tc class add dev lo parent 1: classid 1:3 htb rate 10gbit quantum 60000")
+	run("tc qdisc add dev lo parent 1:3 pfifo limit 0")
+	for _, match := range []string{"dport", "sport"} {
+		run("tc filter add dev lo parent 1: protocol ip u32 match ip protocol 17 0xff match ip " + match + " " + port + " 0xffff flowid 1:3")
+	}
+	blocked := time.Now()
+	send("blocked")
+	eventually(t, 90*time.Second, "the relay notices that nothing is answered", func() bool {
+		s, err := statusOf(r)
+		return err == nil && !s.Connected
+	})
+	noticed := time.Now()
+	send("without link")
+	eventually(t, 60*time.Second, "the relay is linked over TCP", func() bool { return linkedBy("tcp") == 1 })
+	up := time.Now()
+	t.Logf("noticed %v after UDP was blocked, linked over TCP %v after that", noticed.Sub(blocked).Round(time.Millisecond), up.Sub(noticed).Round(time.Millisecond))
+	if took := up.Sub(noticed); took > 5*time.Second {
+		t.Errorf("the link was up over TCP after %v, want 5 s", took)
+	}
+	send("after")
+	eventually(t, 10*time.Second, "control shows the relay as linked", func() bool {
+		var n nodeRow
+		showNode(t, f, r.Node, &n)
+		return n.Connected
+	})
+	if showNode(t, f, r.Node, &after); after != before {
+		t.Errorf("the node was %+v and is %+v", before, after)
+	}
+	if now := policyRevision(t, f); now != policyBefore {
+		t.Errorf("the policy was at revision %d and is at %d", policyBefore, now)
+	}
+	if n := linkedBy("quic"); n != 1 {
+		t.Errorf("%d sessions over QUIC, want the one before", n)
+	}
+	if a := settle(t, f, submitted); a.refused > 0 || a.delivered != len(submitted) {
+		t.Errorf("of %d messages: %+v", len(submitted), a)
+	}
+}
+
+// policyRevision is that of the policy in force.
+func policyRevision(t *testing.T, f *fleet.Fleet) uint64 {
+	t.Helper()
+	var status struct {
+		Revision uint64 `json:"revision"`
+	}
+	if out := ctl(t, f, "policy", "status", "--json"); json.Unmarshal([]byte(out), &status) != nil {
+		t.Fatalf("no JSON: %s", out)
+	}
+	return status.Revision
+}
+
+// impostor is a server with a CA of its own. It keeps what clients say to it
+// once they believe it.
+type impostor struct {
+	ca     *pkitest.CA
+	addr   string
+	spoken atomic.Int64 // sessions that got past the handshake
+	tried  atomic.Int64 // handshakes
+}
+
+func newImpostor(t *testing.T) *impostor {
+	t.Helper()
+	i := &impostor{ca: pkitest.New(t)}
+	holder := i.ca.Node(pki.RoleControl, pkitest.NewNode())
+	open := pki.OpenServerConfig(holder, wire.ALPNJoin, wire.ALPNLink, wire.ALPNRenew)
+	open.ClientAuth = tls.RequestClientCert
+	config := open.Clone()
+	config.GetConfigForClient = func(*tls.ClientHelloInfo) (*tls.Config, error) {
+		i.tried.Add(1)
+		return open, nil
+	}
+	listener, err := link.Listen(link.ServerConfig{Address: netip.MustParseAddrPort("127.0.0.1:0"), TLS: config})
+	if err != nil {
+		t.Fatal(err)
+	}
+	i.addr = listener.Addr().String()
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan error, 1)
+	hear := func(context.Context, link.Session) (link.Code, string) {
+		i.spoken.Add(1)
+		return link.CodeDone, ""
+	}
+	go func() {
+		ended <- listener.Serve(ctx, map[string]link.Handler{wire.ALPNJoin: hear, wire.ALPNLink: hear, wire.ALPNRenew: hear})
+	}()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+	})
+	return i
+}
+
+// TestManInTheMiddleLearnsNothing puts a server of another CA where a relay
+// joins and links: the relay ends the handshake before it has said a word, so
+// there is no session in which anything could be told.
+func TestManInTheMiddleLearnsNothing(t *testing.T) {
+	f := start(t, fleet.Config{Open: true})
+	i := newImpostor(t)
+	tok, _ := token(t, f)
+	dir, out, err := join(t, f, tok, i.addr)
+	if err == nil || !strings.Contains(out, "pin") || !strings.Contains(out, strings.Split(tok, ".")[1][:8]) && !strings.Contains(out, i.ca.Pin().String()) {
+		t.Errorf("joining through another CA: %v\n%s", err, out)
+	}
+	if i.tried.Load() == 0 || i.spoken.Load() != 0 {
+		t.Errorf("%d handshakes, %d sessions: the relay spoke to another CA", i.tried.Load(), i.spoken.Load())
+	}
+	if _, err := os.Stat(filepath.Join(dir, "identity", "join.toml")); err == nil {
+		t.Error("the relay believes that it has joined")
+	}
+	// The token is as good as before.
+	if out, err := command(t, filepath.Join(binaries, "relais-relay"), "join", "--token", tok, f.LinkAddr(), "--data", dir); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	// A relay that has joined meets the impostor at its server's address.
+	tried := i.tried.Load()
+	beside(t, f, dir, i.addr)
+	misled := &fleet.Relay{Dir: dir}
+	var problem string
+	eventually(t, 30*time.Second, "the relay says that the server is not of its cluster", func() bool {
+		s, err := statusOf(misled)
+		problem = s.Problem
+		return err == nil && !s.Connected && i.tried.Load() > tried && strings.Contains(s.Problem, "certificate")
+	})
+	t.Logf("the relay says: %s", problem)
+	if i.spoken.Load() != 0 {
+		t.Errorf("%d sessions: the relay spoke to another CA", i.spoken.Load())
+	}
+}
