@@ -74,6 +74,7 @@ func New(o Options) http.Handler {
 	s.registerQuarantine(a)
 	s.registerNodes(a)
 	s.registerServers(a)
+	s.registerCA(a)
 	s.registerPolicy(a)
 	s.registerRecovery(a)
 	s.registerUpgrade(a)

@@ -187,6 +187,13 @@ func Recover(material Material, cluster ids.Cluster, recovery string) (pki.Key, 
 	return kek, nil
 }
 
+// Sealer encrypts under the KEK; *pki.Sealer is one.
+type Sealer interface {
+	Seal(plain, aad []byte) ([]byte, error)
+	Open(sealed, aad []byte) ([]byte, error)
+	KeyID() string
+}
+
 // Authority signs. It is safe for concurrent use.
 type Authority struct {
 	cluster ids.Cluster
@@ -197,7 +204,7 @@ type Authority struct {
 }
 
 // Open unseals the issuing key of a cluster's CA.
-func Open(material Material, cluster ids.Cluster, sealer *pki.Sealer) (*Authority, error) {
+func Open(material Material, cluster ids.Cluster, sealer Sealer) (*Authority, error) {
 	const op = "ca.Open"
 	bundle, err := pki.ParseCertificates(material.Bundle)
 	if err != nil {

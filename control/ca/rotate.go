@@ -30,7 +30,7 @@ func (a *Authority) Issuing() *x509.Certificate { return a.issuing }
 // NextIssuing makes an issuing CA with a fresh key below the same root. Its
 // certificate begins later than that of the one that signs, which is how nodes
 // that were away tell the newer from the older.
-func NextIssuing(material Material, cluster ids.Cluster, sealer *pki.Sealer, now time.Time) (Next, error) {
+func NextIssuing(material Material, cluster ids.Cluster, sealer Sealer, now time.Time) (Next, error) {
 	const op = "ca.NextIssuing"
 	authority, err := Open(material, cluster, sealer)
 	if err != nil {

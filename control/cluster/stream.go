@@ -43,7 +43,11 @@ type StreamOptions struct {
 	ResetKey  [32]byte // for QUIC
 	// Check refuses peers that the certificate alone does not: servers that were
 	// removed. dialed is the address dialed, empty for a peer that dialed us.
-	Check  func(dialed string, server ids.Node) error
+	Check func(dialed string, server ids.Node) error
+	// Known accepts servers whose certificate is of an issuing CA that was
+	// dropped, as that of one is which was off meanwhile: it must hear from the
+	// others before it can make a new one.
+	Known  func(pki.Identity, *x509.Certificate) bool
 	Logger *slog.Logger
 }
 
@@ -95,7 +99,7 @@ func Listen(o StreamOptions) (*Stream, error) {
 	}
 	// A server that was off for longer than its certificate lives must hear from
 	// the others before it can renew it; its row says whether it still belongs.
-	peer := pki.Peer{Cluster: o.Cluster, Role: pki.RoleControl, Grace: pki.RenewGrace}
+	peer := pki.Peer{Cluster: o.Cluster, Role: pki.RoleControl, Grace: pki.RenewGrace, Known: o.Known}
 	s.serve = pki.ByALPN(map[string]*tls.Config{
 		wire.ALPNRaft: pki.ServerConfig(o.Holder, peer, wire.ALPNRaft),
 		wire.ALPNPeer: pki.ServerConfig(o.Holder, peer, wire.ALPNPeer),

@@ -8,6 +8,7 @@ package dispatch
 
 import (
 	"context"
+	"crypto/x509"
 	"log/slog"
 	"net/netip"
 	"sync"
@@ -105,6 +106,8 @@ type Report struct {
 	FreeBytes          uint64
 	Sources            []SourceReport // those assigned to it
 	Problems           []string
+	BundleSum          []byte // of the CAs it believes; empty: a release that does not tell
+	LeafIssuer         string // key id of the CA that its certificate is of
 }
 
 // SourceReport says whether an assigned address is on the relay's host.
@@ -123,8 +126,11 @@ type Config struct {
 	Version        string        // of the software
 	Self           ids.Node      // this server
 	Peers          Peers         // nil: there are no other servers
-	Logger         *slog.Logger
-	Registerer     prometheus.Registerer
+	// Dropped reports whether a certificate is of an issuing CA that was dropped
+	// since it was shown; nil: none ever is.
+	Dropped    func(*x509.Certificate) bool
+	Logger     *slog.Logger
+	Registerer prometheus.Registerer
 }
 
 // Server serves the link. It is safe for concurrent use.

@@ -35,6 +35,7 @@ type session struct {
 	nonce    string        // of the relay's process, random at each start; empty: an old relay
 	probes   bool          // the relay answers probes
 	deltas   bool          // the relay takes deltas
+	dropped  bool          // its certificate is of a CA that was dropped; of the loop that waits
 	base     held          // the view that the relay holds; of the view loop
 	heard    atomic.Int64  // when the relay said something, Unix nanoseconds
 	replies  chan uint64   // nonces of answered probes
@@ -287,6 +288,7 @@ func (n *session) wait(ctx context.Context, failed <-chan error) (link.Code, str
 			if _, err := n.authorise(ctx); fault.Is(err, fault.Denied) {
 				return denial(err), fault.Public(err)
 			}
+			n.expireDropped(refresh)
 			if err := n.tellServers(ctx); err != nil {
 				return n.verdict(err)
 			}
@@ -378,6 +380,7 @@ func decodeReport(in *wire.Report, now time.Time) (Report, error) {
 		WaitingRecipients: in.GetWaitingRecipients(), InFlightRecipients: in.GetInFlightRecipients(), HeldRecipients: in.GetHeldRecipients(),
 		QueueBytes: in.GetQueueBytes(), FreeBytes: in.GetFreeBytes(),
 	}
+	out.decodeCertificate(in)
 	if n := len(in.GetSources()); n > maxReportSources {
 		return out, fault.New(fault.TooLarge, op, "a report names %d sources, at most %d", n, maxReportSources)
 	}

@@ -133,12 +133,13 @@ const handshakeGrace = 10 * 365 * 24 * time.Hour
 
 // TLSConfig is for the listener that carries joins, links and renewals on one
 // port: only joins come without a certificate, and only renewals with one that
-// has ended.
-func TLSConfig(holder *pki.Holder, cluster ids.Cluster) *tls.Config {
+// has ended, or that is of an issuing CA that was dropped: known says whether
+// such a one is of a node whose key is on record.
+func TLSConfig(holder *pki.Holder, cluster ids.Cluster, known func(pki.Identity, *x509.Certificate) bool) *tls.Config {
 	return pki.ByALPN(map[string]*tls.Config{
 		wire.ALPNJoin:  pki.OpenServerConfig(holder, wire.ALPNJoin),
 		wire.ALPNLink:  pki.ServerConfig(holder, pki.Peer{Cluster: cluster, Role: pki.RoleRelay}, wire.ALPNLink),
-		wire.ALPNRenew: pki.ServerConfig(holder, pki.Peer{Cluster: cluster, Grace: handshakeGrace}, wire.ALPNRenew),
+		wire.ALPNRenew: pki.ServerConfig(holder, pki.Peer{Cluster: cluster, Grace: handshakeGrace, Known: known}, wire.ALPNRenew),
 	})
 }
 

@@ -127,6 +127,17 @@ type world struct {
 	server    *Server
 	address   string
 	dialer    *link.Dialer
+	holder    *pki.Holder
+	material  ca.Material
+	sealer    *pki.Sealer
+}
+
+// known says whether a certificate has the key that is on record.
+func (w *world) known(identity pki.Identity, leaf *x509.Certificate) bool {
+	w.members.mu.Lock()
+	defer w.members.mu.Unlock()
+	pin := pki.PinOf(leaf)
+	return string(w.members.nodes[identity.Node].SPKI) == string(pin[:])
 }
 
 func newWorld(t *testing.T) *world {
@@ -136,7 +147,8 @@ func newWorld(t *testing.T) *world {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if w.authority, err = ca.Open(material, w.cluster, pki.NewSealer(kek)); err != nil {
+	w.material, w.sealer = material, pki.NewSealer(kek)
+	if w.authority, err = ca.Open(material, w.cluster, w.sealer); err != nil {
 		t.Fatal(err)
 	}
 	key := w.newKey()
@@ -144,14 +156,14 @@ func newWorld(t *testing.T) *world {
 	if err != nil {
 		t.Fatal(err)
 	}
-	holder := pki.NewHolder(cert, w.authority.Bundle())
+	w.holder = pki.NewHolder(cert, w.authority.Bundle())
 	if w.server, err = New(Config{
 		Cluster: w.cluster, Members: w.members, Signer: w.authority, Version: "test",
 		Logger: slog.New(slog.DiscardHandler), Registerer: prometheus.NewRegistry(),
 	}); err != nil {
 		t.Fatal(err)
 	}
-	listener, err := link.Listen(link.ServerConfig{Address: netip.MustParseAddrPort("127.0.0.1:0"), TLS: TLSConfig(holder, w.cluster)})
+	listener, err := link.Listen(link.ServerConfig{Address: netip.MustParseAddrPort("127.0.0.1:0"), TLS: TLSConfig(w.holder, w.cluster, w.known)})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -432,6 +444,51 @@ func TestRenew(t *testing.T) {
 	_, err = w.renewal(key, signedAt(0), csr)
 	if closed, ok := link.ClosedByPeer(err); !ok || closed.Code != link.CodeEvicted || !strings.Contains(closed.Text, "evicted") {
 		t.Errorf("an evicted node: %v", err)
+	}
+}
+
+// TestRenewUnderADroppedCA: a node that was off while the issuing key changed
+// comes with what the dropped one signed. Its key is on record, so it renews;
+// whoever holds the dropped key alone gets nothing.
+func TestRenewUnderADroppedCA(t *testing.T) {
+	w := newWorld(t)
+	key := w.newKey()
+	csr, err := key.CSR(pki.Request{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	joined, err := w.join(w.newToken(nil), csr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	node := ids.Node(joined.GetNodeId())
+	signed := func(csr []byte, age time.Duration) []*x509.Certificate {
+		chain, err := w.authority.Sign(csr, pki.RoleRelay, node, time.Now().Add(-age))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return chain
+	}
+	next, err := ca.NextIssuing(w.material, w.cluster, w.sealer, time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.holder.SetTrust(pki.Trust{Bundle: []*x509.Certificate{next.Certificate, w.authority.Root()}})
+	for name, age := range map[string]time.Duration{"good": 0, "ended 20 days ago": ca.LeafLife + 20*24*time.Hour} {
+		if reply, err := w.renewal(key, signed(csr, age), csr); err != nil || string(reply.GetNodeId()) != string(node[:]) {
+			t.Errorf("a certificate of the dropped CA that is %s: %v", name, err)
+		}
+	}
+	if _, err := w.renewal(key, signed(csr, ca.LeafLife+31*24*time.Hour), csr); !fault.Is(err, fault.Denied) || !strings.Contains(err.Error(), "31 days ago") {
+		t.Errorf("one that ended 31 days ago: %v", err)
+	}
+	thief := w.newKey()
+	stolen, err := thief.CSR(pki.Request{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := w.renewal(thief, signed(stolen, 0), stolen); !link.HandshakeRefused(err) {
+		t.Errorf("a key that is on nobody's record: %v", err)
 	}
 }
 

@@ -30,7 +30,8 @@ type ReportInfo struct {
 	QueueBytes         uint64
 	FreeBytes          uint64
 	Missing            []ids.Source // assigned to it but not on its host
-	Problems           []string     // in its own words
+	Certificate        CertificateState
+	Problems           []string // in its own words
 }
 
 // Seen is what a server heard from a relay since it started. It is local memory,

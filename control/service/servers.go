@@ -178,22 +178,6 @@ func (s *Service) ServerRows() []*control.Server {
 	return slices.DeleteFunc(s.state.Read().Servers(), func(r *control.Server) bool { return r.State == control.NodeEvicted })
 }
 
-// SetServerCert records the key of the certificate a server was given.
-func (s *Service) SetServerCert(ctx context.Context, id ids.Node, spki []byte) error {
-	for try := 1; ; try++ {
-		old, err := s.ServerByID(id)
-		if err != nil || string(old.SPKI) == string(spki) {
-			return err
-		}
-		row := *old
-		row.SPKI = spki
-		_, err = propose[control.Server](ctx, s, &command.ServerUpsert{Meta: &command.Meta{Actor: "ca", Reason: "certificate"}, Expect: old.Revision, Server: command.ServerRecord(&row)})
-		if !fault.Is(err, fault.Conflict) || try == maxCertTries {
-			return err
-		}
-	}
-}
-
 // ServerKey makes the API key that the command line on a joining server uses.
 // It belongs to the first admin; one that an earlier try of the same server got
 // ends.

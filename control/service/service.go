@@ -64,6 +64,8 @@ type Service struct {
 	membership Membership // nil: this server has no others to ask
 	self       ids.Node
 
+	ownCertificate func() CertificateState // nil: not to be asked
+
 	dns atomic.Pointer[dnsBox]
 
 	seenMu sync.Mutex

@@ -96,6 +96,7 @@ type Agent struct {
 	viewProblem string    // why the newest view is not in use
 	renewDue    string    // why the certificate could not be renewed
 	renewBy     time.Time // when it is to be renewed before its time; zero: it need not be
+	renewedFor  string    // key id of the CA that signed when it was renewed last
 	renewedAt   time.Time // when it was renewed; zero: not since the start
 }
 

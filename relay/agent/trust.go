@@ -17,8 +17,9 @@ const (
 	// renewSpread is the time over which relays renew when the issuing key
 	// changes, so that they do not all come at once.
 	renewSpread = 10 * time.Second
-	// minRenewPause lies between two renewals that are not due by the leaf's age.
-	minRenewPause = time.Minute
+	// minRenewPause lies between two renewals for the same reason, if it is not
+	// the leaf's age.
+	minRenewPause = 10 * time.Second
 )
 
 // readTrust reads whom a view says to believe; nil if it says nothing, as from a
@@ -70,9 +71,8 @@ func (a *Agent) outdated() bool {
 	if held := a.current.Load(); held == nil || held.trust == nil {
 		return false
 	}
-	t := a.holder.Trust()
-	signer := t.Signer()
-	return signer != nil && pki.IssuerKeyID(a.holder.Leaf()) != pki.KeyID(signer)
+	signer := a.signs()
+	return signer != "" && pki.IssuerKeyID(a.holder.Leaf()) != signer
 }
 
 // planRenewal decides whether the certificate is to be renewed before its time,
@@ -85,7 +85,10 @@ func (a *Agent) planRenewal() {
 	case !outdated:
 		a.renewBy = time.Time{}
 	case a.renewBy.IsZero():
-		a.renewBy = laterOf(time.Now().Add(rand.N(a.spread)), a.renewedAt.Add(minRenewPause))
+		a.renewBy = time.Now().Add(rand.N(a.spread))
+		if signer := a.signs(); a.renewedFor == signer {
+			a.renewBy = laterOf(a.renewBy, a.renewedAt.Add(minRenewPause))
+		}
 	}
 	close(a.trustChanged)
 	a.trustChanged = make(chan struct{})
@@ -118,12 +121,21 @@ func (a *Agent) renewAt(spread float64) time.Time {
 	return due
 }
 
+// signs returns the key id of the issuing CA that signs.
+func (a *Agent) signs() string {
+	t := a.holder.Trust()
+	if signer := t.Signer(); signer != nil {
+		return pki.KeyID(signer)
+	}
+	return ""
+}
+
 // noteRenewed forgets why the certificate had to be renewed early. What is
 // outdated even now waits a while, so that no two servers of different opinions
 // make us go round in circles.
 func (a *Agent) noteRenewed() {
 	a.mu.Lock()
-	a.renewedAt, a.renewBy = time.Now(), time.Time{}
+	a.renewedAt, a.renewedFor, a.renewBy = time.Now(), a.signs(), time.Time{}
 	a.mu.Unlock()
 	a.planRenewal()
 }

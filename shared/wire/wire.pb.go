@@ -1032,7 +1032,6 @@ type Report struct {
 	Problems           []string               `protobuf:"bytes,10,rep,name=problems,proto3" json:"problems,omitempty"`                             // what health says, one sentence each
 	BundleSha256       []byte                 `protobuf:"bytes,20,opt,name=bundle_sha256,json=bundleSha256,proto3" json:"bundle_sha256,omitempty"` // over the DER of the CAs that the relay believes, in order
 	LeafIssuer         string                 `protobuf:"bytes,21,opt,name=leaf_issuer,json=leafIssuer,proto3" json:"leaf_issuer,omitempty"`       // key id of the CA that its certificate is of
-	LeafSerial         string                 `protobuf:"bytes,22,opt,name=leaf_serial,json=leafSerial,proto3" json:"leaf_serial,omitempty"`       // of its certificate, hexadecimal
 	unknownFields      protoimpl.UnknownFields
 	sizeCache          protoimpl.SizeCache
 }
@@ -1147,13 +1146,6 @@ func (x *Report) GetBundleSha256() []byte {
 func (x *Report) GetLeafIssuer() string {
 	if x != nil {
 		return x.LeafIssuer
-	}
-	return ""
-}
-
-func (x *Report) GetLeafSerial() string {
-	if x != nil {
-		return x.LeafSerial
 	}
 	return ""
 }
@@ -2446,7 +2438,7 @@ const file_shared_wire_wire_proto_rawDesc = "" +
 	"\x05state\x18\x04 \x01(\tR\x05state\"<\n" +
 	"\bRedirect\x12\x18\n" +
 	"\aservers\x18\x01 \x03(\tR\aservers\x12\x16\n" +
-	"\x06reason\x18\x02 \x01(\tR\x06reason\"\xf7\x03\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\"\xd6\x03\n" +
 	"\x06Report\x12\x14\n" +
 	"\x05nonce\x18\x01 \x01(\x04R\x05nonce\x12 \n" +
 	"\fsent_time_ms\x18\x02 \x01(\x03R\n" +
@@ -2464,9 +2456,7 @@ const file_shared_wire_wire_proto_rawDesc = "" +
 	" \x03(\tR\bproblems\x12#\n" +
 	"\rbundle_sha256\x18\x14 \x01(\fR\fbundleSha256\x12\x1f\n" +
 	"\vleaf_issuer\x18\x15 \x01(\tR\n" +
-	"leafIssuer\x12\x1f\n" +
-	"\vleaf_serial\x18\x16 \x01(\tR\n" +
-	"leafSerial\"Y\n" +
+	"leafIssuer\"Y\n" +
 	"\n" +
 	"HeldSource\x12\x1b\n" +
 	"\tsource_id\x18\x01 \x01(\fR\bsourceId\x12\x14\n" +

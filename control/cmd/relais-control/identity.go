@@ -113,20 +113,30 @@ func openCA(cluster *control.Cluster, sealer *pki.Sealer) (*ca.Authority, error)
 
 // issueOwn makes this server's certificate and writes it where serve finds it.
 func issueOwn(p paths, authority *ca.Authority, f serverFile, c config.Config) (*tls.Certificate, error) {
+	cert, err := makeOwn(p, authority, f, c)
+	if err != nil {
+		return nil, err
+	}
+	return cert, saveOwn(p, authority, cert)
+}
+
+// makeOwn makes this server's certificate.
+func makeOwn(p paths, authority *ca.Authority, f serverFile, c config.Config) (*tls.Certificate, error) {
 	key, err := pki.LoadOrCreateNodeKey(p.nodeKey())
 	if err != nil {
 		return nil, err
 	}
-	cert, err := authority.Issue(key, pki.RoleControl, f.Server, names(f.Advertise, c), time.Now())
-	if err != nil {
-		return nil, err
-	}
+	return authority.Issue(key, pki.RoleControl, f.Server, names(f.Advertise, c), time.Now())
+}
+
+// saveOwn writes this server's certificate and the CAs it believes.
+func saveOwn(p paths, authority *ca.Authority, cert *tls.Certificate) error {
 	chain, err := pki.ParseChain(cert.Certificate)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	if err := pki.WriteFile(p.leaf(), pki.EncodeCertificates(chain), 0o600); err != nil {
-		return nil, err
+		return err
 	}
-	return cert, pki.WriteFile(p.bundle(), pki.EncodeCertificates(authority.Bundle()), 0o644)
+	return pki.WriteFile(p.bundle(), pki.EncodeCertificates(authority.Bundle()), 0o644)
 }

@@ -230,24 +230,3 @@ func firstEntries(ctx context.Context, p paths, f serverFile, conf config.Config
 		Server: control.Server{ID: f.Server, Name: hostname, RaftAddress: f.Raft, LinkAddress: hostPort(f.Advertise, conf.Listen.Link), HTTPAddress: hostPort(f.Advertise, conf.Listen.HTTPS), Version: buildinfo.Version(), MaxFSMVersion: command.FSMVersion, State: control.NodeActive},
 	})
 }
-
-func (a *app) caCommand() *cobra.Command {
-	return &cobra.Command{
-		Use:     "ca",
-		Short:   "Print the cluster's CA certificate",
-		Long:    "Print the root certificate of the cluster, in PEM, from the data directory. Install it where browsers and mail clients look.",
-		Example: "  relais-control ca --data /var/lib/relais/control > relais-ca.pem",
-		Args:    cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			text, err := os.ReadFile(paths{a.dataDir}.ca())
-			if err != nil {
-				return fault.Wrap(err, fault.NotFound, "relais-control.ca", "%s holds no CA certificate: name the data directory of a server with --data", a.dataDir)
-			}
-			if a.json {
-				return printJSON(cmd.OutOrStdout(), map[string]string{"ca": string(text)})
-			}
-			_, err = cmd.OutOrStdout().Write(text)
-			return err
-		},
-	}
-}

@@ -5,7 +5,6 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
-	"github.com/relais-mta/relais/control/ca"
 	"github.com/relais-mta/relais/control/dispatch"
 	"github.com/relais-mta/relais/control/enroll"
 	"github.com/relais-mta/relais/control/service"
@@ -41,7 +40,7 @@ func (m members) Member(ctx context.Context, id ids.Node) (enroll.Member, error)
 // SetCertificate implements enroll.Members.
 func (m members) SetCertificate(ctx context.Context, c enroll.Certificate) error {
 	if c.Role == pki.RoleControl {
-		return m.SetServerCert(ctx, c.Node, c.SPKI[:])
+		return m.SetServerCert(ctx, c.Node, c.Serial, c.SPKI[:], c.NotAfter)
 	}
 	return m.SetNodeCert(ctx, c.Node, c.Serial, c.SPKI[:], c.NotAfter)
 }
@@ -57,7 +56,7 @@ func (r relays) NodeConnected(id ids.Node, h dispatch.Hello) {
 // NodeReported implements dispatch.Nodes.
 func (r relays) NodeReported(id ids.Node, in dispatch.Report) {
 	out := service.ReportInfo{Revision: in.Revision, ClockOffset: in.ClockOffset, WaitingRecipients: in.WaitingRecipients, InFlightRecipients: in.InFlightRecipients,
-		HeldRecipients: in.HeldRecipients, QueueBytes: in.QueueBytes, FreeBytes: in.FreeBytes, Problems: in.Problems}
+		HeldRecipients: in.HeldRecipients, QueueBytes: in.QueueBytes, FreeBytes: in.FreeBytes, Problems: in.Problems, Certificate: service.CertificateState{BundleSum: in.BundleSum, Issuer: in.LeafIssuer}}
 	for _, s := range in.Sources {
 		if !s.Present {
 			out.Missing = append(out.Missing, s.Source)
@@ -67,12 +66,12 @@ func (r relays) NodeReported(id ids.Node, in dispatch.Report) {
 }
 
 // serveLink opens the port that relays join and connect at.
-func (s *server) serveLink(ctx context.Context, group *errgroup.Group, authority *ca.Authority) error {
-	joins, err := enroll.New(enroll.Config{Cluster: s.file.Cluster, Members: members{s.service}, Servers: joining{s.service, s.kek}, Signer: authority, Version: buildinfo.Version(), Logger: s.logger, Registerer: s.registry})
+func (s *server) serveLink(ctx context.Context, group *errgroup.Group) error {
+	joins, err := enroll.New(enroll.Config{Cluster: s.file.Cluster, Members: members{s.service}, Servers: joining{s.service, s.kek}, Signer: &s.authority, Version: buildinfo.Version(), Logger: s.logger, Registerer: s.registry})
 	if err != nil {
 		return err
 	}
-	views, err := dispatch.New(dispatch.Config{Cluster: s.file.Cluster, Nodes: relays{s.service}, Address: hostPort(s.file.Advertise, s.conf.Listen.Link), Version: buildinfo.Version(), Self: s.file.Server, Peers: linkPeers{s}, Logger: s.logger, Registerer: s.registry})
+	views, err := dispatch.New(dispatch.Config{Cluster: s.file.Cluster, Nodes: relays{s.service}, Address: hostPort(s.file.Advertise, s.conf.Listen.Link), Version: buildinfo.Version(), Self: s.file.Server, Peers: linkPeers{s}, Dropped: s.holder.Dropped, Logger: s.logger, Registerer: s.registry})
 	if err != nil {
 		return err
 	}
@@ -82,13 +81,13 @@ func (s *server) serveLink(ctx context.Context, group *errgroup.Group, authority
 	if err != nil {
 		return err
 	}
-	listener, err := link.Listen(link.ServerConfig{Address: s.conf.Listen.Link, TLS: enroll.TLSConfig(s.holder, s.file.Cluster), ResetKey: key.Derive("quic stateless reset")})
+	listener, err := link.Listen(link.ServerConfig{Address: s.conf.Listen.Link, TLS: enroll.TLSConfig(s.holder, s.file.Cluster, knowsKey(s.state)), ResetKey: key.Derive("quic stateless reset")})
 	if err != nil {
 		return &fault.Error{Kind: fault.Unavailable, Op: "relais-control.serve", Field: "listen.link", Public: "UDP " + s.conf.Listen.Link.String() + " cannot be bound: is another server using it?", Cause: err}
 	}
 	group.Go(func() error {
 		return listener.Serve(ctx, map[string]link.Handler{wire.ALPNJoin: joins.Join, wire.ALPNRenew: joins.Renew, wire.ALPNLink: views.Link})
 	})
-	s.logger.Info("relays may join", "link", listener.Addr().String(), "ca_pin", authority.Pin().String())
+	s.logger.Info("relays may join", "link", listener.Addr().String(), "ca_pin", s.authority.current.Load().Pin().String())
 	return nil
 }

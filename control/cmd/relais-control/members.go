@@ -79,6 +79,7 @@ func (j joining) ServerAddresses() []enroll.ServerAddresses {
 // requests is what other servers may ask this one.
 func (s *server) requests() map[string]cluster.PeerHandler {
 	return s.sessionRequests(map[string]cluster.PeerHandler{
+		"certificate": s.onCertificate,
 		"seen": func(context.Context, ids.Node, []byte) (any, error) {
 			if svc := s.answering.Load(); svc != nil {
 				return svc.AllSeen(), nil

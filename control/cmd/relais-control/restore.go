@@ -204,6 +204,10 @@ func newGeneration(ctx context.Context, p paths, f serverFile, conf config.Confi
 	if row, err = svc.Recover(ctx, cause, server); err != nil {
 		return nil, "", err
 	}
+	// Relays may have dropped the issuing CA of this state; a newer one they believe.
+	if row, err = svc.RenewCA(ctx, string(cause)); err != nil {
+		return nil, "", err
+	}
 	key, err = svc.IssueAdminKey(ctx, string(cause))
 	return row, key, err
 }

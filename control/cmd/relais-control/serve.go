@@ -24,7 +24,6 @@ import (
 	"github.com/relais-mta/relais/control"
 	"github.com/relais-mta/relais/control/api"
 	"github.com/relais-mta/relais/control/backup"
-	"github.com/relais-mta/relais/control/ca"
 	"github.com/relais-mta/relais/control/cluster"
 	"github.com/relais-mta/relais/control/config"
 	"github.com/relais-mta/relais/control/dispatch"
@@ -87,6 +86,8 @@ type server struct {
 	keeper   *backup.Keeper
 	service  *service.Service
 	kek      pki.Key
+	// authority signs as the newest state says.
+	authority authority
 	// answering is service once other servers may be answered from it.
 	answering atomic.Pointer[service.Service]
 	sessions  atomic.Pointer[dispatch.Server] // nil before relays may link
@@ -124,7 +125,7 @@ func (s *server) run(ctx context.Context) error {
 		return err
 	}
 	stream, err := cluster.Listen(cluster.StreamOptions{Bind: s.conf.Listen.Raft.String(), Advertise: s.file.Raft, Transport: s.conf.Raft.Transport, Holder: s.holder, Cluster: s.file.Cluster,
-		ResetKey: key.Derive("raft quic stateless reset"), Check: checkPeer(st), Logger: s.logger})
+		ResetKey: key.Derive("raft quic stateless reset"), Check: checkPeer(st), Known: knowsKey(st), Logger: s.logger})
 	if err != nil {
 		return err
 	}
@@ -138,6 +139,7 @@ func (s *server) run(ctx context.Context) error {
 	}
 	s.service = service.New(service.Options{State: st, Log: s.cluster, Sealer: s.sealer, Logger: s.logger, Version: buildinfo.Version(), Backups: s.keeper})
 	s.service.SetMembership(membership{s.cluster}, s.file.Server)
+	s.service.SetCertificateState(func() service.CertificateState { return service.CertificateStateOf(s.holder) })
 	s.answering.Store(s.service)
 	err = s.serve(ctx)
 	s.logger.Info("stopped")
@@ -201,6 +203,7 @@ func (s *server) serve(ctx context.Context) error {
 		return s.http(ctx, socket, api.New(api.Options{Service: s.service, Logger: s.logger, Local: &local, Fence: s.cluster.Fence}))
 	})
 	group.Go(func() error { s.reload(ctx); return nil })
+	group.Go(func() error { s.keepTrust(ctx); return nil })
 	s.watchHealth()
 	s.upkeep(ctx, group)
 	s.logger.Info("serving", "version", buildinfo.Version(), "cluster", s.file.Cluster.String(), "server", s.file.Server.String(), "https", https.Addr().String(), "raft", s.conf.Listen.Raft.String())
@@ -274,57 +277,23 @@ func (s *server) whenReady(ctx context.Context, group *errgroup.Group) error {
 		return err
 	}
 	group.Go(func() error { s.keepEndpoints(ctx); return nil })
-	authority, err := openCA(row, s.sealer)
-	if err != nil {
+	if err := s.useState(); err != nil {
 		return err
 	}
-	if err := s.renew(authority); err != nil {
+	if err := s.renew(ctx); err != nil {
+		s.logger.Warn("the certificate is not up to date yet", "error", err) // keepRenewed tries again
+	}
+	group.Go(func() error { s.keepRenewed(ctx); return nil })
+	if err := s.watchCA(ctx, group); err != nil {
 		return err
 	}
-	group.Go(func() error { s.keepRenewed(ctx, authority); return nil })
-	if err := s.serveLink(ctx, group, authority); err != nil {
+	if err := s.serveLink(ctx, group); err != nil {
 		return err
 	}
 	s.watchDNS(ctx, group)
 	s.health.SetReady(true, "")
 	s.supervisor.Ready("serving")
 	return nil
-}
-
-// renew replaces this server's certificate when a third of its life is over, or
-// when its names no longer fit the configuration.
-func (s *server) renew(authority *ca.Authority) error {
-	leaf := s.holder.Leaf()
-	fits := true
-	for _, a := range names(s.file.Advertise, s.conf).Addresses {
-		fits = fits && leaf.VerifyHostname(a.String()) == nil
-	}
-	if fits && time.Now().Before(pki.RenewAt(leaf, 0)) {
-		return nil
-	}
-	if _, err := issueOwn(s.paths, authority, s.file, s.conf); err != nil {
-		return err
-	}
-	if err := s.holder.Reload(); err != nil {
-		return err
-	}
-	s.logger.Info("certificate renewed", "not_after", s.holder.Leaf().NotAfter)
-	return nil
-}
-
-func (s *server) keepRenewed(ctx context.Context, authority *ca.Authority) {
-	tick := time.NewTicker(renewalCheckPeriod)
-	defer tick.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-tick.C:
-			if err := s.renew(authority); err != nil {
-				s.logger.Error("the certificate was not renewed", "error", err)
-			}
-		}
-	}
 }
 
 // reload reads the configured certificate again on SIGHUP.
