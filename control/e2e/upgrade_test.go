@@ -75,8 +75,8 @@ func TestUpgradeAndBack(t *testing.T) {
 	a := settle(t, u.Fleet, u.submitted)
 	report := u.Lab.Report()
 	t.Logf("%d messages answered 250, %d arrived, %d twice; the longest time between two of them was %s", a.accepted, a.delivered, report.Duplicated, u.pause.Round(time.Millisecond))
-	if a.delivered != a.accepted || a.refused > 0 || a.accepted < 200 {
-		t.Errorf("%+v: all mail is to be accepted and to arrive, and there is to be some", a)
+	if a.delivered != a.accepted || a.accepted < 200 {
+		t.Errorf("%+v: all mail is to arrive, and there is to be some", a)
 	}
 	// A relay that is asked to stop finishes what is in flight.
 	if report.Duplicated > 0 {
@@ -102,26 +102,49 @@ func (u *upgrade) trickle(r *fleet.Relay, to []string, stop <-chan struct{}) {
 	}
 }
 
+// submitTries bounds how often a client offers a message. A relay that stops
+// answers 421, after which any client tries again.
+const submitTries = 20
+
 func (u *upgrade) submit(r *fleet.Relay, tag string, to ...string) {
+	for try := 0; len(to) > 0; try++ {
+		if try == submitTries {
+			u.t.Errorf("%s did not take %d messages in %d tries", r.Name, len(to), try)
+			return
+		}
+		to = u.offer(r, fmt.Sprint(tag, "-", try), to)
+	}
+}
+
+// offer submits once and returns the recipients whose mail was not taken for
+// now.
+func (u *upgrade) offer(r *fleet.Relay, tag string, to []string) (again []string) {
 	load := &lab.Load{Addr: r.Submissions(), ImplicitTLS: true, TLS: u.ClientTLS(r), Username: u.User, Password: u.Secret, Messages: len(to), Size: 1500, Tag: tag,
 		From: func(int) string { return "news@" + fleet.Domain }, To: func(i int) string { return to[i] }}
 	sent, err := lab.Send(u.t.Context(), load)
 	if err != nil {
 		u.t.Errorf("%s takes no mail: %v", r.Name, err)
-		return
+		return nil
 	}
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	for i := range sent.Results {
-		if sent.Results[i].State == lab.StateAccepted {
+		switch result := &sent.Results[i]; {
+		case result.State == lab.StateAccepted:
 			now := time.Now()
 			if !u.last.IsZero() {
 				u.pause = max(u.pause, now.Sub(u.last))
 			}
 			u.last = now
+			u.submitted = append(u.submitted, fleet.Submitted{Relay: r, Recipient: to[i], MessageID: load.MessageID(i), Result: *result})
+		case result.Code < 500: // RFC 5321 section 4.2.1: the same command may be answered otherwise later
+			u.t.Logf("%s: %d %s", r.Name, result.Code, result.Reply)
+			again = append(again, to[i])
+		default:
+			u.t.Errorf("%s refused a message for good: %d %s", r.Name, result.Code, result.Reply)
 		}
-		u.submitted = append(u.submitted, fleet.Submitted{Relay: r, Recipient: to[i], MessageID: load.MessageID(i), Result: sent.Results[i]})
 	}
+	return again
 }
 
 // flowing returns recipients at providers that take mail.
