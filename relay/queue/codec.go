@@ -60,6 +60,8 @@ const (
 	flagClientDKIM
 	flagInternal
 	flagRetFull
+	flagSMTPUTF8
+	flagBinaryMIME
 )
 
 func putUint(b []byte, n protowire.Number, v uint64) []byte {
@@ -190,7 +192,8 @@ func envelopeFlags(e *relay.Envelope) (flags uint64) {
 	for _, f := range [...]struct {
 		set bool
 		bit uint64
-	}{{e.EightBit, flagEightBit}, {e.ClientDKIM, flagClientDKIM}, {e.Internal, flagInternal}, {e.RetFull, flagRetFull}} {
+	}{{e.EightBit, flagEightBit}, {e.ClientDKIM, flagClientDKIM}, {e.Internal, flagInternal}, {e.RetFull, flagRetFull},
+		{e.SMTPUTF8, flagSMTPUTF8}, {e.BinaryMIME, flagBinaryMIME}} {
 		if f.set {
 			flags |= f.bit
 		}
@@ -257,6 +260,7 @@ func setEnvelopeField(e *relay.Envelope, n protowire.Number, v uint64, text []by
 	case envFlags:
 		e.EightBit, e.ClientDKIM = v&flagEightBit != 0, v&flagClientDKIM != 0
 		e.Internal, e.RetFull = v&flagInternal != 0, v&flagRetFull != 0
+		e.SMTPUTF8, e.BinaryMIME = v&flagSMTPUTF8 != 0, v&flagBinaryMIME != 0
 	case envClientIP:
 		e.ClientIP = toAddr(text)
 	case envEnvID:
