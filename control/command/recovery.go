@@ -2,6 +2,10 @@ package command
 
 import "github.com/relais-mta/relais/control"
 
+// MaxGeneration bounds the generation of a cluster, which is a time in seconds
+// since 1970 or a small number.
+const MaxGeneration = 1 << 40
+
 // firstTypes and secondTypes are the last type numbers of versions 1 and 2 of the
 // commands. What was added later is logged only when every server of the cluster
 // knows it.

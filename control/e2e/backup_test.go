@@ -82,7 +82,7 @@ func TestRestoreTheControlPlane(t *testing.T) {
 	if err == nil {
 		err = json.Unmarshal(text, &recovery)
 	}
-	if err != nil || !recovery.Active || recovery.Generation != 2 || len(recovery.Heard) != 2 || len(recovery.Missing) != 0 {
+	if err != nil || !recovery.Active || recovery.Generation < 2 || len(recovery.Heard) != 2 || len(recovery.Missing) != 0 {
 		t.Errorf("recovery mode: %+v, %v", recovery, err)
 	}
 	if _, err := f.Ctl(t.Context(), "recovery", "end", "--reason", "all relays are there"); err != nil {

@@ -103,7 +103,14 @@ func (s *Service) Recover(ctx context.Context, cause control.RecoveryCause, serv
 			return nil, err
 		}
 	}
-	return propose[control.Cluster](ctx, s, &command.ClusterRecover{Meta: meta, Generation: cluster.Generation + 1, Cause: string(cause), Server: command.ServerRecord(&server)})
+	return propose[control.Cluster](ctx, s, &command.ClusterRecover{Meta: meta, Generation: nextGeneration(cluster.Generation, now()), Cause: string(cause), Server: command.ServerRecord(&server)})
+}
+
+// nextGeneration is the second in which the generation begins, so that no two
+// are alike even if both come from the same backup; or the next number, if the
+// clock says that the last one lies ahead.
+func nextGeneration(last uint64, now time.Time) uint64 {
+	return max(last+1, uint64(max(now.Unix(), 0)))
 }
 
 // IssueAdminKey makes an API key of an admin, for the command line of a server

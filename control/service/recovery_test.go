@@ -25,7 +25,7 @@ func TestRecoveryWaitsForRelays(t *testing.T) {
 	for range 2 { // the second time as after another loss
 		before := f.Generation()
 		row := must[*control.Cluster](t)(f.Recover(ctx, control.CauseRestore, server))
-		if row.Generation != before+1 || row.FSMVersion != command.FSMVersion {
+		if row.Generation <= before || row.FSMVersion != command.FSMVersion {
 			t.Fatalf("got %+v", row)
 		}
 	}
@@ -159,5 +159,21 @@ func TestIssueAdminKey(t *testing.T) {
 	secret := must[string](t)(f.IssueAdminKey(ctx, "restore"))
 	if a, err := f.Authenticate(secret); err != nil || a.Role != control.RoleAdmin {
 		t.Errorf("%+v, %v", a, err)
+	}
+}
+
+// TestGenerationsOfTwoDisasters: a cluster that was recovered, and then restored
+// from a backup of before, must not come to the same generation twice.
+func TestGenerationsOfTwoDisasters(t *testing.T) {
+	at := time.Unix(1_800_000_000, 0)
+	recovered := nextGeneration(1, at)
+	if restored := nextGeneration(1, at.Add(time.Second)); restored <= recovered {
+		t.Errorf("recovered into %d, then restored into %d", recovered, restored)
+	}
+	if again := nextGeneration(recovered, at.Add(-24*time.Hour)); again != recovered+1 {
+		t.Errorf("with the clock set back, %d follows %d", again, recovered)
+	}
+	if odd := nextGeneration(3, time.Unix(-5, 0)); odd != 4 {
+		t.Errorf("with a clock of before 1970, %d follows 3", odd)
 	}
 }

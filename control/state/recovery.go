@@ -22,6 +22,12 @@ var recoveryTable = &table[control.Recovery]{
 // entry of a recovery names the servers and tokens that it ended.
 const recoveryNamesVersion = 3
 
+// generationTimeVersion is the version of the commands since which a generation
+// may be any number above the last. When it was the next one, a cluster that was
+// recovered and then restored from an older backup came to the same number
+// twice, and relays of the first held the second for its past.
+const generationTimeVersion = 3
+
 // clusterRecover begins a new generation with one server. Join tokens from
 // before are void: their uses may be spent already, in what was lost.
 func (a *applier) clusterRecover(c *command.ClusterRecover) (any, error) {
@@ -37,8 +43,11 @@ func (a *applier) clusterRecover(c *command.ClusterRecover) (any, error) {
 	if running != nil && running.Generation == c.GetGeneration() && old.Generation == c.GetGeneration() {
 		return old, nil // repeated after an unknown outcome
 	}
-	if c.GetGeneration() != old.Generation+1 {
-		return nil, fault.New(fault.Conflict, op, "the cluster is at generation %d: the next one is %d, not %d", old.Generation, old.Generation+1, c.GetGeneration())
+	switch next := old.Generation + 1; {
+	case c.GetGeneration() < next, old.FSMVersion < generationTimeVersion && c.GetGeneration() != next:
+		return nil, fault.New(fault.Conflict, op, "the cluster is at generation %d: the next one is %d, not %d", old.Generation, next, c.GetGeneration())
+	case c.GetGeneration() > command.MaxGeneration:
+		return nil, fault.Field(op, "generation", "%d lies beyond %d, the end of time as the cluster counts it", c.GetGeneration(), uint64(command.MaxGeneration))
 	}
 	var gone, void []string
 	for _, s := range all(a.txn, serversTable) {

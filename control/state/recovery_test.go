@@ -114,3 +114,15 @@ func TestNewerSnapshotIsRefused(t *testing.T) {
 }
 
 func isUnknown(err error) bool { return errors.Is(err, command.ErrUnknown) }
+
+// TestGenerationsAreTimes: from version 3 on a generation may be any number above
+// the last, so that two restores of one backup do not make the same one.
+func TestGenerationsAreTimes(t *testing.T) {
+	w := newWorld(t)
+	w.ok(&command.ClusterInit{Cluster: &command.Cluster{Id: id(100), Generation: 5, FsmVersion: generationTimeVersion}})
+	w.refused(recoverCommand(5), fault.Conflict, "")
+	w.refused(recoverCommand(command.MaxGeneration+1), fault.Invalid, "generation")
+	if c := w.ok(recoverCommand(1_800_000_000)).(*control.Cluster); c.Generation != 1_800_000_000 {
+		t.Errorf("got %+v", c)
+	}
+}
