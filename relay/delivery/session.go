@@ -266,7 +266,12 @@ func (s *Session) startTLS(ehlo string, decision tlspolicy.Decision, base *tls.C
 		return s.refused(relay.PhaseSTARTTLS, &r)
 	case !r.positive() && r.code == 421:
 		return s.refused(relay.PhaseSTARTTLS, &r)
-	case !r.positive():
+	case r.code != 220:
+		// RFC 3207 section 4: only a 220 starts the handshake. After any other
+		// reply the host still speaks clear text.
+		if decision == tlspolicy.Require {
+			return s.noTLS("the host did not answer STARTTLS with 220", errUnexpected)
+		}
 		s.startTLSRefused = true
 		return nil
 	case s.in.buffered() > 0:

@@ -218,6 +218,10 @@ func (s *Session) queued(t *transfer) {
 // drain writes the queued commands and reads their replies.
 func (s *Session) drain(t *transfer) {
 	if len(s.out) > 0 {
+		if s.in.buffered() > 0 {
+			s.unasked(t)
+			return
+		}
 		if err := s.flush(orFallback(t.timeouts.BlockTimeout)); err != nil && !s.readable() {
 			s.broken(t, err)
 			return
@@ -233,6 +237,21 @@ func (s *Session) drain(t *transfer) {
 		t.replies++
 		s.handle(t, phase, &r)
 		t.step++
+	}
+}
+
+// unasked deals with a reply that came before its command was sent: a 421 may
+// come at any time (RFC 5321 section 3.8); after anything else replies and
+// commands could no longer be told apart.
+func (s *Session) unasked(t *transfer) {
+	timeout, phase := t.expect()
+	switch r, err := s.in.read(timeout); {
+	case err != nil:
+		s.broken(t, err)
+	case r.code == 421:
+		s.closing(t, phase, &r)
+	default:
+		s.nonsense(t, phase)
 	}
 }
 
@@ -351,8 +370,15 @@ func (s *Session) closing(t *transfer, phase relay.Phase, r *reply) {
 }
 
 // nonsense ends a session with a host whose reply does not fit the command.
+// Nobody can tell any more which reply belonged to which command, so no
+// recipient fails on the word of this transaction.
 func (s *Session) nonsense(t *transfer, phase relay.Phase) {
 	s.dead, t.over = true, true
+	for i := range t.outcomes {
+		if o := &t.outcomes[i]; o.Phase == relay.PhaseRCPT {
+			o.Status = undecided
+		}
+	}
 	t.settle(relay.Deferred, phase, brokenReply(errUnexpected))
 }
 

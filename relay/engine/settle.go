@@ -17,6 +17,17 @@ type settlement struct {
 	results []queue.Result
 	failed  []failedRecipient // senders may have to be told
 	delayed []failedRecipient
+	further bool // the attempt got some recipients of the message further
+}
+
+// further reports whether an attempt got any recipient out of the way.
+func further(a *relay.Attempt) bool {
+	for i := range a.Outcomes {
+		if s := a.Outcomes[i].Status; s == relay.Delivered || s == relay.InDoubt {
+			return true
+		}
+	}
+	return false
 }
 
 // failedRecipient is one recipient to report in a DSN.
@@ -29,7 +40,7 @@ type failedRecipient struct {
 // decide turns outcomes into new states. It is a function of its arguments
 // alone: work, attempt, policy and the end of the attempt.
 func decide(w *queue.Work, a *relay.Attempt, q *policy.Queue) settlement {
-	var s settlement
+	s := settlement{further: further(a)}
 	for i := range a.Outcomes {
 		o := &a.Outcomes[i]
 		wr := find(w, o.Index)
@@ -51,7 +62,7 @@ func find(w *queue.Work, index uint16) *queue.WorkRecipient {
 }
 
 func (s *settlement) add(env *relay.Envelope, a *relay.Attempt, st relay.RecipientState, o *relay.Outcome, q *policy.Queue) {
-	before, lastClass := st.LastAttempt, st.LastClass
+	before := st.LastAttempt
 	st.Attempts++
 	st.LastAttempt = a.EndedAt
 	st.LastReply = o.Reply
@@ -79,7 +90,14 @@ func (s *settlement) add(env *relay.Envelope, a *relay.Attempt, st relay.Recipie
 			break
 		}
 		st.State, r.Event = relay.StateWaiting, outbox.Deferred
-		st.Next = retryAt(env, &st, lastClass, v, a, q)
+		if v.Action == verdict.RetryNow && s.further {
+			// RFC 5321 section 4.5.3.1.10: the host takes the others in another
+			// transaction. Each one is smaller by those it took, so this ends.
+			st.Attempts--
+			st.Next = notAfter(a.EndedAt, env.ExpiresAt)
+			break
+		}
+		st.Next = retryAt(env, &st, v, a, q)
 		if v.Class == verdict.Greylist {
 			st.Sticky = a.SourceIP
 		}
@@ -93,15 +111,12 @@ func (s *settlement) add(env *relay.Envelope, a *relay.Attempt, st relay.Recipie
 
 // retryAt returns when a deferred recipient is tried again. One that no
 // attempt can reach any more waits for its deadline, which ends it.
-func retryAt(env *relay.Envelope, st *relay.RecipientState, lastClass string, v verdict.Verdict, a *relay.Attempt, q *policy.Queue) time.Time {
+func retryAt(env *relay.Envelope, st *relay.RecipientState, v verdict.Verdict, a *relay.Attempt, q *policy.Queue) time.Time {
 	next, ok := queue.RetryAt(*q, env.ID, st.Attempts, a.EndedAt, env.ExpiresAt)
 	if !ok {
 		return env.ExpiresAt
 	}
 	switch {
-	case v.Action == verdict.RetryNow && string(v.Class) != lastClass:
-		// Once in a row: a host that says it again is asked by the schedule.
-		next = a.EndedAt
 	case v.Class == verdict.Greylist && st.Attempts == 1:
 		next = a.EndedAt.Add(q.GreylistRetry.D())
 	case v.After > 0:
