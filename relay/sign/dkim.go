@@ -2,11 +2,13 @@ package sign
 
 import (
 	"crypto"
+	"crypto/ed25519"
 	"crypto/rsa"
 	"crypto/sha256"
 	"crypto/x509"
 	"encoding/base64"
 	"hash"
+	"slices"
 	"strconv"
 	"sync"
 	"time"
@@ -16,8 +18,11 @@ import (
 	"github.com/relais-mta/relais/shared/policy"
 )
 
-// AlgorithmRSA is the signature algorithm of RFC 6376 section 3.3.2.
-const AlgorithmRSA = "rsa-sha256"
+// The signature algorithms.
+const (
+	AlgorithmRSA     = policy.AlgorithmRSA     // RFC 6376 section 3.3.2
+	AlgorithmEd25519 = policy.AlgorithmEd25519 // RFC 8463 section 3
+)
 
 // minRSABits is what receivers still take (RFC 8301 section 3.2). Keys that
 // control makes have 2048.
@@ -25,7 +30,7 @@ const minRSABits = 1024
 
 // signatureLifetime is how long a signature says it is good for (x=, RFC 6376
 // section 3.5): longer than any receiver keeps a message queued.
-const signatureLifetime = 14 * 24 * time.Hour
+const signatureLifetime = policy.SignatureLifetime
 
 // maxSignatureLineBytes is where the lines of our own field are folded.
 const maxSignatureLineBytes = 76
@@ -36,14 +41,20 @@ type Signer struct {
 	keys []signingKey
 }
 
+// signingKey has exactly one of its private keys.
 type signingKey struct {
-	private *rsa.PrivateKey
+	rsa     *rsa.PrivateKey
+	ed25519 ed25519.PrivateKey
 	head    string // the field up to the value of s=, which never changes
 }
 
 // NewSigner reads the keys of a domain. It returns fault.Invalid, with the
 // selector as the field, for a key that cannot be used, and for a domain
 // without keys.
+//
+// RSA signatures come before Ed25519 ones whatever the order of the keys,
+// because a verifier that looks at few signatures should meet the one it is
+// bound to know first (RFC 8301 section 3.1, RFC 8463 section 3).
 func NewSigner(domain mailaddr.Domain, keys []policy.DKIMKey) (*Signer, error) {
 	const op = "sign.NewSigner"
 	if len(keys) == 0 {
@@ -51,19 +62,24 @@ func NewSigner(domain mailaddr.Domain, keys []policy.DKIMKey) (*Signer, error) {
 	}
 	s := &Signer{keys: make([]signingKey, 0, len(keys))}
 	for _, k := range keys {
-		if k.Algorithm != AlgorithmRSA {
-			return nil, fault.Field(op, k.Selector, "signing algorithm %q of domain %s is not known, use %q", k.Algorithm, domain, AlgorithmRSA)
-		}
-		private, err := parseRSA(k.Private)
-		if err != nil {
+		one := signingKey{head: "DKIM-Signature: v=1; a=" + k.Algorithm + "; c=relaxed/relaxed; d=" + string(domain) + ";\r\n\ts=" + k.Selector}
+		var err error
+		switch k.Algorithm {
+		case AlgorithmRSA:
 			// The cause may hold key material: it is left out on purpose.
-			return nil, fault.Field(op, k.Selector, "the key of selector %s at domain %s is not an RSA key in PKCS #8 with at least %d bits", k.Selector, domain, minRSABits)
+			if one.rsa, err = parseRSA(k.Private); err != nil {
+				return nil, fault.Field(op, k.Selector, "the key of selector %s at domain %s is not an RSA key in PKCS #8 with at least %d bits", k.Selector, domain, minRSABits)
+			}
+		case AlgorithmEd25519:
+			if one.ed25519, err = parseEd25519(k.Private); err != nil {
+				return nil, fault.Field(op, k.Selector, "the key of selector %s at domain %s is not an Ed25519 key in PKCS #8", k.Selector, domain)
+			}
+		default:
+			return nil, fault.Field(op, k.Selector, "signing algorithm %q of domain %s is not known, use %q or %q", k.Algorithm, domain, AlgorithmRSA, AlgorithmEd25519)
 		}
-		s.keys = append(s.keys, signingKey{
-			private: private,
-			head:    "DKIM-Signature: v=1; a=rsa-sha256; c=relaxed/relaxed; d=" + string(domain) + ";\r\n\ts=" + k.Selector,
-		})
+		s.keys = append(s.keys, one)
 	}
+	slices.SortStableFunc(s.keys, func(a, b signingKey) int { return len(a.ed25519) - len(b.ed25519) })
 	return s, nil
 }
 
@@ -80,10 +96,32 @@ func parseRSA(der []byte) (*rsa.PrivateKey, error) {
 	return private, nil
 }
 
+func parseEd25519(der []byte) (ed25519.PrivateKey, error) {
+	parsed, err := x509.ParsePKCS8PrivateKey(der)
+	if err != nil {
+		return nil, err
+	}
+	private, ok := parsed.(ed25519.PrivateKey)
+	if !ok {
+		return nil, fault.New(fault.Invalid, "sign.parseEd25519", "not an Ed25519 key")
+	}
+	return private, nil
+}
+
+// signature signs the digest of the canonical header.
+func (k *signingKey) signature(digest []byte) ([]byte, error) {
+	if k.rsa == nil {
+		// RFC 8463 section 3: PureEdDSA over the SHA-256 digest.
+		return ed25519.Sign(k.ed25519, digest), nil
+	}
+	return rsa.SignPKCS1v15(nil, k.rsa, crypto.SHA256, digest)
+}
+
 // scratch is what one signature needs and the next can use again.
 type scratch struct {
 	sum    hash.Hash
 	found  []foundField
+	names  []byte // the value of h=, folded
 	canon  []byte
 	digest [sha256.Size]byte
 }
@@ -104,21 +142,24 @@ func (s *Signer) Sign(dst, header []byte, bodyHash [sha256.Size]byte, now time.T
 			scratches.Put(w)
 		}
 	}()
-	w.found = findFields(w.found[:0], header)
+	// All signatures cover the same fields, in one canonical form.
+	w.found, w.canon = findFields(w.found[:0], header), w.canon[:0]
+	w.names = w.appendNames(w.names[:0], header)
+	covered := len(w.canon)
 	out := dst
 	for i := range s.keys {
 		var err error
-		if out, err = s.keys[i].sign(w, out, header, bodyHash, now); err != nil {
+		w.canon = w.canon[:covered]
+		if out, err = s.keys[i].sign(w, out, bodyHash, now); err != nil {
 			return dst, err
 		}
 	}
 	return out, nil
 }
 
-// sign appends the field of one key.
-func (k *signingKey) sign(w *scratch, dst, header []byte, bodyHash [sha256.Size]byte, now time.Time) ([]byte, error) {
-	w.sum.Reset()
-	w.canon = w.canon[:0]
+// sign appends the field of one key; w has the names and the canonical form of
+// the fields it covers.
+func (k *signingKey) sign(w *scratch, dst []byte, bodyHash [sha256.Size]byte, now time.Time) ([]byte, error) {
 	start := len(dst)
 	dst = append(dst, k.head...)
 	dst = append(dst, "; t="...)
@@ -126,16 +167,16 @@ func (k *signingKey) sign(w *scratch, dst, header []byte, bodyHash [sha256.Size]
 	dst = append(dst, "; x="...)
 	dst = strconv.AppendInt(dst, now.Add(signatureLifetime).Unix(), 10)
 	dst = append(dst, ";\r\n\th="...)
-	dst = w.appendNames(dst, header)
+	dst = append(dst, w.names...)
 	dst = append(dst, ";\r\n\tbh="...)
 	dst = base64.StdEncoding.AppendEncode(dst, bodyHash[:])
 	dst = append(dst, ";\r\n\tb="...)
 	// RFC 6376 section 3.7: the field itself comes last, with an empty b= and
 	// without its CRLF.
 	w.canon = appendRelaxed(w.canon, dst[start:])
+	w.sum.Reset()
 	_, _ = w.sum.Write(w.canon[:len(w.canon)-2]) // hash.Hash never returns an error
-	digest := w.sum.Sum(w.digest[:0])
-	signature, err := rsa.SignPKCS1v15(nil, k.private, crypto.SHA256, digest)
+	signature, err := k.signature(w.sum.Sum(w.digest[:0]))
 	if err != nil {
 		return dst[:start], fault.Wrap(err, fault.Internal, "sign.Sign", "the message could not be signed")
 	}

@@ -231,6 +231,7 @@ func TestNewSignerRefuses(t *testing.T) {
 		"unknown algorithm": {{Selector: "r1", Algorithm: "rsa-sha1", Private: good.Private}},
 		"not a key":         {good, {Selector: "r2", Algorithm: AlgorithmRSA, Private: []byte("SECRET-BYTES")}},
 		"not RSA":           {{Selector: "r1", Algorithm: AlgorithmRSA, Private: edDER}},
+		"not Ed25519":       {{Selector: "r1", Algorithm: AlgorithmEd25519, Private: good.Private}},
 	}
 	for name, keys := range tests {
 		_, err := NewSigner("example.com", keys)

@@ -68,11 +68,21 @@ type Domain struct {
 	DKIM       []DKIMKey       // all are used to sign
 }
 
+// The signature algorithms of DKIM.
+const (
+	AlgorithmRSA     = "rsa-sha256"     // RFC 6376 section 3.3.2
+	AlgorithmEd25519 = "ed25519-sha256" // RFC 8463 section 3
+)
+
+// SignatureLifetime is how long a DKIM signature is good for: for so long after
+// the last one the public key must stay in DNS.
+const SignatureLifetime = 14 * 24 * time.Hour
+
 // DKIMKey is a signing key. The private part is in PKCS #8 DER and exists in
 // clear only in memory.
 type DKIMKey struct {
 	Selector  string
-	Algorithm string // "rsa-sha256"
+	Algorithm string // AlgorithmRSA or AlgorithmEd25519
 	Private   []byte
 }
 

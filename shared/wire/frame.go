@@ -30,7 +30,7 @@ const (
 // The capabilities that a Preface announces. Bits are append-only; a bit that
 // is not known is ignored.
 const (
-	CapabilityProbe uint64 = 1 << 0 // answers Probe
+	CapabilityProbe uint64 = 1 << 0 // answers Probe on the control stream of a link
 	CapabilityDelta uint64 = 1 << 1 // takes DeltaBegin where a view is due
 )
 

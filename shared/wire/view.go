@@ -77,7 +77,12 @@ func encodeOwners(out *View, v *policy.View) {
 		domain := &Domain{Name: string(d.Name), TenantId: EncodeID(d.Tenant), ReturnPath: string(d.ReturnPath)}
 		for j := range d.DKIM {
 			k := &d.DKIM[j]
-			domain.Dkim = append(domain.Dkim, &DKIMKey{Selector: k.Selector, Algorithm: k.Algorithm, Private: k.Private})
+			key := &DKIMKey{Selector: k.Selector, Algorithm: k.Algorithm, Private: k.Private}
+			if k.Algorithm == policy.AlgorithmRSA {
+				domain.Dkim = append(domain.Dkim, key)
+			} else {
+				domain.OtherDkim = append(domain.OtherDkim, key)
+			}
 		}
 		out.Domains = append(out.Domains, domain)
 	}
@@ -175,8 +180,8 @@ func (d *viewDecoder) owners(in *View) {
 		out := &v.Domains[i]
 		out.Name, out.ReturnPath = mailaddr.Domain(domain.GetName()), mailaddr.Domain(domain.GetReturnPath())
 		d.note(DecodeID(domain.GetTenantId(), &out.Tenant))
-		out.DKIM = sized[policy.DKIMKey](len(domain.GetDkim()))
-		for j, k := range domain.GetDkim() {
+		out.DKIM = sized[policy.DKIMKey](len(domain.GetDkim()) + len(domain.GetOtherDkim()))
+		for j, k := range slices.Concat(domain.GetDkim(), domain.GetOtherDkim()) {
 			out.DKIM[j] = policy.DKIMKey{Selector: k.GetSelector(), Algorithm: k.GetAlgorithm(), Private: k.GetPrivate()}
 		}
 	}

@@ -1910,7 +1910,8 @@ type Domain struct {
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	TenantId      []byte                 `protobuf:"bytes,2,opt,name=tenant_id,json=tenantId,proto3" json:"tenant_id,omitempty"`
 	ReturnPath    string                 `protobuf:"bytes,3,opt,name=return_path,json=returnPath,proto3" json:"return_path,omitempty"`
-	Dkim          []*DKIMKey             `protobuf:"bytes,4,rep,name=dkim,proto3" json:"dkim,omitempty"`
+	Dkim          []*DKIMKey             `protobuf:"bytes,4,rep,name=dkim,proto3" json:"dkim,omitempty"`                            // RSA
+	OtherDkim     []*DKIMKey             `protobuf:"bytes,5,rep,name=other_dkim,json=otherDkim,proto3" json:"other_dkim,omitempty"` // of other algorithms: a reader that does not know the field signs with RSA alone
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1969,6 +1970,13 @@ func (x *Domain) GetReturnPath() string {
 func (x *Domain) GetDkim() []*DKIMKey {
 	if x != nil {
 		return x.Dkim
+	}
+	return nil
+}
+
+func (x *Domain) GetOtherDkim() []*DKIMKey {
+	if x != nil {
+		return x.OtherDkim
 	}
 	return nil
 }
@@ -2512,13 +2520,15 @@ const file_shared_wire_wire_proto_rawDesc = "" +
 	"\aProject\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\fR\x02id\x12\x1b\n" +
 	"\ttenant_id\x18\x02 \x01(\fR\btenantId\x12\x12\n" +
-	"\x04name\x18\x03 \x01(\tR\x04name\"\x87\x01\n" +
+	"\x04name\x18\x03 \x01(\tR\x04name\"\xbf\x01\n" +
 	"\x06Domain\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1b\n" +
 	"\ttenant_id\x18\x02 \x01(\fR\btenantId\x12\x1f\n" +
 	"\vreturn_path\x18\x03 \x01(\tR\n" +
 	"returnPath\x12+\n" +
-	"\x04dkim\x18\x04 \x03(\v2\x17.relais.wire.v1.DKIMKeyR\x04dkim\"]\n" +
+	"\x04dkim\x18\x04 \x03(\v2\x17.relais.wire.v1.DKIMKeyR\x04dkim\x126\n" +
+	"\n" +
+	"other_dkim\x18\x05 \x03(\v2\x17.relais.wire.v1.DKIMKeyR\totherDkim\"]\n" +
 	"\aDKIMKey\x12\x1a\n" +
 	"\bselector\x18\x01 \x01(\tR\bselector\x12\x1c\n" +
 	"\talgorithm\x18\x02 \x01(\tR\talgorithm\x12\x18\n" +
@@ -2632,11 +2642,12 @@ var file_shared_wire_wire_proto_depIdxs = []int32{
 	33, // 20: relais.wire.v1.View.return_path_keys:type_name -> relais.wire.v1.ReturnPathKey
 	24, // 21: relais.wire.v1.View.revoked_servers:type_name -> relais.wire.v1.RevokedServer
 	29, // 22: relais.wire.v1.Domain.dkim:type_name -> relais.wire.v1.DKIMKey
-	23, // [23:23] is the sub-list for method output_type
-	23, // [23:23] is the sub-list for method input_type
-	23, // [23:23] is the sub-list for extension type_name
-	23, // [23:23] is the sub-list for extension extendee
-	0,  // [0:23] is the sub-list for field type_name
+	29, // 23: relais.wire.v1.Domain.other_dkim:type_name -> relais.wire.v1.DKIMKey
+	24, // [24:24] is the sub-list for method output_type
+	24, // [24:24] is the sub-list for method input_type
+	24, // [24:24] is the sub-list for extension type_name
+	24, // [24:24] is the sub-list for extension extendee
+	0,  // [0:24] is the sub-list for field type_name
 }
 
 func init() { file_shared_wire_wire_proto_init() }
