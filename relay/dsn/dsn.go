@@ -1,7 +1,7 @@
 // Package dsn writes delivery status notifications (RFC 3464): the mail that
-// tells a sender that a message failed or is late. Programs read these as much
-// as people do, so each report carries both a plain text and every field that
-// a program needs to find the message and the recipient again.
+// tells a sender that a message failed, is late or was handed over. Programs
+// read these as much as people do, so each report carries both a plain text and
+// every field that a program needs to find the message and the recipient again.
 package dsn
 
 import (
@@ -30,10 +30,12 @@ const (
 // Action is what became of a recipient (RFC 3464 section 2.3.3).
 type Action string
 
-// The actions.
+// The actions. "delivered" and "expanded" are not among them: this side hands
+// mail over to other servers and has neither mailboxes nor lists.
 const (
 	Failed  Action = "failed"  // given up
 	Delayed Action = "delayed" // still being tried
+	Relayed Action = "relayed" // taken by a server that sends no notification of success for us
 )
 
 // Input is what a report tells.
@@ -49,7 +51,8 @@ type Input struct {
 	Recipients []Recipient
 
 	// Header is the message's header section with its empty line. Body follows
-	// it and is used only with ReturnFull (RET=FULL, RFC 3461 section 4.3).
+	// it and is used only with ReturnFull (RET=FULL, RFC 3461 section 4.3),
+	// which is for reports of failure.
 	Header     []byte
 	Body       []byte
 	ReturnFull bool
@@ -69,7 +72,9 @@ type Recipient struct {
 
 // Build returns the report with CRLF line ends, ready to be queued. Its
 // envelope sender must be null (RFC 3464 section 2). It is 7-bit unless the
-// message goes back whole and is not. Errors are fault.Invalid and name the
+// message goes back whole and is not, or To holds UTF-8: then the report is one
+// of RFC 6533, whose header section and parts hold UTF-8 too, and needs
+// SMTPUTF8 (see Input.UTF8). Errors are fault.Invalid and name the
 // field; a null To is one, because a report about a report could go round for
 // ever (RFC 5321 section 6.1). More than MaxRecipients is fault.TooLarge.
 func Build(in Input) ([]byte, error) {
@@ -78,16 +83,19 @@ func Build(in Input) ([]byte, error) {
 	}
 	part := returned(&in)
 	boundary := boundaryFor(in.ID, part.body)
-	var w writer
+	w := writer{wide: in.UTF8()}
 	w.Grow(4096 + 512*len(in.Recipients) + len(part.body))
 	w.header(&in, boundary, part.encoding)
 	w.line("This report has several parts: a text, the same for programs, and the message.")
 	w.open(boundary)
-	w.field("Content-Type", "text/plain; charset=us-ascii")
-	w.line("")
-	w.text(&in, part)
+	w.people(&in, part)
 	w.open(boundary)
-	w.field("Content-Type", "message/delivery-status")
+	if w.wide {
+		w.field("Content-Type", "message/global-delivery-status") // RFC 6533 section 4
+		w.field("Content-Transfer-Encoding", "8bit")
+	} else {
+		w.field("Content-Type", "message/delivery-status")
+	}
 	w.line("")
 	w.status(&in)
 	w.open(boundary)
@@ -108,12 +116,12 @@ func check(in *Input) error {
 	switch {
 	case in.To.IsNull():
 		return bad("to", "the null sender gets no report (RFC 5321 section 6.1)")
-	case !printable(in.To.String()):
-		return bad("to", "the sender's address is not ASCII; such mail is not accepted")
+	case !printableUTF8(in.To.String()):
+		return bad("to", "the sender's address holds control characters or is not UTF-8")
 	case in.From.IsNull() || !printable(in.From.String()):
 		return bad("from", "the report needs an ASCII address to come from")
 	case !isHost(in.ReportingMTA):
-		return bad("reporting_mta", "%q is not a host name", clean(in.ReportingMTA, 80))
+		return bad("reporting_mta", "%q is not a host name", clean(in.ReportingMTA, 80, false))
 	case in.ID.IsZero():
 		return bad("id", "the report needs an id")
 	case in.Now.IsZero():
@@ -126,23 +134,29 @@ func check(in *Input) error {
 	for i := range in.Recipients {
 		r := &in.Recipients[i]
 		field := "recipients[" + strconv.Itoa(i) + "]"
-		if r.Address.IsNull() || !printable(r.Address.String()) {
-			return bad(field+".address", "the address is empty or not ASCII")
+		if r.Address.IsNull() || !printableUTF8(r.Address.String()) {
+			return bad(field+".address", "the address is empty, holds control characters or is not UTF-8")
 		}
-		if r.Action != Failed && r.Action != Delayed {
-			return bad(field+".action", "is %q, use failed or delayed", clean(string(r.Action), 20))
+		if r.Action != Failed && r.Action != Delayed && r.Action != Relayed {
+			return bad(field+".action", "is %q, use failed, delayed or relayed", clean(string(r.Action), 20, false))
 		}
-		if r.Status != "" && !isStatus(r.Status) {
-			return bad(field+".status", "%q is not an enhanced status code such as 5.1.1 (RFC 3463)", clean(r.Status, 20))
+		if r.Status != "" && !isStatus(r.Status, r.Action) {
+			return bad(field+".status", "%q is no enhanced status code such as 5.1.1 (RFC 3463) that fits the action", clean(r.Status, 20, false))
 		}
 	}
 	return nil
 }
 
-// anyFailed reports whether a recipient was given up.
-func (in *Input) anyFailed() bool {
+// UTF8 reports whether the report is one of RFC 6533, which needs SMTPUTF8 on
+// its way. It is when it goes to an address that needs that anyway. A sender
+// with an ASCII address gets a report that every server takes, with UTF-8
+// addresses of recipients in the ASCII form of RFC 6533 section 3.
+func (in *Input) UTF8() bool { return !printable(in.To.Local) }
+
+// any reports whether something became of at least one recipient.
+func (in *Input) any(a Action) bool {
 	for i := range in.Recipients {
-		if in.Recipients[i].Action == Failed {
+		if in.Recipients[i].Action == a {
 			return true
 		}
 	}
@@ -155,20 +169,35 @@ func (r *Recipient) status() string {
 	switch {
 	case r.Status != "":
 		return r.Status
-	case isStatus(r.Reply.Enhanced):
+	case isStatus(r.Reply.Enhanced, r.Action):
 		return r.Reply.Enhanced
+	case r.Action == Relayed:
+		return "2.0.0"
+	case r.Action == Delayed && isStatus(r.Reply.Enhanced, Failed):
+		// A 5xx that is tried again, such as one about our address, has not
+		// failed for good (RFC 3463 section 2).
+		return "4" + r.Reply.Enhanced[1:]
 	case r.Action == Delayed || r.Reply.Code >= 400 && r.Reply.Code < 500:
 		return "4.0.0"
 	}
 	return "5.0.0"
 }
 
-// isStatus implements the syntax of RFC 3463 section 2; a report never tells
-// of success.
-func isStatus(s string) bool {
+// isStatus implements the syntax of RFC 3463 section 2, with the classes that
+// an action can have. What was given up may have the class 4: the condition was
+// temporary, the deadline was not (X.4.7).
+func isStatus(s string, a Action) bool {
 	class, rest, _ := strings.Cut(s, ".")
 	subject, detail, ok := strings.Cut(rest, ".")
-	return ok && (class == "4" || class == "5") && isShortNumber(subject) && isShortNumber(detail)
+	switch {
+	case !ok || !isShortNumber(subject) || !isShortNumber(detail):
+		return false
+	case a == Relayed:
+		return class == "2"
+	case a == Delayed:
+		return class == "4"
+	}
+	return class == "4" || class == "5"
 }
 
 func isShortNumber(s string) bool {
@@ -195,62 +224,4 @@ func boundaryFor(id ids.Message, body []byte) string {
 		b = "relais-" + strconv.Itoa(n) + "-" + id.String()
 	}
 	return b
-}
-
-// printable reports whether s holds visible ASCII and spaces only.
-func printable(s string) bool {
-	for i := 0; i < len(s); i++ {
-		if s[i] < 0x20 || s[i] > 0x7e {
-			return false
-		}
-	}
-	return true
-}
-
-// clean returns s with everything but visible ASCII and spaces replaced, at
-// most limit bytes long: remote text must not forge fields, and the status
-// part is 7-bit (RFC 3464 section 2.1).
-func clean(s string, limit int) string {
-	var out strings.Builder
-	for _, r := range s {
-		switch {
-		case out.Len() >= limit:
-			return out.String() + "..."
-		case r == '\t' || r == '\r' || r == '\n':
-			out.WriteByte(' ')
-		case r < 0x20 || r > 0x7e:
-			out.WriteByte('?')
-		default:
-			out.WriteByte(byte(r))
-		}
-	}
-	return strings.TrimSpace(out.String())
-}
-
-// xtext decodes RFC 3461 section 4; text that is not xtext, or whose decoded
-// form is not printable ASCII, is returned as it is.
-func xtext(s string) string {
-	if !strings.Contains(s, "+") {
-		return s
-	}
-	var out strings.Builder
-	for i := 0; i < len(s); i++ {
-		if s[i] != '+' {
-			out.WriteByte(s[i])
-			continue
-		}
-		if i+2 >= len(s) {
-			return s
-		}
-		n, err := strconv.ParseUint(s[i+1:i+3], 16, 8)
-		if err != nil {
-			return s
-		}
-		out.WriteByte(byte(n))
-		i += 2
-	}
-	if decoded := out.String(); printable(decoded) {
-		return decoded
-	}
-	return s
 }

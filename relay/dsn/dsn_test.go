@@ -111,7 +111,7 @@ func read(t tb, raw []byte) parsed {
 			}
 			p.text = string(body)
 		case 1:
-			if kind != "message/delivery-status" {
+			if kind != "message/delivery-status" && kind != "message/global-delivery-status" {
 				t.Fatalf("part 1 is %s", kind)
 			}
 			p.message, p.recipients = groups(t, body)
@@ -325,14 +325,14 @@ func TestRefuses(t *testing.T) {
 		spoil func(*Input)
 	}{
 		{"to", func(in *Input) { in.To = mailaddr.Address{} }},
-		{"to", func(in *Input) { in.To.Local = "café" }},
+		{"to", func(in *Input) { in.To.Local = "caf\xe9" }},
 		{"from", func(in *Input) { in.From = mailaddr.Address{} }},
 		{"reporting_mta", func(in *Input) { in.ReportingMTA = "a b" }},
 		{"id", func(in *Input) { in.ID = ids.Message{} }},
 		{"now", func(in *Input) { in.Now = time.Time{} }},
 		{"recipients", func(in *Input) { in.Recipients = nil }},
 		{"recipients[0].address", func(in *Input) { in.Recipients[0].Address.Local = "a\r\nAction: relayed" }},
-		{"recipients[0].action", func(in *Input) { in.Recipients[0].Action = "delivered" }},
+		{"recipients[0].action", func(in *Input) { in.Recipients[0].Action = "expanded" }},
 		{"recipients[0].status", func(in *Input) { in.Recipients[0].Status = "2.0.0" }},
 	} {
 		in := input(t)

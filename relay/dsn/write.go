@@ -7,10 +7,14 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode/utf8"
 )
 
 // writer writes lines and fields with CRLF.
-type writer struct{ bytes.Buffer }
+type writer struct {
+	bytes.Buffer
+	wide bool // UTF-8 is written as it is, in a report of RFC 6533
+}
 
 func (w *writer) line(s string) { w.WriteString(s + "\r\n") }
 
@@ -29,13 +33,22 @@ func (w *writer) field(name, value string) {
 			w.WriteString("\r\n")
 			column = 0
 		}
-		if limit := maxFieldBytes - column - 1; len(word) > limit {
-			word = word[:limit]
-		}
+		word = cut(word, maxFieldBytes-column-1)
 		w.WriteString(" " + word)
 		column += 1 + len(word)
 	}
 	w.WriteString("\r\n")
+}
+
+// cut returns at most limit bytes of s, whole characters only.
+func cut(s string, limit int) string {
+	if len(s) <= limit {
+		return s
+	}
+	for limit > 0 && !utf8.RuneStart(s[limit]) {
+		limit--
+	}
+	return s[:limit]
 }
 
 func (w *writer) date(name string, at time.Time) {
@@ -46,9 +59,12 @@ func (w *writer) date(name string, at time.Time) {
 
 // header writes the report's own header section.
 func (w *writer) header(in *Input, boundary, encoding string) {
-	subject := "Delayed: your message has not been delivered yet"
-	if in.anyFailed() {
+	subject := "Relayed: your message was handed over"
+	switch {
+	case in.any(Failed):
 		subject = "Undelivered: your message could not be delivered"
+	case in.any(Delayed):
+		subject = "Delayed: your message has not been delivered yet"
 	}
 	w.line("From: Mail delivery <" + in.From.String() + ">")
 	w.line("To: <" + in.To.String() + ">") // never folded: a quoted local part may hold spaces
@@ -62,11 +78,35 @@ func (w *writer) header(in *Input, boundary, encoding string) {
 	w.field("Auto-Submitted", "auto-replied") // RFC 3834 section 5
 	w.field("MIME-Version", "1.0")
 	w.field("Content-Type", "multipart/report; report-type=delivery-status; boundary=\""+boundary+"\"") // RFC 6522 section 3
-	if encoding == "8bit" {
+	if encoding == "8bit" || w.wide {
 		// RFC 2045 section 6.4: a multipart is as wide as its widest part.
-		w.field("Content-Transfer-Encoding", encoding)
+		w.field("Content-Transfer-Encoding", "8bit")
 	}
 	w.line("")
+}
+
+// people writes the part for people: ASCII if it can be. UTF-8 in a report that
+// may have to pass servers without 8BITMIME is encoded.
+func (w *writer) people(in *Input, part returnedPart) {
+	text := writer{wide: w.wide}
+	for i := range in.Recipients {
+		text.wide = text.wide || !printable(in.Recipients[i].Address.Local)
+	}
+	text.text(in, part)
+	body := text.Bytes()
+	switch wide, _ := widths(body); {
+	case !wide:
+		w.field("Content-Type", "text/plain; charset=us-ascii")
+	case w.wide:
+		w.field("Content-Type", "text/plain; charset=utf-8")
+		w.field("Content-Transfer-Encoding", "8bit")
+	default:
+		w.field("Content-Type", "text/plain; charset=utf-8")
+		w.field("Content-Transfer-Encoding", "quoted-printable")
+		body = quotedPrintable(body)
+	}
+	w.line("")
+	w.Write(body)
 }
 
 // text writes the part for people.
@@ -83,6 +123,7 @@ func (w *writer) text(in *Input, part returnedPart) {
 	}{
 		{Failed, "Your message" + when + " could not be delivered to the recipients below. It will not be tried again for them; send it anew once the cause is mended."},
 		{Delayed, "Your message" + when + " has not been delivered to the recipients below yet. It is being tried again; there is no need to send it anew."},
+		{Relayed, "Your message" + when + " was handed over to the mail servers of the recipients below. They were not asked to confirm that it reached the mailbox, so this is the last notice of success."},
 	} {
 		intro := group.intro
 		for i := range in.Recipients {
@@ -105,9 +146,9 @@ func (w *writer) recipient(r *Recipient) {
 	w.line("  <" + r.Address.String() + ">")
 	switch {
 	case r.Reply.Code > 0 && r.RemoteMTA != "":
-		w.paragraph("    ", clean(r.RemoteMTA, 255)+" answered: "+r.diagnostic(maxShownReply))
+		w.paragraph("    ", clean(r.RemoteMTA, 255, false)+" answered: "+r.diagnostic(maxShownReply, w.wide))
 	case r.Reply.Text != "":
-		w.paragraph("    ", r.diagnostic(maxShownReply))
+		w.paragraph("    ", r.diagnostic(maxShownReply, w.wide))
 	}
 	if r.Action == Delayed && !r.WillRetryUntil.IsZero() {
 		w.paragraph("    ", "It is tried until "+r.WillRetryUntil.Format(dateForm)+".")
@@ -119,9 +160,7 @@ func (w *writer) recipient(r *Recipient) {
 func (w *writer) paragraph(indent, text string) {
 	column := 0
 	for _, word := range strings.Fields(text) {
-		if limit := maxFieldBytes - len(indent); len(word) > limit {
-			word = word[:limit]
-		}
+		word = cut(word, maxFieldBytes-len(indent))
 		switch {
 		case column == 0:
 			w.WriteString(indent)
@@ -140,15 +179,15 @@ func (w *writer) paragraph(indent, text string) {
 }
 
 // diagnostic returns code, enhanced code and text of the last answer.
-func (r *Recipient) diagnostic(limit int) string {
+func (r *Recipient) diagnostic(limit int, wide bool) string {
 	var parts []string
 	if r.Reply.Code > 0 {
 		parts = append(parts, strconv.Itoa(int(r.Reply.Code)))
 	}
 	if r.Reply.Enhanced != "" && r.Reply.Code > 0 {
-		parts = append(parts, clean(r.Reply.Enhanced, 20))
+		parts = append(parts, clean(r.Reply.Enhanced, 20, false))
 	}
-	if text := clean(r.Reply.Text, limit); text != "" {
+	if text := clean(r.Reply.Text, limit, wide); text != "" {
 		parts = append(parts, text)
 	}
 	return strings.Join(parts, " ")
@@ -158,7 +197,7 @@ func (r *Recipient) diagnostic(limit int) string {
 // of fields for each recipient (RFC 3464 section 2.1).
 func (w *writer) status(in *Input) {
 	if in.EnvelopeID != "" {
-		w.field("Original-Envelope-Id", clean(xtext(in.EnvelopeID), 900)) // section 2.2.1
+		w.line("Original-Envelope-Id: " + clean(xtext(in.EnvelopeID), 900, w.wide)) // section 2.2.1
 	}
 	w.field("Reporting-MTA", "dns; "+in.ReportingMTA) // section 2.2.2
 	w.date("Arrival-Date", in.Arrival)                // section 2.2.5
@@ -166,15 +205,15 @@ func (w *writer) status(in *Input) {
 		r := &in.Recipients[i]
 		w.line("")
 		if kind, text, ok := strings.Cut(r.ORCPT, ";"); ok && isAtom(kind) {
-			w.line("Original-Recipient: " + kind + "; " + clean(xtext(text), 900)) // section 2.3.1
+			w.line("Original-Recipient: " + kind + "; " + clean(w.original(kind, text), 900, w.wide)) // section 2.3.1
 		}
-		w.line("Final-Recipient: rfc822; " + r.Address.String()) // section 2.3.2
-		w.field("Action", string(r.Action))                      // section 2.3.3
-		w.field("Status", r.status())                            // section 2.3.4
+		w.line("Final-Recipient: " + w.final(r.Address)) // section 2.3.2
+		w.field("Action", string(r.Action))              // section 2.3.3
+		w.field("Status", r.status())                    // section 2.3.4
 		if r.RemoteMTA != "" {
-			w.field("Remote-MTA", "dns; "+clean(r.RemoteMTA, 255)) // section 2.3.5
+			w.field("Remote-MTA", "dns; "+clean(r.RemoteMTA, 255, false)) // section 2.3.5
 		}
-		if d := r.diagnostic(1024); d != "" { // section 2.3.6
+		if d := r.diagnostic(1024, w.wide); d != "" { // section 2.3.6
 			kind := "smtp"
 			if r.Reply.Code == 0 {
 				kind = "x-relais" // our own words: no SMTP server said them
@@ -202,14 +241,22 @@ type returnedPart struct {
 }
 
 // returned makes the last part: the message if it was asked for and fits, else
-// its header section (RFC 6522 section 4).
+// its header section (RFC 6522 section 4). Header sections with UTF-8 have media
+// types of their own (RFC 6533 section 5), which may be encoded; others may not.
 func returned(in *Input) returnedPart {
+	wideHeader, _ := widths(in.Header)
+	global := wideHeader && utf8.Valid(in.Header)
 	if in.ReturnFull && len(in.Header)+len(in.Body) <= MaxReturnedBytes {
 		body := append(bytes.Clone(in.Header), in.Body...)
 		wide, unfit := widths(body)
 		if !unfit {
 			p := returnedPart{contentType: "message/rfc822", told: "The message is attached.", body: lines(body)}
-			if wide {
+			switch {
+			case global && !in.UTF8():
+				p.contentType, p.encoding, p.body = "message/global", "quoted-printable", quotedPrintable(p.body)
+			case global:
+				p.contentType, p.encoding = "message/global", "8bit"
+			case wide:
 				p.encoding = "8bit" // RFC 2046 section 5.2.1 allows no other for such a part
 			}
 			return p
@@ -219,7 +266,12 @@ func returned(in *Input) returnedPart {
 	if in.ReturnFull {
 		p.told = fmt.Sprintf("The header of the message is attached; the message itself has over %d octets or too long lines, so it is not returned.", MaxReturnedBytes)
 	}
-	if wide, unfit := widths(p.body); wide || unfit {
+	wide, unfit := widths(p.body)
+	if in.UTF8() && global {
+		p.contentType, p.encoding = "message/global-headers", "8bit"
+		wide = false
+	}
+	if wide || unfit {
 		p.encoding, p.body = "quoted-printable", quotedPrintable(p.body)
 	}
 	return p
@@ -286,7 +338,9 @@ func messageID(h []byte) string {
 		line, rest, _ := bytes.Cut(h, []byte("\n"))
 		for len(rest) > 0 && (rest[0] == ' ' || rest[0] == '\t') { // folded
 			more, after, _ := bytes.Cut(rest, []byte("\n"))
-			line, rest = append(bytes.Clone(line), more...), after
+			if rest = after; len(line) <= maxFieldBytes { // a longer one is no id
+				line = append(bytes.Clone(line), more...)
+			}
 		}
 		name, value, ok := bytes.Cut(line, []byte(":"))
 		if !ok {
