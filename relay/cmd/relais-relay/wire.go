@@ -147,7 +147,11 @@ func (n *node) unready() string {
 	case h.Copied:
 		return "another machine is linked with the key of this relay: " + h.Problem
 	}
-	if d := n.agent.Directory(); d != nil && d.View().Draining {
+	d := n.agent.Directory()
+	if d == nil {
+		return "no policy yet, so nobody may submit: " + h.Problem
+	}
+	if d.View().Draining {
 		return "the relay drains: an operator lets it take no new mail"
 	}
 	if err := n.store.Health(); err != nil {

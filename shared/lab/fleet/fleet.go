@@ -40,6 +40,9 @@ type Config struct {
 	// Dirs overrides the data directory of relay i, e.g. with a small disk.
 	Dirs map[int]string
 	Tune func(*lab.Profile)
+	// Init makes the data directory of the first control server in place of
+	// relais-control init, whose address is given; nil: that does.
+	Init func(ctx context.Context, dir string, advertise netip.Addr) error
 	Log  io.Writer // progress, one line per step; nil: none
 }
 
@@ -159,7 +162,12 @@ func (f *Fleet) startControl(ctx context.Context) error {
 		CAFile   string `json:"ca_file"`
 		Endpoint string `json:"endpoint"`
 	}
-	if err := f.controlJSON(ctx, &made, "init", "--advertise", f.block.Addr(placeControl).String()); err != nil {
+	if f.cfg.Init != nil {
+		if err := f.cfg.Init(ctx, f.dirCtl, f.block.Addr(placeControl)); err != nil {
+			return err
+		}
+		made.CAFile = filepath.Join(f.dirCtl, "ca.pem")
+	} else if err := f.controlJSON(ctx, &made, "init", "--advertise", f.block.Addr(placeControl).String()); err != nil {
 		return err
 	}
 	f.CAFile = made.CAFile
