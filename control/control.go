@@ -183,9 +183,14 @@ const DefaultProject = "default"
 // DKIMKey is a signing key of a domain.
 type DKIMKey struct {
 	Selector      string
-	Algorithm     string // "rsa-sha256"
+	Algorithm     string // of shared/policy
 	Public        []byte // SubjectPublicKeyInfo, DER
-	PrivateSealed []byte // PKCS #8 DER, sealed under the KEK
+	PrivateSealed []byte // PKCS #8 DER, sealed under the KEK; empty once it is over
+
+	State     KeyState
+	CreatedAt time.Time // zero: with its domain
+	SeenAt    time.Time // since when DNS shows the record of a new key; zero: it does not
+	Since     time.Time // of the state; zero: since its domain is
 }
 
 // Domain is a sending domain.
@@ -342,6 +347,12 @@ func (d *Domain) Summary() string {
 	selectors := make([]string, len(d.DKIM))
 	for i, k := range d.DKIM {
 		selectors[i] = k.Selector
+		if k.State != KeySigning {
+			selectors[i] += ":" + k.State.String()
+		}
+		if k.State == KeyNew && !k.SeenAt.IsZero() {
+			selectors[i] += ":seen"
+		}
 	}
 	text := fmt.Sprintf("tenant=%s return_path=%s selectors=%s", d.Tenant, d.ReturnPath, strings.Join(selectors, ","))
 	if !d.VerifiedAt.IsZero() {

@@ -61,6 +61,9 @@ func samples() []Command {
 		&CARollback{Meta: meta, Rotation: "ab12"},
 		&CAPrune{Meta: meta},
 		&IPRelease{Meta: meta, Expect: 25, Source: id(14), OldOwnerIsOff: true},
+		&DomainKeysAdd{Meta: meta, Expect: 26, Domain: "example.com", Keys: []*DKIMKey{{Selector: "e1", Algorithm: "ed25519-sha256", Public: []byte("p"), PrivateSealed: []byte("s")}}},
+		&DomainKeyStep{Meta: meta, Domain: "example.com", Selector: "e1", Step: "seen"},
+		&DomainKeysRollback{Meta: meta, Expect: 27, Domain: "example.com"},
 	}
 }
 

@@ -232,7 +232,7 @@ func (r *Project) Row() (*control.Project, error) {
 func DomainRecord(d *control.Domain) *Domain {
 	r := &Domain{Name: string(d.Name), Tenant: optionalID(d.Tenant), ReturnPath: string(d.ReturnPath), CreatedMs: millis(d.CreatedAt), VerifiedMs: millis(d.VerifiedAt)}
 	for _, k := range d.DKIM {
-		r.Dkim = append(r.Dkim, &DKIMKey{Selector: k.Selector, Algorithm: k.Algorithm, Public: k.Public, PrivateSealed: k.PrivateSealed})
+		r.Dkim = append(r.Dkim, DKIMKeyRecord(&k))
 	}
 	return r
 }
@@ -243,7 +243,7 @@ func (r *Domain) Row() (*control.Domain, error) {
 	d := &control.Domain{Name: s.domain("domain", r.GetName()), ReturnPath: s.domain("return_path", r.GetReturnPath()), CreatedAt: fromMillis(r.GetCreatedMs()), VerifiedAt: fromMillis(r.GetVerifiedMs())}
 	setID(&s, "tenant", &d.Tenant, r.GetTenant())
 	for _, k := range r.GetDkim() {
-		d.DKIM = append(d.DKIM, control.DKIMKey{Selector: k.GetSelector(), Algorithm: k.GetAlgorithm(), Public: k.GetPublic(), PrivateSealed: k.GetPrivateSealed()})
+		d.DKIM = append(d.DKIM, k.Row())
 	}
 	return d, s.err
 }

@@ -889,6 +889,10 @@ type DKIMKey struct {
 	Algorithm     string                 `protobuf:"bytes,2,opt,name=algorithm,proto3" json:"algorithm,omitempty"`
 	Public        []byte                 `protobuf:"bytes,3,opt,name=public,proto3" json:"public,omitempty"`                                    // SubjectPublicKeyInfo, DER
 	PrivateSealed []byte                 `protobuf:"bytes,4,opt,name=private_sealed,json=privateSealed,proto3" json:"private_sealed,omitempty"` // PKCS #8 DER, sealed under the KEK
+	State         string                 `protobuf:"bytes,5,opt,name=state,proto3" json:"state,omitempty"`                                      // empty: it signs
+	CreatedMs     int64                  `protobuf:"varint,6,opt,name=created_ms,json=createdMs,proto3" json:"created_ms,omitempty"`
+	SeenMs        int64                  `protobuf:"varint,7,opt,name=seen_ms,json=seenMs,proto3" json:"seen_ms,omitempty"`    // since when DNS shows the record of a new key; 0: it does not
+	SinceMs       int64                  `protobuf:"varint,8,opt,name=since_ms,json=sinceMs,proto3" json:"since_ms,omitempty"` // of the state
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -949,6 +953,34 @@ func (x *DKIMKey) GetPrivateSealed() []byte {
 		return x.PrivateSealed
 	}
 	return nil
+}
+
+func (x *DKIMKey) GetState() string {
+	if x != nil {
+		return x.State
+	}
+	return ""
+}
+
+func (x *DKIMKey) GetCreatedMs() int64 {
+	if x != nil {
+		return x.CreatedMs
+	}
+	return 0
+}
+
+func (x *DKIMKey) GetSeenMs() int64 {
+	if x != nil {
+		return x.SeenMs
+	}
+	return 0
+}
+
+func (x *DKIMKey) GetSinceMs() int64 {
+	if x != nil {
+		return x.SinceMs
+	}
+	return 0
 }
 
 type Domain struct {
@@ -2129,12 +2161,17 @@ const file_control_command_records_proto_rawDesc = "" +
 	"\x06tenant\x18\x02 \x01(\fR\x06tenant\x12\x12\n" +
 	"\x04name\x18\x03 \x01(\tR\x04name\x12\x1d\n" +
 	"\n" +
-	"created_ms\x18\x04 \x01(\x03R\tcreatedMs\"\x82\x01\n" +
+	"created_ms\x18\x04 \x01(\x03R\tcreatedMs\"\xeb\x01\n" +
 	"\aDKIMKey\x12\x1a\n" +
 	"\bselector\x18\x01 \x01(\tR\bselector\x12\x1c\n" +
 	"\talgorithm\x18\x02 \x01(\tR\talgorithm\x12\x16\n" +
 	"\x06public\x18\x03 \x01(\fR\x06public\x12%\n" +
-	"\x0eprivate_sealed\x18\x04 \x01(\fR\rprivateSealed\"\xc5\x01\n" +
+	"\x0eprivate_sealed\x18\x04 \x01(\fR\rprivateSealed\x12\x14\n" +
+	"\x05state\x18\x05 \x01(\tR\x05state\x12\x1d\n" +
+	"\n" +
+	"created_ms\x18\x06 \x01(\x03R\tcreatedMs\x12\x17\n" +
+	"\aseen_ms\x18\a \x01(\x03R\x06seenMs\x12\x19\n" +
+	"\bsince_ms\x18\b \x01(\x03R\asinceMs\"\xc5\x01\n" +
 	"\x06Domain\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06tenant\x18\x02 \x01(\fR\x06tenant\x12\x1f\n" +

@@ -19,7 +19,7 @@ func TestOldServersApplyWhatTheyKnow(t *testing.T) {
 		if TypeOf(c)&^IgnorableBit > TypeFSMVersionSet {
 			want = 2
 		}
-		if TypeOf(c) >= TypeCARotate && TypeOf(c) <= TypeIPRelease {
+		if TypeOf(c) >= TypeCARotate && TypeOf(c)&IgnorableBit == 0 {
 			want = 3
 		}
 		if got := binary.BigEndian.Uint16(b[1:]); got != want {

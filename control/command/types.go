@@ -45,7 +45,12 @@ const (
 	TypeCARollback       Type = 64
 	TypeCAPrune          Type = 65
 	TypeIPRelease        Type = 66
-	TypeStateHash        Type = 1 | IgnorableBit // says nothing that changes the state
+	TypeDomainKeysAdd    Type = 70
+	TypeDomainKeyStep    Type = 71
+
+	TypeDomainKeysRollback Type = 72
+
+	TypeStateHash Type = 1 | IgnorableBit // says nothing that changes the state
 )
 
 // Command is the body of a log entry.
@@ -97,6 +102,9 @@ var registry = []registration{
 	{TypeCARollback, "ca.rollback", func() Command { return new(CARollback) }},
 	{TypeCAPrune, "ca.prune", func() Command { return new(CAPrune) }},
 	{TypeIPRelease, "ip.release", func() Command { return new(IPRelease) }},
+	{TypeDomainKeysAdd, "domain.keys-add", func() Command { return new(DomainKeysAdd) }},
+	{TypeDomainKeyStep, "domain.key-step", func() Command { return new(DomainKeyStep) }},
+	{TypeDomainKeysRollback, "domain.keys-rollback", func() Command { return new(DomainKeysRollback) }},
 	{TypeStateHash, "state-hash", func() Command { return new(StateHash) }},
 }
 
@@ -174,6 +182,9 @@ func TypeOf(c Command) Type {
 		return TypeRecoveryEnd
 	case *StateHash:
 		return TypeStateHash
+	}
+	if t := keysType(c); t != 0 {
+		return t
 	}
 	return rotationType(c)
 }

@@ -255,17 +255,8 @@ func (c *DomainPut) Validate() error {
 	if err := first(checkDomain("domain", row.Name), checkDomain("return_path", row.ReturnPath)); err != nil {
 		return err
 	}
-	if len(row.DKIM) > MaxDKIMKeys {
-		return fault.Field(opValidate, "dkim", "%d signing keys are too many, allowed are %d", len(row.DKIM), MaxDKIMKeys)
-	}
-	for _, k := range row.DKIM {
-		sel, err := mailaddr.ParseDomain(k.Selector)
-		if err != nil || len(sel) > maxSelectorBytes || string(sel) != k.Selector {
-			return fault.Field(opValidate, "selector", "%q is not a DKIM selector: use lower-case letters, digits and inner hyphens", k.Selector)
-		}
-		if err := first(oneOf("algorithm", k.Algorithm, "rsa-sha256"), checkBytes("public", k.Public, 1, MaxSealedBytes), checkBytes("private_sealed", k.PrivateSealed, 1, MaxSealedBytes)); err != nil {
-			return err
-		}
+	if err := checkKeys(row.DKIM, MaxDKIMKeys); err != nil {
+		return err
 	}
 	return checkMeta(c.GetMeta())
 }

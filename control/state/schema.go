@@ -145,6 +145,9 @@ func (a *applier) apply(body command.Command) (any, error) {
 	case *command.StateHash:
 		return nil, nil // compared by Store.Apply
 	}
+	if row, known, err := a.applyKeys(body); known {
+		return row, err
+	}
 	return a.applyRotation(body)
 }
 

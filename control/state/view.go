@@ -94,6 +94,9 @@ func (r *Reader) viewDomains(v *policy.View, open OpenFunc) error {
 		}
 		row := policy.Domain{Name: d.Name, Tenant: d.Tenant, ReturnPath: d.ReturnPath}
 		for _, k := range d.DKIM {
+			if k.State != control.KeySigning {
+				continue
+			}
 			private, err := open(k.PrivateSealed, DKIMPurpose(d.Name, k.Selector))
 			if err != nil {
 				return fault.Wrap(err, fault.Internal, "state.View", "the signing key %s of %s cannot be opened", k.Selector, d.Name)
