@@ -52,7 +52,7 @@ func (s *session) Reset() { s.dir, s.sender, s.mails = nil, mailaddr.Address{}, 
 func (s *session) Logout() error { return nil }
 
 // Mail implements smtp.Session. Any sender will do: bounces have none.
-func (s *session) Mail(_ string, opts *smtp.MailOptions) error {
+func (s *session) Mail(string, *smtp.MailOptions) error {
 	s.Reset()
 	if closed := s.server.opt.Closed; closed != nil {
 		if why := closed(); why != "" {
@@ -62,14 +62,15 @@ func (s *session) Mail(_ string, opts *smtp.MailOptions) error {
 	if s.dir = s.server.opt.Policy(); s.dir == nil {
 		return s.conn.Refuse("no_policy", 451, smtp.EnhancedCode{4, 3, 2}, "There is no policy on this relay, try again later")
 	}
-	sender, err := smtpconn.ParsePath(s.conn.Argument(), "FROM:")
+	sender, err := s.conn.Path()
 	if err != nil {
 		return s.conn.Refuse("sender_syntax", 501, smtp.EnhancedCode{5, 1, 7}, "MAIL: %s", fault.Public(err))
 	}
-	if limit := s.conn.Limits().MaxMessageBytes; opts.Size > limit {
+	size := s.conn.MailParams().Size
+	if limit := s.conn.Limits().MaxMessageBytes; size > limit {
 		return s.conn.Refuse("too_large", 552, smtp.EnhancedCode{5, 3, 4}, "The message is larger than %d octets", limit)
 	}
-	if err := s.server.opt.Spool.Admit(max(opts.Size, minAdmitBytes)); err != nil {
+	if err := s.server.opt.Spool.Admit(max(size, minAdmitBytes)); err != nil {
 		return s.refuseStore(err)
 	}
 	s.sender = sender
@@ -79,7 +80,7 @@ func (s *session) Mail(_ string, opts *smtp.MailOptions) error {
 // Rcpt implements smtp.Session. This is the only door: an address is either a
 // return path that we signed, or refused.
 func (s *session) Rcpt(string, *smtp.RcptOptions) error {
-	to, err := smtpconn.ParsePath(s.conn.Argument(), "TO:")
+	to, err := s.conn.Path()
 	if err != nil || to.IsNull() {
 		return s.conn.Refuse("recipient_syntax", 501, smtp.EnhancedCode{5, 1, 3}, "RCPT: this is not an address")
 	}

@@ -77,25 +77,33 @@ func (c *Conn) failRead(err error) error {
 	return errEnded // never io.EOF, which says that a message is complete
 }
 
+// command reads a command line within the limits of the session.
+func (c *Conn) command() (verb, arg string, err error) {
+	line, err := c.readLine(!c.inMail)
+	if err != nil {
+		return "", "", err
+	}
+	if c.commands++; c.commands > c.limits.MaxCommandsPerSession {
+		return "", "", c.fail("commands", "421 4.7.0 Too many commands in one session, connect again")
+	}
+	if c.errors >= c.limits.MaxErrorsPerSession {
+		return "", "", c.fail("errors", "421 4.7.0 Too many errors, closing the connection")
+	}
+	if c.server.draining.Load() && !c.inMail {
+		return "", "", c.fail("draining", "421 4.3.2 "+c.server.cfg.Hostname+" is shutting down, try again later")
+	}
+	text := strings.TrimRight(string(line), " \t")
+	verb, arg, _ = strings.Cut(text, " ")
+	return strings.ToUpper(verb), strings.TrimLeft(arg, " "), nil
+}
+
 // nextCommand reads commands and answers those that are ours, until there is
 // one for go-smtp.
 func (c *Conn) nextCommand() error {
-	line, err := c.readLine(!c.inMail)
+	verb, arg, err := c.command()
 	if err != nil {
 		return err
 	}
-	if c.commands++; c.commands > c.limits.MaxCommandsPerSession {
-		return c.fail("commands", "421 4.7.0 Too many commands in one session, connect again")
-	}
-	if c.errors >= c.limits.MaxErrorsPerSession {
-		return c.fail("errors", "421 4.7.0 Too many errors, closing the connection")
-	}
-	if c.server.draining.Load() && !c.inMail {
-		return c.fail("draining", "421 4.3.2 "+c.server.cfg.Hostname+" is shutting down, try again later")
-	}
-	text := strings.TrimRight(string(line), " \t")
-	verb, arg, _ := strings.Cut(text, " ")
-	verb, arg = strings.ToUpper(verb), strings.TrimLeft(arg, " ")
 	if c.security == RequireSTARTTLS && c.tls == nil && needsTLS(verb) {
 		if verb == "AUTH" {
 			// RFC 4954 section 4: the code for a mechanism that needs encryption.
@@ -112,13 +120,23 @@ func (c *Conn) nextCommand() error {
 		return c.startTLS(arg)
 	case "AUTH":
 		c.auth(arg)
-	case "MAIL", "RCPT", "DATA":
+	case "MAIL", "RCPT":
 		if !c.outOfOrder(verb) {
+			c.transactionCommand(verb, arg)
+		}
+	case "DATA":
+		if !c.outOfOrder(verb) {
+			c.data = dataState{lineStart: true}
 			c.pass(verb, arg)
 		}
+	case "BDAT":
+		if !c.server.cfg.Chunking {
+			return c.fail("unknown_command", "502 5.5.1 BDAT is not offered here, closing the connection")
+		}
+		return c.bdat(arg)
 	case "RSET", "NOOP", "QUIT", "VRFY":
 		c.pass(verb, arg)
-	case "EXPN", "HELP", "BDAT", "SEND", "SOML", "SAML", "TURN", "ETRN", "BURL":
+	case "EXPN", "HELP", "SEND", "SOML", "SAML", "TURN", "ETRN", "BURL":
 		c.refuse("unknown_command", "502 5.5.1 "+verb+" is not offered here")
 	default:
 		c.refuse("unknown_command", "500 5.5.2 Command not recognised")
@@ -149,6 +167,8 @@ func (c *Conn) outOfOrder(verb string) bool {
 		c.refuse("sequence", "503 5.5.1 MAIL comes first")
 	case verb == "DATA" && c.recipients == 0:
 		c.refuse("sequence", "554 5.5.1 There is no valid recipient")
+	case verb == "DATA" && c.mailParams.Body == BodyBinary:
+		c.refuse("sequence", "503 5.5.1 A message of BINARYMIME comes by BDAT") // RFC 3030 section 3
 	default:
 		return false
 	}

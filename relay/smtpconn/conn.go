@@ -73,6 +73,8 @@ type Conn struct {
 	esmtp      bool
 	authed     bool
 	inMail     bool // MAIL was accepted
+	mailParams MailParams
+	rcptParams RcptParams
 	recipients int
 	commands   int
 	errors     int

@@ -22,6 +22,12 @@ const maxDiscardBytes = 64 << 20
 type dataState struct {
 	lineStart bool  // the next octet begins a line
 	lineBytes int   // of the current line so far
+	bdat      bool  // comes in chunks
+	begun     bool  // go-smtp said 354 for the first chunk
+	last      bool  // this chunk is the last
+	cr        bool  // the last octet of the chunks so far was CR
+	binary    bool  // is not text
+	left      int64 // octets of the chunk that were not read yet
 	total     int64 // octets of the message, dot-stuffing removed
 	refused   error // the message will be refused with it, the rest is discarded
 	discarded int64
@@ -36,6 +42,9 @@ type dataState struct {
 // it is: it is the refusal of a message that broke a limit and was read to its
 // end, or the connection is over and the client has been told.
 func (c *Conn) Chunk() ([]byte, error) {
+	if c.data.bdat {
+		return c.bdatRun()
+	}
 	for {
 		if c.dead {
 			return nil, errEnded
@@ -63,7 +72,7 @@ func (c *Conn) Chunk() ([]byte, error) {
 			continue
 		}
 		if c.data.total += int64(len(run)); c.data.total > c.limits.MaxMessageBytes {
-			c.data.refused = c.Refuse("too_large", 552, smtp.EnhancedCode{5, 3, 4}, "The message is larger than %d octets", c.limits.MaxMessageBytes)
+			c.data.refused = c.tooLarge()
 			continue
 		}
 		return run, nil

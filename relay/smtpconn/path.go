@@ -7,13 +7,13 @@ import (
 	"github.com/relais-mta/relais/shared/mailaddr"
 )
 
-// ParsePath reads the path of a MAIL or RCPT argument: keyword is "FROM:" or
+// parsePath reads the path of a MAIL or RCPT argument: keyword is "FROM:" or
 // "TO:". The null path "<>" gives the zero address, which only MAIL may have.
 // Source routes are accepted and ignored (RFC 5321 section 4.1.1.3). go-smtp
 // gives local parts without their quotes, which makes some addresses read as
 // others: that is why the argument is read here.
-func ParsePath(argument, keyword string) (mailaddr.Address, error) {
-	const op = "smtpconn.ParsePath"
+func parsePath(argument, keyword string, utf8 bool) (mailaddr.Address, error) {
+	const op = "smtpconn.parsePath"
 	if len(argument) < len(keyword) || !strings.EqualFold(argument[:len(keyword)], keyword) {
 		return mailaddr.Address{}, fault.New(fault.Invalid, op, "the argument does not begin with %s", keyword)
 	}
@@ -36,6 +36,9 @@ func ParsePath(argument, keyword string) (mailaddr.Address, error) {
 		}
 		path = mailbox
 	}
+	if utf8 {
+		return mailaddr.ParseUTF8(path) // RFC 6531 section 3.3
+	}
 	return mailaddr.Parse(path)
 }
 
@@ -53,20 +56,4 @@ func pathEnd(s string) int {
 		}
 	}
 	return -1
-}
-
-// Parameter returns the value of an ESMTP parameter of a MAIL or RCPT argument
-// as it was written, or "". go-smtp decodes xtext; what travels on into an
-// envelope stays encoded (RFC 3461 section 4).
-func Parameter(argument, name string) string {
-	end := pathEnd(argument)
-	if end < 0 {
-		return ""
-	}
-	for p := range strings.FieldsSeq(argument[end+1:]) {
-		if key, value, ok := strings.Cut(p, "="); ok && strings.EqualFold(key, name) {
-			return value
-		}
-	}
-	return ""
 }

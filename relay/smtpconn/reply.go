@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/emersion/go-smtp"
 )
@@ -39,7 +40,7 @@ func (c *Conn) serverLine(line []byte) {
 			c.recipients++
 			text = "2.1.5 Recipient accepted"
 		}
-		c.sayParameter(code, text)
+		c.say(strconv.Itoa(code) + " " + text)
 	case "DATA":
 		c.replyToData(code, text)
 	case "AUTH":
@@ -56,7 +57,9 @@ func (c *Conn) serverLine(line []byte) {
 	}
 }
 
-func (c *Conn) endMail() { c.inMail, c.recipients = false, 0 }
+func (c *Conn) endMail() {
+	c.inMail, c.recipients, c.mailParams = false, 0, MailParams{}
+}
 
 func (c *Conn) replyToGreeting(code int, text string) {
 	if code != 250 {
@@ -83,6 +86,18 @@ func (c *Conn) replyToGreeting(code int, text string) {
 	if c.server.cfg.DSN {
 		c.say("250-DSN") // RFC 3461
 	}
+	if c.server.cfg.SMTPUTF8 {
+		c.say("250-SMTPUTF8") // RFC 6531
+	}
+	if c.server.cfg.Chunking {
+		c.say("250-CHUNKING") // RFC 3030
+	}
+	if c.server.cfg.BinaryMIME {
+		c.say("250-BINARYMIME") // RFC 3030
+	}
+	if hold := c.server.cfg.MaxHold; hold > 0 { // RFC 4865 section 3
+		c.say("250-FUTURERELEASE " + strconv.FormatInt(int64(hold/time.Second), 10) + " " + time.Now().Add(hold).UTC().Format(time.RFC3339))
+	}
 	c.say("250-LIMITS RCPTMAX=" + strconv.Itoa(c.limits.MaxRecipients) + " MAILMAX=" + strconv.Itoa(c.limits.MaxMessagesPerSession)) // RFC 9422
 	c.say("250 SIZE " + strconv.FormatInt(c.limits.MaxMessageBytes, 10))                                                             // RFC 1870
 }
@@ -92,27 +107,22 @@ func (c *Conn) replyToMail(code int, text string) {
 		c.inMail, c.recipients = true, 0
 		text = "2.1.0 Sender accepted"
 	}
-	c.sayParameter(code, text)
-}
-
-// sayParameter mends go-smtp's codes for parameters: RFC 5321 section 4.1.1.11
-// has 555 for one that is not known or not offered.
-func (c *Conn) sayParameter(code int, text string) {
-	if code == 504 || code == 500 && strings.HasPrefix(text, "5.5.4 Unknown") {
-		c.server.Refused("parameter")
-		c.say("555 5.5.4 A parameter of " + c.verb + " is not supported here")
-		return
-	}
 	c.say(strconv.Itoa(code) + " " + text)
 }
 
 func (c *Conn) replyToData(code int, text string) {
-	c.say(strconv.Itoa(code) + " " + text)
 	if code == 354 {
-		c.mode = modeData
-		c.data = dataState{lineStart: true}
+		if c.mode = modeData; c.data.bdat {
+			c.data.begun = true
+			return // the client sends its chunk without being asked
+		}
+	}
+	if c.data.bdat && !c.data.begun {
+		// The chunk must not be read as commands.
+		_ = c.fail("bdat", strconv.Itoa(code)+" "+text) // the next read ends
 		return
 	}
+	c.say(strconv.Itoa(code) + " " + text)
 	if c.mode != modeData {
 		// The message was taken or refused as a whole.
 		if code/100 == 2 {

@@ -44,11 +44,15 @@ type Limits struct {
 
 // Config says what a Server is for.
 type Config struct {
-	Name       string      // in metric names and logs: "submission" or "inbound"
-	Hostname   string      // said in the greeting
-	TLS        *tls.Config // nil: no TLS, which OfferSTARTTLS listeners alone can do without
-	Mechanisms []string    // SASL mechanisms told in EHLO once TLS is up; none: no AUTH at all
-	DSN        bool        // announce and parse the parameters of RFC 3461
+	Name       string        // in metric names and logs: "submission" or "inbound"
+	Hostname   string        // said in the greeting
+	TLS        *tls.Config   // nil: no TLS, which OfferSTARTTLS listeners alone can do without
+	Mechanisms []string      // SASL mechanisms told in EHLO once TLS is up; none: no AUTH at all
+	DSN        bool          // announce and parse the parameters of RFC 3461
+	SMTPUTF8   bool          // announce SMTPUTF8 (RFC 6531)
+	Chunking   bool          // announce CHUNKING and take BDAT (RFC 3030)
+	BinaryMIME bool          // announce BINARYMIME (RFC 3030); needs Chunking
+	MaxHold    time.Duration // announce FUTURERELEASE up to so far ahead (RFC 4865); 0: do not
 	Limits     func() Limits
 	NewSession func(*Conn) smtp.Session // called at the first EHLO or HELO of a connection
 	Logger     *slog.Logger
@@ -93,7 +97,6 @@ func NewServer(cfg Config) (*Server, error) {
 		return cfg.NewSession(c.Conn().(*Conn)), nil
 	}))
 	s.smtp.Domain = cfg.Hostname
-	s.smtp.EnableDSN = cfg.DSN
 	s.smtp.AllowInsecureAuth = true // a Conn refuses AUTH before TLS; go-smtp cannot see that TLS is there
 	s.smtp.MaxLineLength = 0        // lines are checked below
 	s.smtp.ErrorLog = errorLog{cfg.Logger, cfg.Name}

@@ -33,9 +33,15 @@ func (c *Conn) AppendReceived(dst []byte, id, forPath string, now time.Time) []b
 	return append(dst, '\r', '\n')
 }
 
-// protocol returns the keyword of RFC 3848.
+// protocol returns the keyword of RFC 3848, or of RFC 6531 section 4.3.
 func (c *Conn) protocol() string {
 	switch {
+	case c.mailParams.UTF8 && c.tls != nil && c.authed:
+		return "UTF8SMTPSA"
+	case c.mailParams.UTF8 && c.tls != nil:
+		return "UTF8SMTPS"
+	case c.mailParams.UTF8:
+		return "UTF8SMTP"
 	case c.tls != nil && c.authed:
 		return "ESMTPSA"
 	case c.tls != nil:

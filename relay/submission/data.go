@@ -1,6 +1,7 @@
 package submission
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"encoding/binary"
@@ -8,6 +9,7 @@ import (
 	"io"
 	"log/slog"
 	"time"
+	"unicode/utf8"
 
 	"github.com/emersion/go-smtp"
 
@@ -31,11 +33,15 @@ func (s *session) Data(io.Reader) error {
 	env := &relay.Envelope{
 		ID: ids.NewMessage(now), Tenant: s.cred.Tenant, Project: s.cred.Project, Credential: s.credential,
 		Sender: s.sender, Recipients: s.recipients, ClientIP: s.conn.Remote(),
-		EnvID: s.envID, RetFull: s.retFull, AcceptedAt: now, Revision: s.dir.View().Revision,
+		EnvID: s.params.EnvID, RetFull: s.params.RetFull, AcceptedAt: now, Revision: s.dir.View().Revision,
 	}
 	rest, err := s.readHeader()
 	if err != nil {
 		return err
+	}
+	if s.params.Body == smtpconn.BodyBinary && !isText(s.header, s.conn.Limits().MaxLineBytes) {
+		// RFC 3030 section 3: a header section is text whatever the body is.
+		return s.conn.Drain(s.conn.Refuse("message_rule", 554, smtp.EnhancedCode{5, 6, 0}, "The header section holds NUL, CR or LF alone, or a line longer than %d octets", s.conn.Limits().MaxLineBytes))
 	}
 	h, err := s.applyRules(env, now)
 	if err != nil {
@@ -89,8 +95,17 @@ func (s *session) applyRules(env *relay.Envelope, now time.Time) (header, error)
 	if s.fields, err = splitHeader(s.fields[:0], s.header); err != nil {
 		return header{}, s.refuseFault(err)
 	}
+	if s.params.UTF8 && !utf8.Valid(s.header) {
+		return header{}, s.conn.Refuse("message_rule", 550, smtp.EnhancedCode{5, 6, 0}, "The header section is not UTF-8, which SMTPUTF8 wants it to be") // RFC 6532 section 3.2
+	}
 	h, err := inspect(s.header, s.fields, now)
 	if err != nil {
+		return h, s.refuseFault(err)
+	}
+	if err := h.options.hold(s.params.Hold); err != nil {
+		return h, s.refuseFault(err)
+	}
+	if err := h.options.check(now); err != nil {
 		return h, s.refuseFault(err)
 	}
 	if h.received > s.dir.Document().Submission.MaxReceivedFields {
@@ -148,6 +163,9 @@ func (s *session) store(env *relay.Envelope, h *header, body Body, rest []byte) 
 		return 0, s.conn.Drain(s.refuseStore(err))
 	}
 	env.EightBit = hasEightBit(s.header)
+	// RFC 6531 section 3.4: the parameter alone says that the client can, not
+	// that the message must.
+	env.SMTPUTF8 = s.params.UTF8 && env.EightBit
 	if s.hasher == nil {
 		s.hasher = sign.NewBodyHasher()
 	}
@@ -168,6 +186,7 @@ func (s *session) store(env *relay.Envelope, h *header, body Body, rest []byte) 
 			return 0, err
 		}
 	}
+	env.BinaryMIME = s.conn.Binary()
 	if err := body.Seal(headerBytes, s.hasher.Sum()); err != nil {
 		return 0, s.refuseStore(err)
 	}
@@ -177,7 +196,7 @@ func (s *session) store(env *relay.Envelope, h *header, body Body, rest []byte) 
 // storeHeader writes the header section and returns its size.
 func (s *session) storeHeader(env *relay.Envelope, h *header, body Body) (int64, error) {
 	forPath := ""
-	if len(env.Recipients) == 1 {
+	if len(env.Recipients) == 1 && env.Recipients[0].Address.IsASCII() { // the field must not be what makes a header need SMTPUTF8
 		forPath = env.Recipients[0].Address.String()
 	}
 	id := env.ID.String()
@@ -225,6 +244,19 @@ func (s *session) storeHeader(env *relay.Envelope, h *header, body Body) (int64,
 	s.trace = end
 	err := write(end)
 	return size, err
+}
+
+// isText reports whether p holds lines that end in CRLF, without CR, LF or NUL
+// elsewhere, of at most maxLine octets.
+func isText(p []byte, maxLine int) bool {
+	for len(p) > 0 {
+		line, rest, ok := bytes.Cut(p, []byte("\r\n"))
+		if !ok || len(line) > maxLine || bytes.ContainsAny(line, "\r\n\x00") {
+			return false
+		}
+		p = rest
+	}
+	return true
 }
 
 // hasEightBit reports whether p holds octets above 127.

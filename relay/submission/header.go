@@ -158,7 +158,7 @@ func inspect(raw []byte, fields []field, now time.Time) (header, error) {
 	if err := h.authors(raw, from, sender); err != nil {
 		return h, err
 	}
-	return h, h.options.check(now)
+	return h, nil
 }
 
 func lowerInto(buf, name []byte) []byte {

@@ -145,6 +145,9 @@ func TestOptions(t *testing.T) {
 				t.Fatal(err)
 			}
 			h, err := inspect([]byte(raw+"\r\n"), fields, now)
+			if err == nil {
+				err = h.options.check(now)
+			}
 			if tt.wantStart.IsZero() {
 				if !fault.Is(err, fault.Invalid) {
 					t.Errorf("error %v, want invalid", err)

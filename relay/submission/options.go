@@ -88,6 +88,19 @@ func (o *options) setExpire(name, text string) error {
 	return nil
 }
 
+// hold takes the time of the FUTURERELEASE parameter, which is another way to
+// say X-Relais-Send-At; zero: there was none.
+func (o *options) hold(until time.Time) error {
+	switch {
+	case until.IsZero():
+		return nil
+	case o.seen&sawSendAt != 0:
+		return badOption("X-Relais-Send-At", "is not said together with HOLDFOR or HOLDUNTIL of MAIL")
+	}
+	o.sendAt = until
+	return nil
+}
+
 // check judges the options together, once all are known.
 func (o *options) check(now time.Time) error {
 	if o.expireAt.IsZero() {

@@ -23,7 +23,7 @@ type Options struct {
 	Closed     func() string            // why no mail is taken now, for the client; empty: it is; nil: it always is
 	Connected  func() bool              // whether control is reachable, so that an unknown credential is known to be wrong
 	Spool      Spool
-	DSN        bool // announce RFC 3461; only when NOTIFY is honoured for every recipient
+	BinaryMIME bool // announce BINARYMIME; only when delivery keeps such messages from hosts that lack it
 	Logger     *slog.Logger
 	Registerer prometheus.Registerer // nil: metrics are not exported
 }
@@ -58,7 +58,11 @@ func New(opt Options) (*Server, error) {
 		Hostname:   opt.Hostname,
 		TLS:        opt.TLS,
 		Mechanisms: []string{"PLAIN", "LOGIN"},
-		DSN:        opt.DSN,
+		DSN:        true,
+		SMTPUTF8:   true,
+		Chunking:   true,
+		BinaryMIME: opt.BinaryMIME,
+		MaxHold:    maxAhead,
 		Limits:     s.limits,
 		NewSession: func(c *smtpconn.Conn) smtp.Session { return &session{server: s, conn: c} },
 		Logger:     opt.Logger,

@@ -279,7 +279,7 @@ func newWorld(t testing.TB, change func(*policy.View)) *world {
 	var err error
 	w.server, err = New(Options{
 		Hostname: "mx.example", TLS: serverTLS, Policy: w.policy.Load, Connected: func() bool { return !w.away.Load() },
-		Spool: w.spool, DSN: true, Registerer: w.registry, Logger: slog.New(slog.NewJSONHandler(&w.log, &slog.HandlerOptions{Level: slog.LevelDebug})),
+		Spool: w.spool, BinaryMIME: true, Registerer: w.registry, Logger: slog.New(slog.NewJSONHandler(&w.log, &slog.HandlerOptions{Level: slog.LevelDebug})),
 	})
 	if err != nil {
 		t.Fatal(err)

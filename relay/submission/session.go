@@ -36,8 +36,7 @@ type session struct {
 	cred       *policy.Credential
 	stream     *policy.ResolvedStream // the credential's own; nil if it does not exist
 	sender     mailaddr.Address
-	envID      string
-	retFull    bool
+	params     smtpconn.MailParams
 	recipients []relay.Recipient
 	seen       map[mailaddr.Address]struct{}
 
@@ -51,7 +50,7 @@ type session struct {
 // Reset implements smtp.Session.
 func (s *session) Reset() {
 	s.dir, s.cred, s.stream = nil, nil, nil
-	s.sender, s.envID, s.retFull = mailaddr.Address{}, "", false
+	s.sender, s.params = mailaddr.Address{}, smtpconn.MailParams{}
 	s.recipients, s.seen = nil, nil
 	if cap(s.header) > maxKeptHeaderBytes {
 		s.header, s.fields = nil, nil
@@ -62,7 +61,7 @@ func (s *session) Reset() {
 func (s *session) Logout() error { return nil }
 
 // Mail implements smtp.Session.
-func (s *session) Mail(_ string, opts *smtp.MailOptions) error {
+func (s *session) Mail(string, *smtp.MailOptions) error {
 	if s.credential.IsZero() {
 		return s.conn.Refuse("auth_required", 530, smtp.EnhancedCode{5, 7, 0}, "Authentication required") // RFC 4954 section 6
 	}
@@ -70,22 +69,19 @@ func (s *session) Mail(_ string, opts *smtp.MailOptions) error {
 	if err := s.authorize(); err != nil {
 		return err
 	}
-	sender, err := smtpconn.ParsePath(s.conn.Argument(), "FROM:")
+	sender, err := s.conn.Path()
 	if err != nil {
 		return s.conn.Refuse("sender_syntax", 501, smtp.EnhancedCode{5, 1, 7}, "MAIL: %s", fault.Public(err))
 	}
-	if limit := s.conn.Limits().MaxMessageBytes; opts.Size > limit {
+	params := s.conn.MailParams()
+	if limit := s.conn.Limits().MaxMessageBytes; params.Size > limit {
 		// RFC 1870 section 6.1
 		return s.conn.Refuse("too_large", 552, smtp.EnhancedCode{5, 3, 4}, "The message is larger than %d octets", limit)
 	}
-	if err := s.server.opt.Spool.Admit(max(opts.Size, minAdmitBytes)); err != nil {
+	if err := s.server.opt.Spool.Admit(max(params.Size, minAdmitBytes)); err != nil {
 		return s.refuseStore(err)
 	}
-	s.sender = sender
-	s.retFull = opts.Return == smtp.DSNReturnFull
-	if opts.EnvelopeID != "" {
-		s.envID = smtpconn.Parameter(s.conn.Argument(), "ENVID")
-	}
+	s.sender, s.params = sender, params
 	return nil
 }
 
@@ -129,9 +125,8 @@ func (s *session) refuseClosed() error {
 }
 
 // Rcpt implements smtp.Session.
-func (s *session) Rcpt(_ string, opts *smtp.RcptOptions) error {
-	argument := s.conn.Argument()
-	address, err := smtpconn.ParsePath(argument, "TO:")
+func (s *session) Rcpt(string, *smtp.RcptOptions) error {
+	address, err := s.conn.Path()
 	if err != nil {
 		return s.conn.Refuse("recipient_syntax", 501, smtp.EnhancedCode{5, 1, 3}, "RCPT: %s", fault.Public(err))
 	}
@@ -155,28 +150,9 @@ func (s *session) Rcpt(_ string, opts *smtp.RcptOptions) error {
 		return nil // one copy is enough
 	}
 	s.seen[address] = struct{}{}
-	r := relay.Recipient{Address: address, Notify: notify(opts.Notify)}
-	if opts.OriginalRecipient != "" {
-		r.ORCPT = smtpconn.Parameter(argument, "ORCPT")
-	}
-	s.recipients = append(s.recipients, r)
+	params := s.conn.RcptParams()
+	s.recipients = append(s.recipients, relay.Recipient{Address: address, Notify: params.Notify, ORCPT: params.ORCPT})
 	return nil
-}
-
-func notify(values []smtp.DSNNotify) (n relay.Notify) {
-	for _, v := range values {
-		switch v {
-		case smtp.DSNNotifyNever:
-			n |= relay.NotifyNever
-		case smtp.DSNNotifySuccess:
-			n |= relay.NotifySuccess
-		case smtp.DSNNotifyFailure:
-			n |= relay.NotifyFailure
-		case smtp.DSNNotifyDelayed:
-			n |= relay.NotifyDelay
-		}
-	}
-	return n
 }
 
 // refuseNoSource answers for a pool that is placed on other relays only.

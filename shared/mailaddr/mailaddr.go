@@ -152,7 +152,40 @@ func (d Domain) IsSubdomainOf(parent Domain) bool {
 // Parse reads a mailbox "local@domain" without angle brackets (RFC 5321
 // section 4.1.2). The local part may be quoted; quotes that are not needed are
 // removed, so that both forms are equal.
-func Parse(s string) (Address, error) {
+func Parse(s string) (Address, error) { return parse(s, false) }
+
+// ParseUTF8 is Parse for clients that said SMTPUTF8: the local part may hold
+// UTF-8 (RFC 6531 section 3.3) without control characters.
+func ParseUTF8(s string) (Address, error) { return parse(s, true) }
+
+// IsASCII reports whether the address can be written without SMTPUTF8. A domain
+// in normal form always can.
+func (a Address) IsASCII() bool {
+	for i := 0; i < len(a.Local); i++ {
+		if a.Local[i] >= utf8.RuneSelf {
+			return false
+		}
+	}
+	return true
+}
+
+// IsUTF8Text reports whether s is valid UTF-8 without the control characters
+// beyond ASCII and the separators of lines and paragraphs.
+func IsUTF8Text(s string) bool {
+	for i, r := range s {
+		if r == utf8.RuneError {
+			if _, size := utf8.DecodeRuneInString(s[i:]); size == 1 {
+				return false
+			}
+		}
+		if r >= 0x80 && r < 0xa0 || r == 0x2028 || r == 0x2029 {
+			return false
+		}
+	}
+	return true
+}
+
+func parse(s string, utf8OK bool) (Address, error) {
 	const op = "mailaddr.Parse"
 	if len(s) > MaxPathBytes-2 {
 		return Address{}, fault.New(fault.Invalid, op, "an address has at most %d octets, this one has %d", MaxPathBytes-2, len(s))
@@ -161,7 +194,7 @@ func Parse(s string) (Address, error) {
 	if at < 1 || at == len(s)-1 {
 		return Address{}, fault.New(fault.Invalid, op, "%q is not an address of the form local@domain", clip(s))
 	}
-	local, err := parseLocal(s[:at])
+	local, err := parseLocal(s[:at], utf8OK)
 	if err != nil {
 		return Address{}, err
 	}
@@ -172,22 +205,25 @@ func Parse(s string) (Address, error) {
 	return Address{Local: local, Domain: domain}, nil
 }
 
-func parseLocal(s string) (string, error) {
+func parseLocal(s string, utf8OK bool) (string, error) {
 	const op = "mailaddr.Parse"
+	if utf8OK && !IsUTF8Text(s) {
+		return "", fault.New(fault.Invalid, op, "%q is not a local part in UTF-8", clip(s))
+	}
 	if len(s) > MaxLocalBytes {
 		return "", fault.New(fault.Invalid, op, "a local part has at most %d octets, this one has %d", MaxLocalBytes, len(s))
 	}
 	if s[0] == '"' {
-		return parseQuoted(s)
+		return parseQuoted(s, utf8OK)
 	}
-	if !isDotString(s) {
+	if !isDotString(s, utf8OK) {
 		return "", fault.New(fault.Invalid, op, "%q is not a local part: quote it, or use letters, digits and !#$%%&'*+-/=?^_`{|}~ with single inner dots", clip(s))
 	}
 	return s, nil
 }
 
 // parseQuoted reads a Quoted-string (RFC 5321 section 4.1.2).
-func parseQuoted(s string) (string, error) {
+func parseQuoted(s string, utf8OK bool) (string, error) {
 	const op = "mailaddr.Parse"
 	bad := fault.New(fault.Invalid, op, "%q is not a quoted local part", clip(s))
 	if len(s) < 3 || s[len(s)-1] != '"' {
@@ -204,13 +240,13 @@ func parseQuoted(s string) (string, error) {
 				return "", bad
 			}
 			out.WriteByte(inner[i])
-		case c == '"' || c < 32 || c > 126:
+		case c == '"' || c < 32 || c > 126 && (c < utf8.RuneSelf || !utf8OK):
 			return "", bad
 		default:
 			out.WriteByte(c)
 		}
 	}
-	if plain := out.String(); isDotString(plain) {
+	if plain := out.String(); isDotString(plain, utf8OK) {
 		return plain, nil
 	}
 	return requote(out.String()), nil
@@ -230,7 +266,7 @@ func requote(s string) string {
 }
 
 // isDotString implements the Dot-string rule of RFC 5321 section 4.1.2.
-func isDotString(s string) bool {
+func isDotString(s string, utf8OK bool) bool {
 	if s == "" || s[0] == '.' || s[len(s)-1] == '.' {
 		return false
 	}
@@ -242,7 +278,7 @@ func isDotString(s string) bool {
 			}
 			continue
 		}
-		if !isAtext(c) {
+		if !isAtext(c) && (c < utf8.RuneSelf || !utf8OK) {
 			return false
 		}
 	}
