@@ -55,13 +55,21 @@ type world struct {
 // newWorld starts a lab and an engine; tune changes how the lab's providers behave.
 func newWorld(t *testing.T, tune func(*lab.Profile), sources ...policy.Source) *world {
 	t.Helper()
+	return newWorldOf(t, func(c *lab.Config) { c.Tune = tune }, sources...)
+}
+
+// newWorldOf starts a lab made as change says, and an engine.
+func newWorldOf(t *testing.T, change func(*lab.Config), sources ...policy.Source) *world {
+	t.Helper()
 	t.Parallel() // each has its own lab, and mostly waits
 	w := &world{t: t, dir: t.TempDir()}
 	w.trusted.Store(true)
 	var err error
-	w.lab, err = lab.Start(t.Context(), lab.Config{
-		Seed: 1, Mode: lab.Open, Dir: t.TempDir(), SkipDKIM: true, Tune: tune, SlowDelay: 200 * time.Millisecond, Logger: slog.New(slog.DiscardHandler),
-	})
+	cfg := lab.Config{
+		Seed: 1, Mode: lab.Open, Dir: t.TempDir(), SkipDKIM: true, SlowDelay: 200 * time.Millisecond, Logger: slog.New(slog.DiscardHandler),
+	}
+	change(&cfg)
+	w.lab, err = lab.Start(t.Context(), cfg)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -39,6 +39,12 @@
 //	late-…      first time: stored, then closed without the 250 that follows the
 //	            final dot; then accepted (so the second copy is a duplicate)
 //
+// # Hostile hosts
+//
+// With Config.Hostile the farm also has a host for every file of transcripts/:
+// peers that are slow, endless, malformed or gone, each at the domain of its
+// file's name below hostile.test, with what shall come of mail for it.
+//
 // # Determinism
 //
 // A decision depends only on Config.Seed, the provider, the recipient and how

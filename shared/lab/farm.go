@@ -28,6 +28,7 @@ type farm struct {
 	open      bool // Mode Open
 	idle      time.Duration
 	slow      time.Duration
+	pace      time.Duration
 	checkPTR  bool
 	start     time.Time
 	zones     *zoneData
@@ -56,6 +57,7 @@ type provider struct {
 	tls       *tls.Config
 	wrongTLS  *tls.Config
 	store     *mailStore
+	played    atomic.Int64 // connections that got the transcript
 
 	mu         sync.Mutex
 	domains    map[string]struct{}
@@ -210,7 +212,11 @@ func (f *farm) take(p *provider, conn net.Conn) {
 	f.conns[conn] = struct{}{}
 	f.mu.Unlock()
 	f.serving.Go(func() {
-		newSession(f, p, conn).run()
+		if t := p.profile.Transcript; t != nil {
+			t.Play(f.ctx, conn, int(p.played.Add(1)-1), f.pace)
+		} else {
+			newSession(f, p, conn).run()
+		}
 		f.mu.Lock()
 		delete(f.conns, conn)
 		f.mu.Unlock()

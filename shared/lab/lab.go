@@ -54,6 +54,8 @@ type Config struct {
 	CheckPTR   bool                   // providers that want confirmed reverse DNS insist; see AddPTR
 	SlowDelay  time.Duration          // how late slow- recipients are answered; default 3 s
 	IdleTime   time.Duration          // how long MX hosts wait for a client; default 5 min
+	Hostile    bool                   // beside the providers, hosts that play the corpus of transcripts
+	Pace       time.Duration          // between the bytes of a transcript's drip; default 1 s
 	Logger     *slog.Logger
 }
 
@@ -116,6 +118,9 @@ func (c *Config) complete() error {
 	if c.SlowDelay == 0 {
 		c.SlowDelay = defaultSlowDelay
 	}
+	if c.Pace == 0 {
+		c.Pace = defaultPace
+	}
 	if c.IdleTime == 0 {
 		c.IdleTime = defaultIdleTimeout
 	}
@@ -158,7 +163,7 @@ func Start(ctx context.Context, cfg Config) (*Lab, error) {
 	}
 	l.farm = &farm{
 		providers: make(map[string]*provider), open: cfg.Mode == Open,
-		idle: cfg.IdleTime, slow: cfg.SlowDelay, checkPTR: cfg.CheckPTR, start: l.start,
+		idle: cfg.IdleTime, slow: cfg.SlowDelay, pace: cfg.Pace, checkPTR: cfg.CheckPTR, start: l.start,
 		zones: l.zones, certs: certs, log: cfg.Logger, conns: make(map[net.Conn]struct{}),
 		stored: l.stored, moved: l.moved,
 	}
@@ -174,7 +179,15 @@ func (l *Lab) up(ctx context.Context) error {
 	if err := os.WriteFile(filepath.Join(l.cfg.Dir, "ca.pem"), l.CAPEM(), 0o644); err != nil {
 		return fmt.Errorf("lab: Dir: %w", err)
 	}
-	owner, err := l.build(DefaultProfiles(l.cfg.Small))
+	profiles := DefaultProfiles(l.cfg.Small)
+	if l.cfg.Hostile {
+		hostile, err := hostileProfiles()
+		if err != nil {
+			return err
+		}
+		profiles = append(profiles, hostile...)
+	}
+	owner, err := l.build(profiles)
 	if err != nil {
 		return err
 	}

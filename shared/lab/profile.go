@@ -71,6 +71,7 @@ type Profile struct {
 	RequirePTR     bool          // MAIL from an address without confirmed reverse DNS is refused; see Config.CheckPTR
 	MaxMessageSize int64         // bytes, announced with SIZE (RFC 1870)
 	Wording        Wording
+	Transcript     *Transcript // played to every connection in place of all the above; nil: none
 }
 
 const (
