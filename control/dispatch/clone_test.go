@@ -84,6 +84,29 @@ func TestCloneIsRefused(t *testing.T) {
 	}
 }
 
+// TestRelaysMayProbe has a relay ask whether the server lives.
+func TestRelaysMayProbe(t *testing.T) {
+	w := newWorld(t)
+	node := pkitest.NewNode()
+	w.nodes.setState(node, control.NodeActive)
+	r := w.dial(node, 1, &wire.Hello{})
+	preface, err := wire.Expect[*wire.Preface](r.control)
+	if err != nil || preface.GetCapabilities()&wire.CapabilityProbe == 0 {
+		t.Fatalf("the server announces %v, %v", preface, err)
+	}
+	if err := r.welcome(); err != nil {
+		t.Fatal(err)
+	}
+	for _, nonce := range []uint64{7, 8} {
+		if err := r.control.Send(&wire.Probe{Nonce: nonce}); err != nil {
+			t.Fatal(err)
+		}
+		if reply, err := wire.Expect[*wire.ProbeReply](r.control); err != nil || reply.GetNonce() != nonce {
+			t.Errorf("question %d: %v, %v", nonce, reply, err)
+		}
+	}
+}
+
 // TestRestartIsNoClone kills a relay, which leaves its session behind, and
 // starts it again.
 func TestRestartIsNoClone(t *testing.T) {

@@ -143,6 +143,7 @@ func (n *session) readHello() error {
 	if err := n.send(&wire.Preface{
 		ProtocolMin: wire.ProtocolMin, ProtocolMax: wire.ProtocolMax,
 		ClusterId: config.Cluster[:], Generation: config.Nodes.Generation(), Version: config.Version,
+		Capabilities: wire.CapabilityProbe,
 	}); err != nil {
 		return err
 	}
@@ -341,7 +342,7 @@ func (n *session) sendAway() {
 	}
 }
 
-// receive reads the control stream: reports, each answered at once.
+// receive reads the control stream: reports and probes, each answered at once.
 func (n *session) receive() error {
 	for {
 		message, err := n.control.Receive()
@@ -353,6 +354,12 @@ func (n *session) receive() error {
 			select {
 			case n.replies <- reply.GetNonce():
 			default: // an answer that nobody waits for
+			}
+			continue
+		}
+		if probe, ok := message.(*wire.Probe); ok {
+			if err := n.send(&wire.ProbeReply{Nonce: probe.GetNonce()}); err != nil {
+				return err
 			}
 			continue
 		}

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -21,11 +22,14 @@ import (
 	"github.com/relais-mta/relais/shared/wire"
 )
 
+// udpFallbackLimit is from when UDP is blocked to when the relay is linked over
+// TCP.
+const udpFallbackLimit = 5 * time.Second
+
 // TestUDPBlockedMidConnection blocks UDP between a relay and its server while
-// they are linked over QUIC: once the relay has noticed, by reports that nobody
-// answers, it is linked over TCP within 5 s, and mail flows all the time. The
-// test runs itself again in a network namespace, where everything else is as it
-// is outside.
+// they are linked over QUIC: within 5 s of that moment the relay is linked over
+// TCP, nothing else changes, and mail flows all the time. The test runs itself
+// again in a network namespace, where everything else is as it is outside.
 func TestUDPBlockedMidConnection(t *testing.T) {
 	if os.Getenv(binariesVariable) != "" {
 		blockUDP(t)
@@ -40,6 +44,29 @@ func TestUDPBlockedMidConnection(t *testing.T) {
 	}
 }
 
+// linkedOver counts the sessions over a transport since the relay's first start.
+func linkedOver(t *testing.T, r *fleet.Relay, transport string) int {
+	t.Helper()
+	return logLines(t, r, "linked to control", transport)
+}
+
+// logLines counts the lines of a relay's log that say msg, and of which transport.
+func logLines(t *testing.T, r *fleet.Relay, msg, transport string) int {
+	t.Helper()
+	text, err := os.ReadFile(r.Log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := 0
+	for _, line := range strings.Split(string(text), "\n") {
+		var entry struct{ Msg, Transport string }
+		if json.Unmarshal([]byte(line), &entry) == nil && entry.Msg == msg && entry.Transport == transport {
+			n++
+		}
+	}
+	return n
+}
+
 func blockUDP(t *testing.T) {
 	run := func(line string) {
 		t.Helper()
@@ -51,21 +78,7 @@ func blockUDP(t *testing.T) {
 	run("ip link set lo up")
 	f := start(t, fleet.Config{Open: true, NoDKIM: true})
 	r := f.Relays[0]
-	linkedBy := func(transport string) int {
-		text, err := os.ReadFile(r.Log)
-		if err != nil {
-			t.Fatal(err)
-		}
-		n := 0
-		for _, line := range strings.Split(string(text), "\n") {
-			var entry struct{ Msg, Transport string }
-			if json.Unmarshal([]byte(line), &entry) == nil && entry.Msg == "linked to control" && entry.Transport == transport {
-				n++
-			}
-		}
-		return n
-	}
-	if linkedBy("quic") != 1 || linkedBy("tcp") != 0 {
+	if linkedOver(t, r, "quic") != 1 || linkedOver(t, r, "tcp") != 0 {
 		t.Fatal("the relay is not linked over QUIC")
 	}
 	type row struct {
@@ -75,16 +88,15 @@ func blockUDP(t *testing.T) {
 	var before, after row
 	showNode(t, f, r.Node, &before)
 	policyBefore := policyRevision(t, f)
-	var submitted []fleet.Submitted
-	send := func(tag string) {
-		t.Helper()
-		batch, err := f.Submit(within(t, time.Minute), fleet.Stream{Recipients: recipients(t, f, 20), Size: 2000, Connections: 2, Tag: tag})
+	send := func(to []string, tag string) []fleet.Submitted {
+		batch, err := f.Submit(within(t, time.Minute), fleet.Stream{Recipients: to, Size: 2000, Connections: 2, Tag: tag})
 		if err != nil {
-			t.Fatal(err)
+			t.Error(err)
 		}
-		submitted = append(submitted, batch...)
+		return batch
 	}
-	send("before")
+	submitted := send(recipients(t, f, 20), "before")
+	meanwhile := recipients(t, f, 60)
 	_, port, err := net.SplitHostPort(f.LinkAddr())
 	if err != nil {
 		t.Fatal(err)
@@ -94,24 +106,22 @@ func blockUDP(t *testing.T) {
 	run("tc class add dev lo parent 1: classid 1:1 htb rate 10gbit quantum 60000")
 	run("tc class add dev lo parent 1: classid 1:3 htb rate 10gbit quantum 60000")
 	run("tc qdisc add dev lo parent 1:3 pfifo limit 0")
+	if linkedOver(t, r, "quic") != 1 {
+		t.Fatal("the relay was not linked over QUIC all the time")
+	}
+	blocked := time.Now()
 	for _, match := range []string{"dport", "sport"} {
 		run("tc filter add dev lo parent 1: protocol ip u32 match ip protocol 17 0xff match ip " + match + " " + port + " 0xffff flowid 1:3")
 	}
-	blocked := time.Now()
-	send("blocked")
-	eventually(t, 90*time.Second, "the relay notices that nothing is answered", func() bool {
-		s, err := statusOf(r)
-		return err == nil && !s.Connected
-	})
-	noticed := time.Now()
-	send("without link")
-	eventually(t, 60*time.Second, "the relay is linked over TCP", func() bool { return linkedBy("tcp") == 1 })
-	up := time.Now()
-	t.Logf("noticed %v after UDP was blocked, linked over TCP %v after that", noticed.Sub(blocked).Round(time.Millisecond), up.Sub(noticed).Round(time.Millisecond))
-	if took := up.Sub(noticed); took > 5*time.Second {
-		t.Errorf("the link was up over TCP after %v, want 5 s", took)
+	sent := make(chan []fleet.Submitted, 1)
+	go func() { sent <- send(meanwhile, "blocked") }()
+	eventually(t, 60*time.Second, "the relay is linked over TCP", func() bool { return linkedOver(t, r, "tcp") == 1 })
+	took := time.Since(blocked)
+	t.Logf("linked over TCP %v after UDP was blocked", took.Round(time.Millisecond))
+	if took > udpFallbackLimit {
+		t.Errorf("the link was up over TCP after %v, want %v", took, udpFallbackLimit)
 	}
-	send("after")
+	submitted = append(append(submitted, <-sent...), send(recipients(t, f, 20), "after")...)
 	eventually(t, 10*time.Second, "control shows the relay as linked", func() bool {
 		var n nodeRow
 		showNode(t, f, r.Node, &n)
@@ -123,11 +133,33 @@ func blockUDP(t *testing.T) {
 	if now := policyRevision(t, f); now != policyBefore {
 		t.Errorf("the policy was at revision %d and is at %d", policyBefore, now)
 	}
-	if n := linkedBy("quic"); n != 1 {
+	if n := linkedOver(t, r, "quic"); n != 1 {
 		t.Errorf("%d sessions over QUIC, want the one before", n)
 	}
-	if a := settle(t, f, submitted); a.refused > 0 || a.delivered != len(submitted) {
+	if a := settle(t, f, submitted); len(submitted) != 100 || a.refused > 0 || a.delivered != len(submitted) {
 		t.Errorf("of %d messages: %+v", len(submitted), a)
+	}
+}
+
+// TestPausedRelayKeepsItsLink stops a relay's process for longer than a silent
+// server is given: it finds that it was away itself, and stays linked.
+func TestPausedRelayKeepsItsLink(t *testing.T) {
+	const pause = 8 * time.Second
+	f := start(t, fleet.Config{Open: true, NoDKIM: true})
+	r := f.Relays[0]
+	if err := r.Signal(syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	stopped := time.Now()
+	eventually(t, 2*pause, "the pause to be over", func() bool { return time.Since(stopped) >= pause })
+	if err := r.Signal(syscall.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
+	views := logLines(t, r, "policy in use", "")
+	ctl(t, f, "node", "drain", r.Node)
+	eventually(t, 20*time.Second, "the relay to take a change", func() bool { return logLines(t, r, "policy in use", "") > views })
+	if n := linkedOver(t, r, "quic") + linkedOver(t, r, "tcp"); n != 1 {
+		t.Errorf("%d sessions, want the one before the pause", n)
 	}
 }
 

@@ -77,6 +77,7 @@ type Agent struct {
 
 	renewed      chan struct{} // gets a token when there is a new certificate
 	spread       time.Duration // over which relays renew when the issuing key changes
+	lookPeriod   time.Duration // between two looks at whether the server lives
 	trustChanged chan struct{} // closed and replaced when whom we believe, or our certificate, changes; under mu
 
 	current atomic.Pointer[applied]
@@ -118,7 +119,7 @@ func Open(options Options) (_ *Agent, err error) {
 	if err != nil {
 		return nil, err
 	}
-	a := &Agent{options: options, member: member, renewed: make(chan struct{}, 1), trustChanged: make(chan struct{}), spread: renewSpread}
+	a := &Agent{options: options, member: member, renewed: make(chan struct{}, 1), trustChanged: make(chan struct{}), spread: renewSpread, lookPeriod: lookPeriod}
 	if len(a.servers()) == 0 {
 		return nil, fault.Field(op, "control.addresses", "no control server is known: name one as host:port")
 	}

@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"net/netip"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -50,6 +51,8 @@ type controlServer struct {
 	bundle        []*x509.Certificate                        // believed and given out; nil: the root
 	known         func(pki.Identity, *x509.Certificate) bool // for renewals
 	server        ids.Node
+	capabilities  uint64 // announced to relays
+	reportMs      uint32 // a report is due this often
 
 	sessions chan *relaySession // welcomed ones
 }
@@ -60,6 +63,7 @@ type relaySession struct {
 	control *wire.Conn
 	views   *wire.Conn
 	reports chan *wire.Report
+	probes  atomic.Int64  // questions of the relay's
 	over    chan struct{} // closed by the test: the handler returns
 	code    link.Code
 	sending sync.Mutex // of control
@@ -74,7 +78,7 @@ func (s *relaySession) say(message proto.Message) error {
 
 func startControl(t *testing.T, ca *pkitest.CA) *controlServer {
 	t.Helper()
-	c := &controlServer{t: t, ca: ca, nodes: make(map[[32]byte]ids.Node), leafLife: time.Hour, sessions: make(chan *relaySession, 16)}
+	c := &controlServer{t: t, ca: ca, nodes: make(map[[32]byte]ids.Node), leafLife: time.Hour, sessions: make(chan *relaySession, 16), capabilities: wire.CapabilityProbe, reportMs: 100}
 	c.token = pki.NewJoinToken(pki.RoleRelay, ids.Token(ids.NewMessage(time.Now())), ca.Pin())
 	c.listen("127.0.0.1:0")
 	c.servers = []string{c.address}
@@ -112,7 +116,7 @@ func (c *controlServer) listen(address string) {
 }
 
 func (c *controlServer) preface() *wire.Preface {
-	return &wire.Preface{ProtocolMin: 1, ProtocolMax: 1, ClusterId: c.ca.Cluster[:], Generation: 1, Version: "test"}
+	return &wire.Preface{ProtocolMin: 1, ProtocolMax: 1, ClusterId: c.ca.Cluster[:], Generation: 1, Version: "test", Capabilities: c.capabilities}
 }
 
 // exchange runs one request and answer on the first stream.
@@ -250,7 +254,7 @@ func (c *controlServer) serve(ctx context.Context, session link.Session) (link.C
 	if refusal != nil {
 		return link.CodeDenied, fault.Public(refusal)
 	}
-	if err := s.control.Send(&wire.Welcome{ServerTimeMs: time.Now().UnixMilli(), ReportIntervalMs: 100, Servers: servers, State: "active"}); err != nil {
+	if err := s.control.Send(&wire.Welcome{ServerTimeMs: time.Now().UnixMilli(), ReportIntervalMs: c.reportMs, Servers: servers, State: "active"}); err != nil {
 		return link.CodeInternal, err.Error()
 	}
 	views, err := session.OpenStream(ctx)
@@ -278,6 +282,12 @@ func (s *relaySession) answerReports() {
 		message, err := s.control.Receive()
 		if err != nil {
 			return
+		}
+		if probe, ok := message.(*wire.Probe); ok {
+			s.probes.Add(1)
+			if s.say(&wire.ProbeReply{Nonce: probe.GetNonce()}) != nil {
+				return
+			}
 		}
 		if report, ok := message.(*wire.Report); ok {
 			if s.say(&wire.Pong{Nonce: report.GetNonce(), ServerTimeMs: time.Now().Add(time.Hour).UnixMilli()}) != nil {

@@ -137,6 +137,9 @@ type session struct {
 	redirect []string
 	pongs    chan *wire.Pong
 	sending  sync.Mutex // of control
+	pulse    pulse
+	probes   bool          // the server answers probes
+	answered time.Duration // how long its first answer took
 }
 
 // send sends on the control stream, where reports and answers meet.
@@ -155,6 +158,9 @@ func (s *session) run(ctx context.Context) error {
 		return err
 	}
 	err = s.work(ctx)
+	if errors.Is(err, errSilent) {
+		a.dialer.NoteSilence()
+	}
 	code := link.CodeDone
 	if ctx.Err() != nil {
 		code = link.CodeStopping
@@ -187,7 +193,7 @@ func (s *session) work(ctx context.Context) error {
 	}
 	defer stream.Close()
 	stream.SetPriority(link.PriorityControl)
-	s.control = wire.NewConn(stream, wire.MaxFrameBytes)
+	s.control = wire.NewConn(listening{stream, &s.pulse}, wire.MaxFrameBytes)
 	if err := stream.SetDeadline(time.Now().Add(helloTimeout)); err != nil {
 		return err
 	}
@@ -203,6 +209,11 @@ func (s *session) work(ctx context.Context) error {
 	group.Go(func() error { return s.report(ctx, stream) })
 	group.Go(func() error { return s.acceptStreams(ctx) })
 	group.Go(func() error { return s.watchTrust(ctx) })
+	if s.probes { // a server of a release before does not, and is judged by the reports alone
+		s.pulse.begin(s.agent.lookPeriod, s.answered, func() error { return s.probe(stream) })
+		group.Go(func() error { return s.pulse.watch(ctx) })
+		group.Go(func() error { return s.pulse.speak(ctx) })
+	}
 	group.Go(func() error {
 		select {
 		case <-ctx.Done():
@@ -218,10 +229,19 @@ func (s *session) work(ctx context.Context) error {
 	return group.Wait()
 }
 
+// probe asks the server whether it is there. Any byte of its is an answer.
+func (s *session) probe(stream link.Stream) error {
+	if err := stream.SetWriteDeadline(time.Now().Add(maxReportInterval)); err != nil {
+		return err
+	}
+	return s.send(&wire.Probe{Nonce: rand.Uint64()})
+}
+
 // hello introduces the relay and learns whether the server takes it.
 func (s *session) hello() error {
 	a := s.agent
 	member := a.Membership()
+	begun := time.Now()
 	if err := s.control.Send(&wire.Preface{
 		ProtocolMin: wire.ProtocolMin, ProtocolMax: wire.ProtocolMax, ClusterId: member.Cluster[:], Generation: member.Generation,
 		Capabilities: wire.CapabilityProbe | wire.CapabilityDelta, Incarnation: a.incarnation, BootNonce: a.bootNonce[:], Version: a.options.Version,
@@ -232,6 +252,7 @@ func (s *session) hello() error {
 	if err != nil {
 		return err
 	}
+	s.answered, s.probes = time.Since(begun), theirs.GetCapabilities()&wire.CapabilityProbe != 0
 	if err := s.checkPreface(theirs, member); err != nil {
 		return err
 	}
@@ -317,6 +338,7 @@ func (s *session) receive() error {
 			if err := s.send(&wire.ProbeReply{Nonce: m.GetNonce()}); err != nil {
 				return err
 			}
+		case *wire.ProbeReply: // its bytes have said that the server lives
 		case *wire.Welcome: // other servers than before
 			s.agent.noteServers(m.GetServers())
 		case *wire.Redirect:
@@ -423,7 +445,7 @@ func (s *session) acceptStreams(ctx context.Context) error {
 // other on one stream, so streams are served one after the other too.
 func (s *session) serveStream(stream link.Stream) error {
 	defer stream.Close()
-	conn := wire.NewConn(stream, wire.MaxFrameBytes)
+	conn := wire.NewConn(listening{stream, &s.pulse}, wire.MaxFrameBytes)
 	start, err := wire.Expect[*wire.StreamStart](conn)
 	if err != nil {
 		return err

@@ -20,8 +20,14 @@ const (
 	maxAddressesByName = 4               // of one host name that are tried
 	raceDelay          = 2 * time.Second // the first transport's start over the second
 	tcpMemory          = time.Hour       // QUIC is tried second for so long after it failed
-	maxRemembered      = 256             // targets
-	closeLinger        = time.Second     // a closed QUIC connection answers stragglers
+	// hurriedRaceDelay is the first transport's start over the second for
+	// silenceMemory after a session died without a word: it is enough for a
+	// transport that works to win (RFC 8305 section 5 has the same), and little
+	// time lost on one that does not.
+	hurriedRaceDelay = 250 * time.Millisecond
+	silenceMemory    = time.Minute
+	maxRemembered    = 256         // targets
+	closeLinger      = time.Second // a closed QUIC connection answers stragglers
 )
 
 // DialerConfig configures a Dialer.
@@ -39,6 +45,7 @@ type Dialer struct {
 	mu       sync.Mutex
 	byTCP    map[netip.AddrPort]time.Time // when TCP had to be used
 	sessions map[Session]struct{}         // that have not ended
+	silence  time.Time                    // when a session died without a word; zero: never
 }
 
 // NewDialer returns a dialer.
@@ -115,7 +122,7 @@ func (d *Dialer) race(ctx context.Context, name string, target netip.AddrPort, c
 	}
 	go start(first)
 	pending, both := 1, false
-	delay := time.NewTimer(min(raceDelay, d.config.Timeout/2))
+	delay := time.NewTimer(d.headStart())
 	defer delay.Stop()
 	var failures [2]error
 	for {
@@ -152,6 +159,24 @@ func closeLosers(results <-chan attempt, n int) {
 			late.session.Close(CodeDone, "another transport was faster")
 		}
 	}
+}
+
+// NoteSilence tells that a session died without a word. Its path may carry
+// nothing any more of the transport it used, to whatever server.
+func (d *Dialer) NoteSilence() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.silence = time.Now()
+}
+
+// headStart is that of the first transport over the second.
+func (d *Dialer) headStart() time.Duration {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if !d.silence.IsZero() && time.Since(d.silence) < silenceMemory {
+		return min(hurriedRaceDelay, d.config.Timeout/2)
+	}
+	return min(raceDelay, d.config.Timeout/2)
 }
 
 func (d *Dialer) prefersTCP(target netip.AddrPort) bool {

@@ -152,6 +152,7 @@ func (s *muxSession) Close(code Code, text string) {
 	if !s.end(&CloseError{Code: code, Text: text}) {
 		return
 	}
+	_ = s.limitWrites() // one that a dead peer holds up would hold us up, too
 	payload := append(binary.BigEndian.AppendUint32(nil, uint32(code)), text...)
 	if s.write(muxEnd, 0, payload) == nil {
 		_ = s.conn.CloseWrite() // the peer learns it from the frame
@@ -170,6 +171,18 @@ func (s *muxSession) extend() error {
 		return nil
 	}
 	return s.conn.SetReadDeadline(time.Now().Add(maxIdleTime))
+}
+
+// limitWrites bounds the write that follows, and one under way. What a session
+// that is over still has to say gets less time.
+func (s *muxSession) limitWrites() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	limit := muxWriteTimeout
+	if s.err != nil {
+		limit = muxCloseTimeout
+	}
+	return s.conn.SetWriteDeadline(time.Now().Add(limit))
 }
 
 // end records why the session is over, once, and wakes everybody.
@@ -206,7 +219,7 @@ func (s *muxSession) write(kind byte, id uint32, payload []byte) error {
 	s.out = binary.BigEndian.AppendUint32(s.out, id)
 	s.out = binary.BigEndian.AppendUint32(s.out, uint32(len(payload)))
 	s.out = append(s.out, payload...)
-	if err := s.conn.SetWriteDeadline(time.Now().Add(muxWriteTimeout)); err != nil {
+	if err := s.limitWrites(); err != nil {
 		return s.writeFailed()
 	}
 	if _, err := s.conn.Write(s.out); err != nil {

@@ -12,7 +12,9 @@ import (
 	"os"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/relais-mta/relais/shared/fault"
@@ -20,8 +22,8 @@ import (
 	"github.com/relais-mta/relais/shared/pki/pkitest"
 )
 
-// muxPair returns two ends of a session over TCP.
-func muxPair(t *testing.T) (client, server *muxSession) {
+// tlsPair returns two ends of a TLS connection.
+func tlsPair(t *testing.T) (client, server *tls.Conn) {
 	t.Helper()
 	ca := pkitest.New(t)
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
@@ -45,7 +47,14 @@ func muxPair(t *testing.T) (client, server *muxSession) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	client, server = newMuxSession(conn, true), newMuxSession(<-accepted, false)
+	return conn, <-accepted
+}
+
+// muxPair returns two ends of a session over TCP.
+func muxPair(t *testing.T) (client, server *muxSession) {
+	t.Helper()
+	near, far := tlsPair(t)
+	client, server = newMuxSession(near, true), newMuxSession(far, false)
 	t.Cleanup(func() {
 		client.Close(CodeDone, "")
 		server.Close(CodeDone, "")
@@ -184,6 +193,90 @@ func TestFallsBackToTCPAndRemembers(t *testing.T) {
 	session, err := d.Dial(context.Background(), s.address, config)
 	if err != nil || session.Transport() != "quic" {
 		t.Errorf("another server over %v, %v", session, err)
+	}
+}
+
+// TestSilenceShortensTheRace dials where UDP does not get through, after a
+// session died without a word: TCP is tried after a quarter of a second.
+func TestSilenceShortensTheRace(t *testing.T) {
+	ca := pkitest.New(t)
+	s := startServer(t, ca, 0)
+	address := blockedUDP(t, s.address)
+	d := dialer(t, 0)
+	d.NoteSilence()
+	start := time.Now()
+	session, err := d.Dial(context.Background(), address, pki.PinnedClientConfig([]pki.Pin{ca.Pin()}, alpnOpen))
+	if err != nil || session.Transport() != "tcp" {
+		t.Fatalf("%v, %v", session, err)
+	}
+	if took := time.Since(start); took < hurriedRaceDelay || took >= raceDelay {
+		t.Errorf("it took %v", took)
+	}
+	session, err = d.Dial(context.Background(), s.address, pki.PinnedClientConfig([]pki.Pin{ca.Pin()}, alpnOpen))
+	if err != nil || session.Transport() != "quic" {
+		t.Errorf("where UDP gets through: over %v, %v", session, err)
+	}
+}
+
+func TestHeadStart(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d, hasty := NewDialer(DialerConfig{}), NewDialer(DialerConfig{Timeout: time.Second})
+		check := func(when string, want time.Duration) {
+			t.Helper()
+			if got := d.headStart(); got != want {
+				t.Errorf("%s: %v, want %v", when, got, want)
+			}
+		}
+		check("at first", raceDelay)
+		if got := hasty.headStart(); got != time.Second/2 {
+			t.Errorf("%v of a second to connect in", got)
+		}
+		d.NoteSilence()
+		check("after a silence", hurriedRaceDelay)
+		time.Sleep(silenceMemory - time.Nanosecond)
+		check("a minute later", hurriedRaceDelay)
+		time.Sleep(time.Nanosecond)
+		check("after that", raceDelay)
+	})
+}
+
+// TestMuxCloseIsNotHeldUp closes a session whose peer reads nothing any more,
+// while a write waits for it.
+func TestMuxCloseIsNotHeldUp(t *testing.T) {
+	near, far := tlsPair(t)
+	defer far.Close()
+	client := newMuxSession(near, true)
+	var written atomic.Int64
+	var writing sync.WaitGroup
+	for range maxStreams { // windows enough to fill the kernel's buffers
+		stream, err := client.OpenStream(context.Background())
+		if err != nil {
+			t.Fatal(err)
+		}
+		writing.Go(func() {
+			for chunk := make([]byte, muxMaxData); ; written.Add(1) {
+				if _, err := stream.Write(chunk); err != nil {
+					return
+				}
+			}
+		})
+	}
+	for last := int64(-1); last != written.Load(); { // until nothing moves
+		last = written.Load()
+		select {
+		case <-client.Done():
+			t.Fatal(client.Err())
+		case <-time.After(200 * time.Millisecond):
+		}
+	}
+	if written.Load() >= maxStreams*muxWindow/muxMaxData {
+		t.Fatal("the kernel took all that the windows let through")
+	}
+	start := time.Now()
+	client.Close(CodeDone, "")
+	writing.Wait()
+	if took := time.Since(start); took > 2*muxCloseTimeout {
+		t.Errorf("closing took %v", took)
 	}
 }
 
