@@ -38,6 +38,7 @@ generate:
 
 peers:
 	@scripts/debian-peers.sh
+	@scripts/more-peers.sh
 
 test: peers check unit e2e test-deb
 

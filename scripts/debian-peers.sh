@@ -10,11 +10,11 @@
 # started.
 set -eu
 
-# swaks, python3: clients of another make    opendkim: checks our signatures
+# swaks, curl, python3: clients of another make    opendkim: checks our signatures
 # python3-dkim, python3-nacl: check Ed25519 signatures
 # e2fsprogs, mount, util-linux: loop file systems for the full-disk and
 # power-cut tests                            iproute2: source addresses
-default="swaks libnet-ssleay-perl python3 python3-dkim python3-nacl e2fsprogs mount util-linux iproute2 opendkim opendkim-tools"
+default="swaks libnet-ssleay-perl python3 python3-dkim python3-nacl e2fsprogs mount util-linux iproute2 opendkim opendkim-tools curl"
 
 # What other targets ask for by name.
 known="$default postfix postgresql chromium mmdebstrap systemd-container lintian procps"
