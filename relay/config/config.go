@@ -41,6 +41,9 @@ type Listen struct {
 	Submission  []netip.AddrPort `toml:"submission"`  // STARTTLS, RFC 6409: port 587
 	Inbound     []netip.AddrPort `toml:"inbound"`     // our own signed return paths: port 25
 	Metrics     netip.AddrPort   `toml:"metrics"`     // metrics, health, pprof
+	// Proxies are balancers in front of the submission listeners, which must
+	// begin each connection with a PROXY header (version 1 or 2). Others cannot.
+	Proxies []netip.Prefix `toml:"proxies"`
 }
 
 // Control tells where the control servers are.
@@ -165,6 +168,11 @@ func (c *Config) check(op string) error {
 				return fault.Field(op, l.name, "%s is also in %s; give each listener its own address or port", a, other)
 			}
 			seen[a] = l.name
+		}
+	}
+	for i, p := range c.Listen.Proxies {
+		if p.Bits() == 0 || p != p.Masked() || p.Addr().Is4In6() {
+			return fault.Field(op, fmt.Sprintf("listen.proxies[%d]", i), "%s is not a network of balancers; write one such as 10.0.0.0/24 or 10.0.0.7/32: whoever is in it can claim to be any client", p)
 		}
 	}
 	if a := c.Listen.Metrics; a.IsValid() && !a.Addr().IsLoopback() {

@@ -33,6 +33,8 @@ func TestParseNamesTheKeyAndTheLine(t *testing.T) {
 		{"[log]\nlevel = \"loud\"", "log.level"},
 		{"[listen]\nsubmission = [\"127.0.0.1:25\"]\ninbound = [\"127.0.0.1:25\"]", "listen.inbound"},
 		{"[[[", "line 1"},
+		{"[listen]\nproxies = [\"10.0.0.0/24\", \"0.0.0.0/0\"]", "listen.proxies[1]"},
+		{"[listen]\nproxies = [\"10.0.0.1/24\"]", "listen.proxies[0]"},
 	} {
 		_, err := Parse([]byte(tc.text))
 		if !fault.Is(err, fault.Invalid) || !strings.Contains(err.Error(), tc.want) {

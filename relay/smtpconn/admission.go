@@ -3,6 +3,7 @@ package smtpconn
 import (
 	"net"
 	"net/netip"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 
@@ -26,31 +27,29 @@ func ClientOf(ip netip.Addr) netip.Addr {
 
 // admit counts a new connection. It returns nil if the socket was closed.
 func (s *Server) admit(raw net.Conn, security Security) *Conn {
-	ip := remoteIP(raw)
-	limits := s.cfg.Limits()
-	who := ClientOf(ip)
-	refusal := ""
+	c := newConn(s, raw, security, remoteIP(raw), s.cfg.Limits())
+	c.proxied = s.fromProxy(c.remote)
 	s.mu.Lock()
 	switch {
 	case s.draining.Load():
-		refusal = "draining"
-	case len(s.conns) >= limits.MaxConnections:
-		refusal = "connections"
-	case s.clients[who] >= limits.MaxConnectionsPerIP:
-		refusal = "connections_per_ip"
+		c.refusal = "draining"
+	case len(s.conns) >= c.limits.MaxConnections:
+		c.refusal = "connections"
+	case !c.proxied:
+		c.refusal = s.overloaded(c.remote, c.limits, time.Now())
 	}
-	if refusal != "" && len(s.refusing) >= maxRefusing {
+	if c.refusal != "" && len(s.refusing) >= maxRefusing {
 		s.mu.Unlock()
-		s.Refused(refusal)
+		s.Refused(c.refusal)
 		_ = raw.Close()
 		return nil
 	}
-	c := newConn(s, raw, security, ip, limits)
-	c.refusal = refusal
-	if refusal == "" {
+	if c.refusal == "" {
 		s.conns[c] = struct{}{}
-		s.clients[who]++
 		s.metrics.open.Inc()
+		if !c.proxied {
+			s.count(c)
+		}
 	} else {
 		s.refusing[c] = struct{}{}
 	}
@@ -59,19 +58,35 @@ func (s *Server) admit(raw net.Conn, security Security) *Conn {
 	return c
 }
 
+// overloaded says which bound a further connection of a client breaks, "" if
+// none. s.mu is held.
+func (s *Server) overloaded(ip netip.Addr, limits Limits, now time.Time) string {
+	if s.clients[ClientOf(ip)] >= limits.MaxConnectionsPerIP {
+		return "connections_per_ip"
+	}
+	return ""
+}
+
+// count notes a connection of a client. s.mu is held.
+func (s *Server) count(c *Conn) {
+	c.client = ClientOf(c.remote)
+	s.clients[c.client]++
+}
+
 // release forgets a connection that has ended.
 func (s *Server) release(c *Conn) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if c.refusal != "" {
+	if _, ok := s.refusing[c]; ok {
 		delete(s.refusing, c)
 		return
 	}
 	delete(s.conns, c)
 	s.metrics.open.Dec()
-	who := ClientOf(c.remote)
-	if s.clients[who]--; s.clients[who] <= 0 {
-		delete(s.clients, who)
+	if c.client.IsValid() {
+		if s.clients[c.client]--; s.clients[c.client] <= 0 {
+			delete(s.clients, c.client)
+		}
 	}
 	s.tellIfEmpty()
 }

@@ -44,7 +44,9 @@ type Conn struct {
 	security Security
 	remote   netip.Addr
 	limits   Limits
-	refusal  string // why it only gets a 421; empty for a session
+	refusal  string     // why it only gets a 421; empty for a session
+	proxied  bool       // begins with a PROXY header
+	client   netip.Addr // what it is counted by; guarded by server.mu; invalid: not counted
 
 	mu     sync.Mutex // guards raw's deadline together with idle, and nc's replacement
 	raw    net.Conn
@@ -148,6 +150,9 @@ func (c *Conn) Write(p []byte) (int, error) {
 
 // begin does what comes before the greeting.
 func (c *Conn) begin() {
+	if c.proxied && c.readProxy() != nil {
+		return
+	}
 	c.in = make([]byte, inputBytes)
 	if c.security == ImplicitTLS && c.handshake() != nil {
 		return

@@ -44,15 +44,16 @@ type Limits struct {
 
 // Config says what a Server is for.
 type Config struct {
-	Name       string        // in metric names and logs: "submission" or "inbound"
-	Hostname   string        // said in the greeting
-	TLS        *tls.Config   // nil: no TLS, which OfferSTARTTLS listeners alone can do without
-	Mechanisms []string      // SASL mechanisms told in EHLO once TLS is up; none: no AUTH at all
-	DSN        bool          // announce and parse the parameters of RFC 3461
-	SMTPUTF8   bool          // announce SMTPUTF8 (RFC 6531)
-	Chunking   bool          // announce CHUNKING and take BDAT (RFC 3030)
-	BinaryMIME bool          // announce BINARYMIME (RFC 3030); needs Chunking
-	MaxHold    time.Duration // announce FUTURERELEASE up to so far ahead (RFC 4865); 0: do not
+	Name       string         // in metric names and logs: "submission" or "inbound"
+	Hostname   string         // said in the greeting
+	TLS        *tls.Config    // nil: no TLS, which OfferSTARTTLS listeners alone can do without
+	Mechanisms []string       // SASL mechanisms told in EHLO once TLS is up; none: no AUTH at all
+	DSN        bool           // announce and parse the parameters of RFC 3461
+	SMTPUTF8   bool           // announce SMTPUTF8 (RFC 6531)
+	Chunking   bool           // announce CHUNKING and take BDAT (RFC 3030)
+	BinaryMIME bool           // announce BINARYMIME (RFC 3030); needs Chunking
+	MaxHold    time.Duration  // announce FUTURERELEASE up to so far ahead (RFC 4865); 0: do not
+	Proxies    []netip.Prefix // balancers that tell the client's address by the PROXY protocol, and must
 	Limits     func() Limits
 	NewSession func(*Conn) smtp.Session // called at the first EHLO or HELO of a connection
 	Logger     *slog.Logger

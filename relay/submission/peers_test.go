@@ -2,6 +2,7 @@ package submission
 
 import (
 	"net"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -106,5 +107,29 @@ func TestSwaks(t *testing.T) {
 				t.Errorf("swaks %v: error %v, want %q in\n%s", args, err, tt.want, out)
 			}
 		})
+	}
+}
+
+func TestSwaksBehindABalancer(t *testing.T) {
+	swaks := lookPath(t, "swaks")
+	w := newWorldWith(t, nil, func(o *Options) { o.Proxies = []netip.Prefix{netip.MustParsePrefix("127.0.0.1/32")} })
+	host, port, err := net.SplitHostPort(w.explicit)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, version := range []string{"1", "2"} {
+		family := "TCP4"
+		if version == "2" {
+			family = "AF_INET"
+		}
+		out, err := exec.CommandContext(t.Context(), swaks, "--server", host, "--port", port, "--tls", "--auth", "PLAIN", "--auth-user", w.user, "--auth-password", testSecret,
+			"--from", "joe@acme.example", "--to", "ann@example.net", "--ehlo", "client.example", "--timeout", "10",
+			"--proxy-version", version, "--proxy-family", family, "--proxy-source", "192.0.2.7", "--proxy-source-port", "40000", "--proxy-dest", "192.0.2.8", "--proxy-dest-port", "587").CombinedOutput()
+		if !strings.Contains(string(out), "250 2.0.0 OK queued as msg_") {
+			t.Fatalf("swaks with version %s: error %v\n%s", version, err, out)
+		}
+		if got := w.spool.last(t); got.env.ClientIP != netip.MustParseAddr("192.0.2.7") || !strings.HasPrefix(got.text, "Received: from client.example ([192.0.2.7])") {
+			t.Errorf("version %s: the client is %v in %q", version, got.env.ClientIP, got.text)
+		}
 	}
 }

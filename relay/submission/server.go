@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"log/slog"
 	"net"
+	"net/netip"
 	"time"
 
 	"github.com/emersion/go-smtp"
@@ -23,7 +24,8 @@ type Options struct {
 	Closed     func() string            // why no mail is taken now, for the client; empty: it is; nil: it always is
 	Connected  func() bool              // whether control is reachable, so that an unknown credential is known to be wrong
 	Spool      Spool
-	BinaryMIME bool // announce BINARYMIME; only when delivery keeps such messages from hosts that lack it
+	Proxies    []netip.Prefix // balancers that tell the client's address by the PROXY protocol, and must
+	BinaryMIME bool           // announce BINARYMIME; only when delivery keeps such messages from hosts that lack it
 	Logger     *slog.Logger
 	Registerer prometheus.Registerer // nil: metrics are not exported
 }
@@ -63,6 +65,7 @@ func New(opt Options) (*Server, error) {
 		Chunking:   true,
 		BinaryMIME: opt.BinaryMIME,
 		MaxHold:    maxAhead,
+		Proxies:    opt.Proxies,
 		Limits:     s.limits,
 		NewSession: func(c *smtpconn.Conn) smtp.Session { return &session{server: s, conn: c} },
 		Logger:     opt.Logger,

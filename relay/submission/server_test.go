@@ -272,15 +272,22 @@ func (w *world) setView(change func(*policy.View)) {
 
 func newWorld(t testing.TB, change func(*policy.View)) *world {
 	t.Helper()
+	return newWorldWith(t, change, func(*Options) {})
+}
+
+func newWorldWith(t testing.TB, change func(*policy.View), set func(*Options)) *world {
+	t.Helper()
 	w := &world{t: t, spool: &fakeSpool{}, registry: prometheus.NewRegistry(), user: id[ids.Credential](1).String(), expired: id[ids.Credential](2).String(),
 		suspended: id[ids.Credential](3).String(), onlyRemote: id[ids.Credential](4).String()}
 	w.setView(change)
 	serverTLS, _ := testTLS()
 	var err error
-	w.server, err = New(Options{
+	opt := Options{
 		Hostname: "mx.example", TLS: serverTLS, Policy: w.policy.Load, Connected: func() bool { return !w.away.Load() },
 		Spool: w.spool, BinaryMIME: true, Registerer: w.registry, Logger: slog.New(slog.NewJSONHandler(&w.log, &slog.HandlerOptions{Level: slog.LevelDebug})),
-	})
+	}
+	set(&opt)
+	w.server, err = New(opt)
 	if err != nil {
 		t.Fatal(err)
 	}
