@@ -122,6 +122,7 @@ type RecipientState struct {
 	LastClass   string     // class of the last attempt's verdict, "" before the first
 	LastMX      string     // host name of the last attempt
 	Sticky      netip.Addr // source address to keep for a greylisting peer; zero otherwise
+	DelayTold   bool       // its delay was due to be told to the sender, which happens once
 }
 
 // Phase is the point in an SMTP transaction at which something happened.

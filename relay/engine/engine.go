@@ -58,6 +58,7 @@ type Engine struct {
 	queue   *queue.Queue
 	signers sign.Cache
 	metrics *metrics
+	limiter noticeLimiter
 	log     *slog.Logger
 
 	notify  notifier

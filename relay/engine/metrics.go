@@ -20,6 +20,7 @@ type metrics struct {
 	latency  *prometheus.HistogramVec
 	attempts prometheus.Histogram
 	dsns     *prometheus.CounterVec
+	untold   *prometheus.CounterVec
 }
 
 func newMetrics(reg prometheus.Registerer, e *Engine) (*metrics, error) {
@@ -38,6 +39,9 @@ func newMetrics(reg prometheus.Registerer, e *Engine) (*metrics, error) {
 		dsns: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "relais_relay_dsns_total", Help: "Notifications queued to senders, by action.",
 		}, []string{"action"}),
+		untold: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "relais_relay_dsns_kept_back_total", Help: "Notifications not written because the sender had as many as policy allows, by action.",
+		}, []string{"action"}),
 	}
 	if reg == nil {
 		return m, nil
@@ -50,7 +54,7 @@ func newMetrics(reg prometheus.Registerer, e *Engine) (*metrics, error) {
 		})
 	}
 	for _, c := range []prometheus.Collector{
-		m.outcomes, m.latency, m.attempts, m.dsns,
+		m.outcomes, m.latency, m.attempts, m.dsns, m.untold,
 		stat("relais_relay_sessions", "SMTP sessions to remote servers, opening ones included.", func() int { return e.sched.Stats().Sessions }),
 		stat("relais_relay_sessions_opening", "SMTP sessions being opened.", func() int { return e.sched.Stats().Opening }),
 		stat("relais_relay_resolves_in_flight", "Domains being looked up.", func() int { return e.sched.Stats().Resolving }),

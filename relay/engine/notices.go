@@ -2,10 +2,12 @@ package engine
 
 import (
 	"bytes"
+	"slices"
 	"time"
 
 	"github.com/relais-mta/relais/relay"
 	"github.com/relais-mta/relais/relay/dsn"
+	"github.com/relais-mta/relais/relay/outbox"
 	"github.com/relais-mta/relais/relay/queue"
 	"github.com/relais-mta/relais/relay/sign"
 	"github.com/relais-mta/relais/relay/store"
@@ -19,65 +21,127 @@ import (
 // is at the sending domain, so that the notification can be signed for it.
 const postmaster = "postmaster"
 
-// notices builds the notifications that a settlement owes the sender. A
-// failure to build one is logged and costs the notification, never the
-// settlement: the event tells what happened all the same.
-func (e *Engine) notices(w *queue.Work, s *settlement, now time.Time, dir *policy.Directory) []queue.Mail {
+// report is one recipient to tell the sender about.
+type report struct {
+	failedRecipient
+	action dsn.Action
+}
+
+// notices builds the notifications that settlements of one message owe the
+// sender: what ends together is told together. It marks in the results what was
+// told or kept back. A failure to build one is logged and costs the
+// notification, never the settlement: the event tells what happened all the
+// same.
+func (e *Engine) notices(env *relay.Envelope, now time.Time, dir *policy.Directory, settlements ...*settlement) []queue.Mail {
+	var told []report
+	for _, s := range settlements {
+		if len(s.failed)+len(s.delayed)+len(s.relayed) == 0 {
+			continue // as it is for most mail
+		}
+		told = append(told, wanted(env, s.failed, dsn.Failed)...)
+		told = append(told, wanted(env, s.delayed, dsn.Delayed)...)
+		told = append(told, wanted(env, s.relayed, dsn.Relayed)...)
+	}
 	var mail []queue.Mail
-	for _, n := range []struct {
-		action     dsn.Action
-		recipients []failedRecipient
-		wanted     relay.Notify
-	}{{dsn.Failed, s.failed, relay.NotifyFailure}, {dsn.Delayed, s.delayed, relay.NotifyDelay}} {
-		told := wanted(w.Env, n.recipients, n.wanted)
-		if len(told) == 0 {
+	for part := range slices.Chunk(told, dsn.MaxRecipients) {
+		action := leading(part)
+		ok, begins := e.limiter.allow(noticeSender{env.Tenant, env.Sender.String()}, now, &dir.Document().Queue)
+		if begins {
+			e.log.Warn("a sender gets no more notifications for now, the events still tell of every recipient",
+				"tenant", env.Tenant, "sender", env.Sender.String(), "message", env.ID)
+		}
+		mark(settlements, part, ok)
+		if !ok {
+			e.metrics.untold.WithLabelValues(string(action)).Inc()
 			continue
 		}
-		m, err := e.notice(w.Env, told, n.action, now, dir)
+		m, err := e.notice(env, part, action, now, dir)
 		if err != nil {
-			e.log.Error("a notification to the sender could not be made", "message", w.Env.ID, "error", err)
+			e.log.Error("a notification to the sender could not be made", "message", env.ID, "error", err)
 			continue
 		}
-		e.metrics.dsns.WithLabelValues(string(n.action)).Inc()
+		e.metrics.dsns.WithLabelValues(string(action)).Inc()
 		mail = append(mail, m)
 	}
 	return mail
 }
 
-// wanted returns the recipients of whom the sender is to be told: those of
-// transactional mail unless NOTIFY says otherwise, and those whose NOTIFY asks
-// for it (RFC 3461 section 4.1). A bounce is never bounced (RFC 5321 section
-// 6.1), and what Relais wrote itself is not reported on.
-func wanted(env *relay.Envelope, recipients []failedRecipient, bit relay.Notify) []failedRecipient {
-	if env.Sender.IsNull() || env.Internal {
+// leading is the action by which a notification is counted: the worst.
+func leading(told []report) dsn.Action {
+	action := dsn.Relayed
+	for i := range told {
+		switch told[i].action {
+		case dsn.Failed:
+			return dsn.Failed
+		case dsn.Delayed:
+			action = dsn.Delayed
+		}
+	}
+	return action
+}
+
+// mark notes in the results of the recipients what the events say of telling
+// the sender.
+func mark(settlements []*settlement, told []report, sent bool) {
+	for _, r := range told {
+		what := outbox.None // an event of the notification itself says it
+		switch {
+		case !sent:
+			what = outbox.Untold
+		case r.action == dsn.Delayed:
+			what = outbox.Delayed
+		}
+		for _, s := range settlements {
+			if i, ok := slices.BinarySearchFunc(s.results, r.index, func(r queue.Result, i uint16) int { return int(r.Index) - int(i) }); ok {
+				s.results[i].Told = what
+			}
+		}
+	}
+}
+
+// bits are the NOTIFY values that ask for a report of an action.
+var bits = map[dsn.Action]relay.Notify{dsn.Failed: relay.NotifyFailure, dsn.Delayed: relay.NotifyDelay, dsn.Relayed: relay.NotifySuccess}
+
+// wanted returns the recipients of whom the sender is to be told: those whose
+// NOTIFY asks for it (RFC 3461 section 4.1), and without NOTIFY those of
+// transactional mail that failed or are late. A bounce is never bounced (RFC
+// 5321 section 6.1), and what Relais wrote itself is not reported on.
+func wanted(env *relay.Envelope, recipients []failedRecipient, action dsn.Action) []report {
+	if len(recipients) == 0 || env.Sender.IsNull() || env.Internal {
 		return nil
 	}
-	var out []failedRecipient
+	var out []report
 	for _, r := range recipients {
 		notify := env.Recipients[r.index].Notify
-		if notify&bit != 0 || notify == 0 && env.Kind == policy.Transactional {
-			out = append(out, r)
+		byDefault := notify == 0 && env.Kind == policy.Transactional && action != dsn.Relayed
+		if notify&relay.NotifyNever == 0 && notify&bits[action] != 0 || byDefault {
+			out = append(out, report{r, action})
 		}
 	}
 	return out
 }
 
-func (e *Engine) notice(env *relay.Envelope, recipients []failedRecipient, action dsn.Action, now time.Time, dir *policy.Directory) (queue.Mail, error) {
-	header, body, err := e.original(env)
+func (e *Engine) notice(env *relay.Envelope, told []report, leading dsn.Action, now time.Time, dir *policy.Directory) (queue.Mail, error) {
+	// RFC 3461 section 4.3: without a failure only the header section goes back.
+	full := env.RetFull && leading == dsn.Failed
+	header, body, err := e.original(env, full)
 	if err != nil {
 		return queue.Mail{}, err
 	}
 	in := dsn.Input{
 		ID: ids.NewMessage(now), Now: now, ReportingMTA: e.cfg.Hostname, From: mailaddr.Address{Local: postmaster, Domain: env.From}, To: env.Sender,
-		EnvelopeID: env.EnvID, Arrival: env.AcceptedAt, Header: header, Body: body, ReturnFull: env.RetFull && body != nil,
+		EnvelopeID: env.EnvID, Arrival: env.AcceptedAt, Header: header, Body: body, ReturnFull: full,
 	}
-	for _, r := range recipients {
+	for i := range told {
+		r := &told[i]
 		rcpt := &env.Recipients[r.index]
 		out := dsn.Recipient{
-			Address: rcpt.Address, ORCPT: rcpt.ORCPT, Action: action, Reply: r.status.LastReply,
-			RemoteMTA: r.status.LastMX, LastAttempt: r.status.LastAttempt,
+			Address: rcpt.Address, ORCPT: rcpt.ORCPT, Action: r.action, Reply: r.status.LastReply, LastAttempt: r.status.LastAttempt,
 		}
-		if action == dsn.Delayed {
+		if r.status.LastReply.Code > 0 {
+			out.RemoteMTA = r.status.LastMX // RFC 3464 section 2.3.5: of the one that reported
+		}
+		if r.action == dsn.Delayed {
 			out.WillRetryUntil = env.ExpiresAt
 		} else if r.class == classExpired {
 			out.Status = "4.4.7" // RFC 3463 section 3.5
@@ -92,13 +156,15 @@ func (e *Engine) notice(env *relay.Envelope, recipients []failedRecipient, actio
 	if err != nil {
 		return queue.Mail{}, err
 	}
-	return queue.Mail{Env: noticeEnvelope(env, in.ID, now, dir, text), Body: sealed}, nil
+	out := noticeEnvelope(env, in.ID, now, dir, text)
+	out.SMTPUTF8 = in.UTF8()
+	return queue.Mail{Env: out, Body: sealed}, nil
 }
 
-// original reads what is needed of the message: its header section and, if the
-// sender asked for it and it is not too long, its body.
-func (e *Engine) original(env *relay.Envelope) (header, body []byte, err error) {
-	if env.Body.Length <= dsn.MaxReturnedBytes && env.RetFull {
+// original reads what is needed of the message: its header section and, if all
+// of it is to go back and it is not too long, its body.
+func (e *Engine) original(env *relay.Envelope, full bool) (header, body []byte, err error) {
+	if full && env.Body.Length <= dsn.MaxReturnedBytes {
 		whole, err := e.cfg.Store.ReadBody(env.Body, nil)
 		if err != nil {
 			return nil, nil, err

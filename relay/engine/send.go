@@ -30,7 +30,7 @@ func (w *worker) send(work *queue.Work) {
 	dir := e.cfg.Directory()
 	if !now.Before(work.Env.ExpiresAt) && e.cfg.ClockTrusted() {
 		// No attempt starts at or after the deadline, whoever was slow.
-		e.expireWork(work, now, dir)
+		e.expireWork([]*queue.Work{work}, now, dir)
 		return
 	}
 	w.attempt(work, dir, now)

@@ -17,7 +17,8 @@ type settlement struct {
 	results []queue.Result
 	failed  []failedRecipient // senders may have to be told
 	delayed []failedRecipient
-	further bool // the attempt got some recipients of the message further
+	relayed []failedRecipient // whose sender asked to be told
+	further bool              // the attempt got some recipients of the message further
 }
 
 // further reports whether an attempt got any recipient out of the way.
@@ -30,7 +31,8 @@ func further(a *relay.Attempt) bool {
 	return false
 }
 
-// failedRecipient is one recipient to report in a DSN.
+// failedRecipient is one recipient to report in a DSN, of which that may also
+// tell that it did not fail.
 type failedRecipient struct {
 	index  uint16
 	status relay.RecipientState
@@ -62,7 +64,6 @@ func find(w *queue.Work, index uint16) *queue.WorkRecipient {
 }
 
 func (s *settlement) add(env *relay.Envelope, a *relay.Attempt, st relay.RecipientState, o *relay.Outcome, q *policy.Queue) {
-	before := st.LastAttempt
 	st.Attempts++
 	st.LastAttempt = a.EndedAt
 	st.LastReply = o.Reply
@@ -73,6 +74,11 @@ func (s *settlement) add(env *relay.Envelope, a *relay.Attempt, st relay.Recipie
 	case relay.Delivered:
 		st.State, st.LastClass = relay.StateDelivered, ""
 		r.Event = outbox.Delivered
+		if env.Recipients[o.Index].Notify&relay.NotifySuccess != 0 {
+			// RFC 3461 section 5.2.2: NOTIFY is not passed on, so the peer is one
+			// that will not tell.
+			s.relayed = append(s.relayed, failedRecipient{o.Index, st, ""})
+		}
 	case relay.InDoubt:
 		st.LastClass = classBadConnection
 		if st.InDoubt++; int(st.InDoubt) > q.InDoubtRetries {
@@ -101,9 +107,10 @@ func (s *settlement) add(env *relay.Envelope, a *relay.Attempt, st relay.Recipie
 		if v.Class == verdict.Greylist {
 			st.Sticky = a.SourceIP
 		}
-		if overdue(env, before, a.EndedAt, q) {
-			s.delayed = append(s.delayed, failedRecipient{o.Index, st, st.LastClass})
-		}
+	}
+	if st.State == relay.StateWaiting && st.Next.After(a.EndedAt) && overdue(env, &st, a.EndedAt, q) {
+		st.DelayTold = true
+		s.delayed = append(s.delayed, failedRecipient{o.Index, st, st.LastClass})
 	}
 	r.State = st
 	s.results = append(s.results, r)
@@ -135,14 +142,18 @@ func notAfter(t, limit time.Time) time.Time {
 	return t
 }
 
-// overdue reports whether this attempt is the first one that ended after the
-// time at which a sender is told about a delay.
-func overdue(env *relay.Envelope, before, now time.Time, q *policy.Queue) bool {
-	if q.DelayNotice == 0 {
+// overdue reports whether the sender is to be told about a delay now: once, at
+// the end of the first attempt after the time that policy names. It counts from
+// when the message might go out.
+func overdue(env *relay.Envelope, st *relay.RecipientState, now time.Time, q *policy.Queue) bool {
+	if q.DelayNotice == 0 || st.DelayTold {
 		return false
 	}
-	at := env.AcceptedAt.Add(q.DelayNotice.D())
-	return before.Before(at) && !now.Before(at)
+	start := env.AcceptedAt
+	if env.NotBefore.After(start) {
+		start = env.NotBefore
+	}
+	return !now.Before(start.Add(q.DelayNotice.D()))
 }
 
 // localAttempt describes work that ended without a remote server.
@@ -176,7 +187,7 @@ func (e *Engine) settle(w *queue.Work, a *relay.Attempt, done func(error)) {
 	s := decide(w, a, &dir.Document().Queue)
 	e.metrics.count(a, &s)
 	e.logResults(w, a, &s)
-	mail := e.notices(w, &s, a.EndedAt, dir)
+	mail := e.notices(w.Env, a.EndedAt, dir, &s)
 	e.queue.Finish(w, a, s.results, mail, func(err error) {
 		if err != nil {
 			e.log.Error("the end of an attempt could not be stored", "message", w.Env.ID, "error", err)
@@ -199,39 +210,61 @@ func (e *Engine) expire(now time.Time) {
 	}
 	for {
 		works := e.queue.PopExpired(now, maxExpirePerRound)
-		for _, w := range works {
-			e.expireWork(w, now, dir)
+		full := len(works) >= maxExpirePerRound
+		for len(works) > 0 {
+			n := 1
+			for n < len(works) && works[n].Env.ID == works[0].Env.ID {
+				n++
+			}
+			e.expireWork(works[:n], now, dir)
+			works = works[n:]
 		}
-		if len(works) < maxExpirePerRound {
+		if !full {
 			return
 		}
 	}
 }
 
-// expireWork ends one message for good, with the last remote reply as the
-// reason if there is one, else with what kept it from being tried.
-func (e *Engine) expireWork(w *queue.Work, now time.Time, dir *policy.Directory) {
-	var s settlement
-	for _, wr := range w.Recipients {
-		st := wr.State
-		if st.LastReply.Text == "" && st.LastReply.Code == 0 {
-			st.LastReply = e.whyNotTried(w, now)
+// expireWork ends work of one message for good, with the last remote reply as
+// the reason if there is one, else with what kept it from being tried. The
+// sender gets one notification for all of it.
+func (e *Engine) expireWork(works []*queue.Work, now time.Time, dir *policy.Directory) {
+	settlements := make([]*settlement, len(works))
+	for i, w := range works {
+		s := &settlement{}
+		for _, wr := range w.Recipients {
+			st := wr.State
+			if st.LastReply.Text == "" && st.LastReply.Code == 0 {
+				st.LastReply = e.whyNotTried(w, now)
+			}
+			st.State = relay.StateExpired
+			s.results = append(s.results, queue.Result{Index: wr.Index, State: st, Event: outbox.Expired, Phase: relay.PhaseLocal})
+			s.failed = append(s.failed, failedRecipient{wr.Index, st, classExpired})
 		}
-		st.State = relay.StateExpired
-		s.results = append(s.results, queue.Result{Index: wr.Index, State: st, Event: outbox.Expired, Phase: relay.PhaseLocal})
-		s.failed = append(s.failed, failedRecipient{wr.Index, st, classExpired})
+		a := &relay.Attempt{Message: w.Env.ID, StartedAt: now, EndedAt: now}
+		e.metrics.count(a, s)
+		e.logResults(w, a, s)
+		settlements[i] = s
 	}
-	a := &relay.Attempt{Message: w.Env.ID, StartedAt: now, EndedAt: now}
-	e.metrics.count(a, &s)
-	e.logResults(w, a, &s)
-	mail := e.notices(w, &s, now, dir)
-	e.queue.Finish(w, nil, s.results, mail, func(err error) {
+	e.finishExpired(works, settlements, e.notices(works[0].Env, now, dir, settlements...))
+}
+
+// finishExpired stores the ends one after the other. The notification goes with
+// the first, so that a crash can have it sent twice but never lost.
+func (e *Engine) finishExpired(works []*queue.Work, settlements []*settlement, mail []queue.Mail) {
+	e.queue.Finish(works[0], nil, settlements[0].results, mail, func(err error) {
 		if err != nil {
-			e.log.Error("the expiry of a message could not be stored", "message", w.Env.ID, "error", err)
+			e.log.Error("the expiry of a message could not be stored", "message", works[0].Env.ID, "error", err)
 			for _, m := range mail {
 				m.Body.Discard()
 			}
-			e.queue.Return(w)
+			for _, w := range works {
+				e.queue.Return(w)
+			}
+			return
+		}
+		if len(works) > 1 {
+			e.finishExpired(works[1:], settlements[1:], nil)
 		}
 	})
 }

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/relais-mta/relais/relay"
+	"github.com/relais-mta/relais/relay/dsn"
 	"github.com/relais-mta/relais/relay/outbox"
 	"github.com/relais-mta/relais/relay/queue"
 	"github.com/relais-mta/relais/shared/ids"
@@ -157,7 +158,7 @@ func TestWhoIsTold(t *testing.T) {
 		if tc.change != nil {
 			tc.change(w.Env)
 		}
-		if got := len(wanted(w.Env, failed, relay.NotifyFailure)); got != tc.want {
+		if got := len(wanted(w.Env, failed, dsn.Failed)); got != tc.want {
 			t.Errorf("%s: told of %d recipients, want %d", tc.name, got, tc.want)
 		}
 	}

@@ -34,11 +34,12 @@ const (
 	Released  Type = 11 // a held recipient waits for its next attempt again
 	Delayed   Type = 12 // the sender was told about a delay
 	Gap       Type = 13 // made by Read: the Count events up to and including Seq were dropped
-	types          = 14
+	Untold    Type = 14 // a notification about the recipient was kept back: its sender had as many as policy allows
+	types          = 15
 )
 
 var typeNames = [types]string{"none", "accepted", "deferred", "delivered", "bounced", "expired", "in-doubt",
-	"unknown", "inbound", "dsn", "held", "released", "delayed", "gap"}
+	"unknown", "inbound", "dsn", "held", "released", "delayed", "gap", "untold"}
 
 // String returns the name that metrics and reports use.
 func (t Type) String() string {

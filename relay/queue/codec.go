@@ -317,6 +317,7 @@ const (
 	stClass     protowire.Number = 9
 	stMX        protowire.Number = 10
 	stSticky    protowire.Number = 11
+	stDelayTold protowire.Number = 12
 )
 
 func appendState(b []byte, s *relay.RecipientState) []byte {
@@ -331,7 +332,11 @@ func appendState(b []byte, s *relay.RecipientState) []byte {
 	b = putString(b, stReplyText, s.LastReply.Text)
 	b = putString(b, stClass, s.LastClass)
 	b = putString(b, stMX, s.LastMX)
-	return putAddr(b, stSticky, s.Sticky)
+	b = putAddr(b, stSticky, s.Sticky)
+	if s.DelayTold {
+		b = putUint(b, stDelayTold, 1)
+	}
+	return b
 }
 
 func parseState(b []byte) (s relay.RecipientState, err error) {
@@ -363,6 +368,8 @@ func parseState(b []byte) (s relay.RecipientState, err error) {
 			s.LastMX = string(text)
 		case stSticky:
 			s.Sticky = toAddr(text)
+		case stDelayTold:
+			s.DelayTold = v != 0
 		}
 	})
 	if err == nil && (s.State < relay.StateWaiting || s.State > relay.StateUnknown) {

@@ -151,7 +151,7 @@ func (q *Queue) writeEvents(b *store.Batch, end *ending, a *relay.Attempt, sc *s
 	now := q.cfg.Now()
 	for i := range end.results {
 		r := &end.results[i]
-		if r.Event == outbox.None {
+		if r.Event == outbox.None && r.Told == outbox.None {
 			continue
 		}
 		q.envelopeEvent(&sc.ev, end.w.Env, r.Index, now)
@@ -162,7 +162,11 @@ func (q *Queue) writeEvents(b *store.Batch, end *ending, a *relay.Attempt, sc *s
 			e.Next = r.State.Next
 		}
 		fillAttempt(e, a)
-		sc.event = q.ob.Add(b, e, sc.event)
+		for _, e.Type = range [...]outbox.Type{r.Event, r.Told} {
+			if e.Type != outbox.None {
+				sc.event = q.ob.Add(b, e, sc.event)
+			}
+		}
 	}
 }
 

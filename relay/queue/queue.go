@@ -103,6 +103,7 @@ type Result struct {
 	Index uint16
 	State relay.RecipientState // the whole new state; Waiting needs Next
 	Event outbox.Type          // event to write; None for none
+	Told  outbox.Type          // event about telling the sender, behind Event; None for none
 	Phase relay.Phase
 }
 

@@ -77,6 +77,8 @@ type Queue struct {
 	ExpireBulk          Duration   `toml:"expire_bulk"`           // after acceptance
 	ExpireTransactional Duration   `toml:"expire_transactional"`  // after acceptance
 	DelayNotice         Duration   `toml:"delay_notice"`          // transactional mail waiting this long is reported once; 0 = never
+	NoticesPerHour      int        `toml:"notices_per_hour"`      // notifications that one sender gets within an hour, per relay; 0 = no bound
+	NoticesPerDay       int        `toml:"notices_per_day"`       // within a day, likewise
 	InDoubtRetry        Duration   `toml:"in_doubt_retry"`        // wait before the retry of an attempt whose end a crash hid
 	InDoubtRetries      int        `toml:"in_doubt_retries"`      // retries of a recipient in doubt; then it ends as unknown
 	MaxMemoryRecipients int        `toml:"max_memory_recipients"` // recipients held in memory, all queues; the others wait on disk

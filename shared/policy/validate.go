@@ -120,6 +120,8 @@ func (s *Queue) validate(p *problems) {
 	if s.DelayNotice != 0 {
 		p.lasts(in+"delay_notice", s.DelayNotice, second, maxExpiry)
 	}
+	p.between(in+"notices_per_hour", int64(s.NoticesPerHour), 0, maxCount)
+	p.between(in+"notices_per_day", int64(s.NoticesPerDay), 0, maxCount)
 	p.lasts(in+"in_doubt_retry", s.InDoubtRetry, second, 7*day)
 	p.between(in+"in_doubt_retries", int64(s.InDoubtRetries), 0, 200)
 	p.between(in+"max_memory_recipients", int64(s.MaxMemoryRecipients), 1_000, maxCount)
