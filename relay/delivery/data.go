@@ -48,12 +48,8 @@ func (s *Session) sendData(t *transfer) {
 
 // writeEnd waits for the journal and writes the last block.
 func (s *Session) writeEnd(t *transfer, b *block) bool {
-	if t.tx.Commit != nil {
-		if err := t.tx.Commit(); err != nil {
-			s.abandon()
-			t.settleLocal(fault.Wrap(err, fault.Unavailable, "delivery.Send", "the attempt could not be recorded and was broken off"), "4.3.0")
-			return false
-		}
+	if !s.journal(t) {
+		return false
 	}
 	if s.in.buffered() > 0 {
 		s.interrupted(t, nil)
@@ -63,6 +59,19 @@ func (s *Session) writeEnd(t *transfer, b *block) bool {
 		// The end of the data was not handed over as a whole, so the host
 		// cannot have seen it.
 		s.interrupted(t, err)
+		return false
+	}
+	return true
+}
+
+// journal waits for the record of the attempt before the end of the data goes out.
+func (s *Session) journal(t *transfer) bool {
+	if t.tx.Commit == nil {
+		return true
+	}
+	if err := t.tx.Commit(); err != nil {
+		s.abandon()
+		t.settleLocal(fault.Wrap(err, fault.Unavailable, "delivery.Send", "the attempt could not be recorded and was broken off"), "4.3.0")
 		return false
 	}
 	return true

@@ -39,6 +39,9 @@ type Extensions struct {
 	StartTLS   bool  // RFC 3207
 	Size       bool  // RFC 1870
 	MaxBytes   int64 // with Size: largest message taken; 0: not told
+	UTF8       bool  // RFC 6531
+	Chunking   bool  // RFC 3030
+	Binary     bool  // RFC 3030: BINARYMIME
 }
 
 // quitWait is how long the answer to QUIT is waited for.
@@ -243,6 +246,12 @@ func (s *Session) offer(line []byte) {
 		s.ext.Pipelining = true
 	case bytes.EqualFold(keyword, []byte("8BITMIME")):
 		s.ext.EightBit = true
+	case bytes.EqualFold(keyword, []byte("SMTPUTF8")):
+		s.ext.UTF8 = true
+	case bytes.EqualFold(keyword, []byte("CHUNKING")):
+		s.ext.Chunking = true
+	case bytes.EqualFold(keyword, []byte("BINARYMIME")):
+		s.ext.Binary = true
 	case bytes.EqualFold(keyword, []byte("STARTTLS")):
 		s.ext.StartTLS = true
 	case bytes.EqualFold(keyword, []byte("SIZE")):

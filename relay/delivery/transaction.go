@@ -16,8 +16,8 @@ type Recipient struct {
 	Address mailaddr.Address
 }
 
-// Content is a message as stored: header section and body with CRLF line ends,
-// neither dot-stuffed nor signed. Bytes is used if it is set, else Reader.
+// Content is a message as stored: header section and body, with CRLF line ends
+// unless it goes out as BINARYMIME, neither dot-stuffed nor signed. Bytes is used if it is set, else Reader.
 type Content struct {
 	Bytes  []byte
 	Reader io.ReaderAt // Length bytes from offset 0
@@ -39,6 +39,12 @@ type Transaction struct {
 	Content    Content
 	EightBit   bool // the content holds octets above 127
 	ClientDKIM bool // the client had signed: the content must not be changed
+	// UTF8 is content that needs SMTPUTF8 (RFC 6531); a host without it gets
+	// nothing. Recipients whose address needs it are found here.
+	UTF8 bool
+	// Binary is content that is not in text lines and goes out as BINARYMIME
+	// in chunks (RFC 3030) or not at all.
+	Binary bool
 	// SignatureBytes is about how long Sign's result will be, for SIZE.
 	SignatureBytes int
 	// Sign returns header fields to put in front of the content, each ending

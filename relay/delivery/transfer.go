@@ -36,6 +36,7 @@ type transfer struct {
 	replies  int // read in this transaction
 
 	mailRefused bool
+	utf8        bool // MAIL says SMTPUTF8
 	accepted    int  // recipients
 	proceed     bool // 354 was said
 	over        bool // nothing more may be sent
@@ -61,7 +62,11 @@ func (s *Session) Send(tx *Transaction) []relay.Outcome {
 		t.settle(relay.NotTried, relay.PhaseNone, relay.Reply{Enhanced: "4.4.2", Text: "the session had ended before"})
 	case s.prepare(t) && s.inTurn(t):
 		s.started++
-		if s.offerEnvelope(t); !s.Dead() && t.proceed {
+		switch s.offerEnvelope(t); {
+		case s.Dead():
+		case tx.Binary && t.accepted > 0:
+			s.sendChunks(t)
+		case t.proceed:
 			s.sendData(t)
 		}
 	}
@@ -87,14 +92,8 @@ func (s *Session) prepare(t *transfer) bool {
 		t.settle(relay.Deferred, relay.PhaseLocal, relay.Reply{Enhanced: "4.5.3", Text: "a transaction has 1 to " + strconv.Itoa(MaxRecipients) + " recipients"})
 		return false
 	}
-	if t.tx.EightBit && !s.ext.EightBit {
-		converted, err := downgrade(&t.tx.Content, t.tx.ClientDKIM)
-		if err != nil {
-			t.settleLocal(err, "5.6.3")
-			return false
-		}
-		t.convertedBytes = converted
-		t.content = Content{Bytes: converted}
+	if !s.adapt(t) {
+		return false
 	}
 	size := t.content.Size() + int64(t.tx.SignatureBytes)
 	if s.ext.MaxBytes > 0 && size > s.ext.MaxBytes {
@@ -109,24 +108,37 @@ func (s *Session) prepare(t *transfer) bool {
 	}
 	ok := false
 	for i := range t.tx.Recipients {
-		if sendable(t.tx.Recipients[i].Address) && !t.tx.Recipients[i].Address.IsNull() {
-			ok = true
-			continue
+		a, why := &t.tx.Recipients[i].Address, relay.Reply{Enhanced: "5.1.3", Text: "the address cannot be written in SMTP"}
+		if sendable(*a) && !a.IsNull() {
+			if a.IsASCII() {
+				ok = true
+				continue
+			}
+			if s.ext.takesUTF8() {
+				ok, t.utf8 = true, true
+				continue
+			}
+			why = needsUTF8("the address is not ASCII")
 		}
-		t.outcomes[i] = relay.Outcome{Index: t.tx.Recipients[i].Index, Status: relay.Failed, Phase: relay.PhaseLocal,
-			Reply: relay.Reply{Enhanced: "5.1.3", Text: "the address cannot be written in SMTP"}}
+		t.outcomes[i] = relay.Outcome{Index: t.tx.Recipients[i].Index, Status: relay.Failed, Phase: relay.PhaseLocal, Reply: why}
 	}
 	return ok
 }
 
-// sendable reports whether an address can stand in a command: ASCII without
-// control characters. It is a last check behind the parsers at the entrance,
+// sendable reports whether an address can stand in a command: ASCII or, in the
+// local part, UTF-8, without control characters. It is a last check behind the parsers at the entrance,
 // because a line end here would be a command of its own.
 func sendable(a mailaddr.Address) bool {
+	ascii := true
 	for i := 0; i < len(a.Local); i++ {
-		if c := a.Local[i]; c < 0x20 || c > 0x7e {
+		c := a.Local[i]
+		if c < 0x20 || c == 0x7f {
 			return false
 		}
+		ascii = ascii && c < 0x80
+	}
+	if !ascii && !mailaddr.IsUTF8Text(a.Local) {
+		return false
 	}
 	for i := 0; i < len(a.Domain); i++ {
 		if c := a.Domain[i]; c <= 0x20 || c > 0x7e || c == '>' {
@@ -178,8 +190,10 @@ func (s *Session) offerEnvelope(t *transfer) {
 		s.drain(t)
 		return
 	}
-	s.out = append(s.out, "DATA\r\n"...)
-	t.awaiting++
+	if !t.tx.Binary { // RFC 3030 section 2: BDAT stands in place of DATA
+		s.out = append(s.out, "DATA\r\n"...)
+		t.awaiting++
+	}
 	s.drain(t)
 }
 
@@ -192,8 +206,14 @@ func (s *Session) appendMail(t *transfer) {
 	if s.ext.Size {
 		s.out = strconv.AppendInt(append(s.out, " SIZE="...), t.content.Size()+int64(t.tx.SignatureBytes), 10)
 	}
-	if t.tx.EightBit && t.convertedBytes == nil {
+	switch {
+	case t.tx.Binary:
+		s.out = append(s.out, " BODY=BINARYMIME"...) // RFC 3030 section 3
+	case t.tx.EightBit && t.convertedBytes == nil:
 		s.out = append(s.out, " BODY=8BITMIME"...)
+	}
+	if t.utf8 {
+		s.out = append(s.out, " SMTPUTF8"...) // RFC 6531 section 3.4: only when it is needed
 	}
 	s.out = append(s.out, '\r', '\n')
 }
