@@ -116,6 +116,8 @@ func (c *controlServer) listen(address string) {
 }
 
 func (c *controlServer) preface() *wire.Preface {
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	return &wire.Preface{ProtocolMin: 1, ProtocolMax: 1, ClusterId: c.ca.Cluster[:], Generation: 1, Version: "test", Capabilities: c.capabilities}
 }
 
@@ -242,7 +244,7 @@ func (c *controlServer) serve(ctx context.Context, session link.Session) (link.C
 	}
 	c.mu.Lock()
 	c.hellos, c.prefaces = append(c.hellos, hello), append(c.prefaces, preface)
-	refusal, servers := c.refuseHello, c.servers
+	refusal, servers, reportMs := c.refuseHello, c.servers, c.reportMs
 	c.mu.Unlock()
 	if fault.Is(refusal, fault.Conflict) { // told in words first, as control does
 		if err := s.control.Send(wire.NewError(refusal)); err != nil {
@@ -254,7 +256,7 @@ func (c *controlServer) serve(ctx context.Context, session link.Session) (link.C
 	if refusal != nil {
 		return link.CodeDenied, fault.Public(refusal)
 	}
-	if err := s.control.Send(&wire.Welcome{ServerTimeMs: time.Now().UnixMilli(), ReportIntervalMs: c.reportMs, Servers: servers, State: "active"}); err != nil {
+	if err := s.control.Send(&wire.Welcome{ServerTimeMs: time.Now().UnixMilli(), ReportIntervalMs: reportMs, Servers: servers, State: "active"}); err != nil {
 		return link.CodeInternal, err.Error()
 	}
 	views, err := session.OpenStream(ctx)

@@ -164,7 +164,9 @@ const (
 // server's pulse fast.
 func (c *controlServer) joinedBy(t *testing.T, look time.Duration) (*Agent, *path) {
 	t.Helper()
+	c.mu.Lock()
 	c.reportMs = rareReportMs
+	c.mu.Unlock()
 	dir, _ := c.joined()
 	p := newPath(t, c.address)
 	a, _ := running(t, dir, func(a *Agent) {
@@ -196,7 +198,9 @@ func TestSilenceOverTCPLeadsToANewConnection(t *testing.T) {
 	c := startControl(t, pkitest.New(t))
 	p := newPath(t, c.address)
 	p.noUDP.Store(true)
+	c.mu.Lock()
 	c.reportMs = rareReportMs
+	c.mu.Unlock()
 	dir, _ := c.joined()
 	a, _ := running(t, dir, func(a *Agent) {
 		a.options.Servers = []string{p.address()}
@@ -232,7 +236,9 @@ func TestQuietServerIsAskedAndKept(t *testing.T) {
 // would end the session at a Probe.
 func TestServerOfTheReleaseBeforeIsNotAsked(t *testing.T) {
 	c := startControl(t, pkitest.New(t))
+	c.mu.Lock()
 	c.capabilities = 0
+	c.mu.Unlock()
 	dir, _ := c.joined()
 	a, _ := running(t, dir, func(a *Agent) { a.lookPeriod = 5 * time.Millisecond })
 	s := c.next()

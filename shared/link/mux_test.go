@@ -248,11 +248,14 @@ func TestMuxCloseIsNotHeldUp(t *testing.T) {
 	client := newMuxSession(near, true)
 	var written atomic.Int64
 	var writing sync.WaitGroup
-	for range maxStreams { // windows enough to fill the kernel's buffers
-		stream, err := client.OpenStream(context.Background())
-		if err != nil {
+	var streams [maxStreams]Stream // windows enough to fill the kernel's buffers
+	for i := range streams {
+		var err error
+		if streams[i], err = client.OpenStream(context.Background()); err != nil {
 			t.Fatal(err)
 		}
+	}
+	for _, stream := range streams {
 		writing.Go(func() {
 			for chunk := make([]byte, muxMaxData); ; written.Add(1) {
 				if _, err := stream.Write(chunk); err != nil {
