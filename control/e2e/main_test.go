@@ -13,10 +13,11 @@ import (
 	"github.com/relais-mta/relais/shared/lab/fleet"
 )
 
-// binaries is where TestMain put the two programs.
+// binaries is where TestMain put the two programs, and the one that simulates
+// the sessions of many relays.
 var binaries string
 
-// binariesVariable names the directory of both programs to a test that runs
+// binariesVariable names the directory of the programs to a test that runs
 // this program again in a network namespace of its own.
 const binariesVariable = "RELAIS_E2E_BINARIES"
 
@@ -30,7 +31,7 @@ func TestMain(m *testing.M) {
 		os.Exit(1)
 	}
 	binaries = dir
-	build := exec.Command("go", "build", "-o", dir+string(filepath.Separator), "./relay/cmd/relais-relay", "./control/cmd/relais-control")
+	build := exec.Command("go", "build", "-o", dir+string(filepath.Separator), "./relay/cmd/relais-relay", "./control/cmd/relais-control", "./relay/agent/agentsim")
 	build.Dir = filepath.Join("..", "..")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
