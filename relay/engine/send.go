@@ -70,7 +70,7 @@ func (w *worker) attempt(work *queue.Work, dir *policy.Directory, now time.Time)
 		e.settle(work, a, nil)
 		return
 	}
-	w.waited, w.guard = false, e.watch(work.Env, now, w.session.Abort)
+	w.waited = false
 	e.queue.Begin(work, a, func(err error) { w.journal <- err })
 	a.Outcomes = w.session.Send(&w.tx)
 	if !w.waited {
@@ -85,9 +85,6 @@ func (w *worker) attempt(work *queue.Work, dir *policy.Directory, now time.Time)
 	// The slice is reused for the next message, while the queue may still
 	// read the outcomes of this one.
 	a.Outcomes = append([]relay.Outcome(nil), a.Outcomes...)
-	if w.guard != nil && w.guard.end() {
-		late(a.Outcomes)
-	}
 	e.settle(work, a, nil)
 }
 
@@ -197,14 +194,10 @@ func (w *worker) returnPath(work *queue.Work, dir *policy.Directory, domain *pol
 	return mailaddr.Address{Local: local, Domain: domain.ReturnPath}, nil
 }
 
-// commit waits for the journal record of the attempt, and refuses to go on
-// when the message has expired meanwhile.
+// commit waits for the journal record of the attempt.
 func (w *worker) commit() error {
 	w.waited = true
-	if err := <-w.journal; err != nil || w.guard == nil {
-		return err
-	}
-	return w.guard.pass(w.engine.cfg.Now())
+	return <-w.journal
 }
 
 // signJob is what sign needs of the message in hand.
