@@ -125,7 +125,10 @@ func retryAt(env *relay.Envelope, st *relay.RecipientState, v verdict.Verdict, a
 	}
 	switch {
 	case v.Class == verdict.Greylist && st.Attempts == 1:
-		next = a.EndedAt.Add(q.GreylistRetry.D())
+		// Mail that does not live that long has the schedule's last try.
+		if at := a.EndedAt.Add(q.GreylistRetry.D()); at.Before(env.ExpiresAt) {
+			next = at
+		}
 	case v.After > 0:
 		// Never longer than the schedule's own longest wait.
 		if ask := a.EndedAt.Add(min(v.After, q.RetryMax.D())); ask.After(next) {

@@ -28,6 +28,7 @@ type worker struct {
 	signature []byte
 	journal   chan error
 	waited    bool // the journal's answer was read
+	guard     *guard
 	signer    signJob
 }
 
@@ -264,7 +265,9 @@ func (w *worker) dial(ctx context.Context, work *queue.Work, hosts []resolve.Hos
 	if p, ok := dir.Providers().Named(w.lane.Provider); ok {
 		mode = p.TLS
 	}
-	session, failure := e.cfg.Dialer.Dial(ctx, &delivery.Target{Hosts: hosts, Source: source, TLS: mode})
+	dialing, over := e.dialContext(ctx, work.Env, started)
+	session, failure := e.cfg.Dialer.Dial(dialing, &delivery.Target{Hosts: hosts, Source: source, TLS: mode})
+	expired := over() && ctx.Err() == nil
 	if failure == nil {
 		w.session = session
 		e.mu.Lock()
@@ -275,7 +278,7 @@ func (w *worker) dial(ctx context.Context, work *queue.Work, hosts []resolve.Hos
 		return true
 	}
 	now := e.cfg.Now()
-	if failure.Status == relay.NotTried {
+	if failure.Status == relay.NotTried && !expired {
 		until := failure.RetryAt
 		if until.IsZero() || ctx.Err() != nil {
 			until = now.Add(time.Second)
@@ -289,6 +292,14 @@ func (w *worker) dial(ctx context.Context, work *queue.Work, hosts []resolve.Hos
 	}
 	for i := range work.Recipients {
 		a.Outcomes = append(a.Outcomes, failure.Outcome(work.Recipients[i].Index))
+	}
+	if expired {
+		// It was this message that could not wait, so nothing is held against
+		// the host.
+		late(a.Outcomes)
+		e.settle(work, a, nil)
+		w.end()
+		return false
 	}
 	e.settle(work, a, nil)
 	e.fail(w, work, now)

@@ -1,0 +1,143 @@
+package engine
+
+import (
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/relais-mta/relais/relay"
+	"github.com/relais-mta/relais/relay/outbox"
+	"github.com/relais-mta/relais/shared/lab"
+	"github.com/relais-mta/relais/shared/policy"
+)
+
+// TestExpiresAtFiveMinutes lets a deadline of five minutes pass in virtual time:
+// nothing at 4:59.999, the end at 5:00, and no delivery when work goes on later.
+func TestExpiresAtFiveMinutes(t *testing.T) {
+	w := newWorld(t, nil)
+	w.stop()
+	env := w.accept(func(e *relay.Envelope) { e.ExpiresAt = e.AcceptedAt.Add(5 * time.Minute) }, w.at(lab.Google, 0, lab.Accept))
+	w.engine.expire(env.ExpiresAt.Add(-time.Millisecond))
+	if info, err := w.queue.Show(env.ID); err != nil || info.States[0].State != relay.StateWaiting {
+		t.Fatalf("a millisecond before the deadline: %+v, %v", info, err)
+	}
+	if at, ok := w.queue.NextDeadline(); !ok || at.Sub(env.ExpiresAt).Abs() >= time.Millisecond {
+		t.Errorf("the loop would look at %v, the deadline is %v", at, env.ExpiresAt)
+	}
+	if idle := w.engine.idle(time.Time{}, env.ExpiresAt.Add(-30*time.Second)); idle > 30*time.Second {
+		t.Errorf("the loop would sleep %v, thirty seconds before the deadline", idle)
+	}
+	w.engine.expire(env.ExpiresAt)
+	w.event(env, outbox.Expired)
+	w.gone(env)
+	w.view(nil, first)
+	w.restart(time.Second)
+	w.gone(w.accept(nil, w.at(lab.Google, 1, lab.Accept)))
+	if n := len(w.arrived(lab.Google)); n != 1 {
+		t.Errorf("%d mails arrived, want the fresh one only", n)
+	}
+}
+
+// TestNoAttemptIsPlannedBeyondTheDeadline defers mail of several lifetimes until
+// its end, with the retries of the default policy.
+func TestNoAttemptIsPlannedBeyondTheDeadline(t *testing.T) {
+	doc := testDocument(t)
+	for _, life := range []time.Duration{time.Second, 30 * time.Second, time.Minute, 5 * time.Minute, 7 * time.Minute, time.Hour, 24 * time.Hour} {
+		for _, reply := range []relay.Reply{{Text: "connection refused"}, {Code: 450, Enhanced: "4.7.1", Text: "greylisted, try again later"}, {Code: 421, Text: "try again in 2 hours"}} {
+			w := testWork(policy.Transactional, 1)
+			w.Env.ExpiresAt = w.Env.AcceptedAt.Add(life)
+			state := &w.Recipients[0].State
+			at, attempts := w.Env.AcceptedAt, 0
+			for ; at.Before(w.Env.ExpiresAt); attempts++ {
+				if attempts > 200 {
+					t.Fatalf("life of %v: more than %d attempts", life, attempts)
+				}
+				s := decide(w, testAttempt(w, at.Sub(w.Env.AcceptedAt), relay.Outcome{Status: relay.Deferred, Phase: relay.PhaseConnect, Reply: reply}), &doc.Queue)
+				*state = s.results[0].State
+				if state.Next.After(w.Env.ExpiresAt) || !state.Next.After(at) {
+					t.Fatalf("life of %v: after an attempt at %v the next one is at %v", life, at.Sub(w.Env.AcceptedAt), state.Next.Sub(w.Env.AcceptedAt))
+				}
+				at = state.Next
+			}
+			if life >= 5*time.Minute && attempts < 2 && reply.Code != 421 { // who asks for two hours is left alone
+				t.Errorf("life of %v: %d attempts", life, attempts)
+			}
+		}
+	}
+}
+
+// TestSlowHostDoesNotHoldMailBeyondItsDeadline has hosts fall silent in every
+// phase before the final dot: the mail expires on time, is not delivered when
+// they wake up, and the host is not blamed.
+func TestSlowHostDoesNotHoldMailBeyondItsDeadline(t *testing.T) {
+	for _, phase := range []lab.Phase{lab.PhaseConnect, lab.PhaseEhlo, lab.PhaseMail, lab.PhaseRcpt, lab.PhaseData} {
+		t.Run(phase.String(), func(t *testing.T) {
+			w := newWorld(t, nil, first)
+			reached := w.holdAt(lab.Google, phase, time.Hour)
+			env := w.accept(func(e *relay.Envelope) { e.ExpiresAt = e.AcceptedAt.Add(700 * time.Millisecond) }, w.at(lab.Google, 0, lab.Accept))
+			reached()
+			e := w.event(env, outbox.Expired)
+			if late := e.At.Sub(env.ExpiresAt); late < 0 || late > 5*time.Second {
+				t.Errorf("expired %v after its deadline", late)
+			}
+			if e.Reply.Enhanced != "4.4.7" || !strings.Contains(e.Reply.Text, "expired before the mail host") {
+				t.Errorf("reason %+v", e.Reply)
+			}
+			w.gone(env)
+			if err := w.lab.SetBehaviour(lab.Google, lab.Behaviour{}); err != nil {
+				t.Fatal(err)
+			}
+			fresh := w.accept(nil, w.at(lab.Google, 1, lab.Accept))
+			if e := w.event(fresh, outbox.Delivered); e.Attempts != 1 {
+				t.Errorf("the next mail took %d attempts", e.Attempts)
+			}
+			if n := len(w.arrived(lab.Google)); n != 1 {
+				t.Errorf("%d mails arrived, want the fresh one only", n)
+			}
+		})
+	}
+}
+
+// TestAnswerToTheFinalDotIsAwaited has a host think about the mail until after
+// the deadline: it has the mail, so its answer counts.
+func TestAnswerToTheFinalDotIsAwaited(t *testing.T) {
+	w := newWorld(t, nil, first)
+	w.holdAt(lab.Google, lab.PhaseFinalDot, time.Second)
+	env := w.accept(func(e *relay.Envelope) { e.ExpiresAt = e.AcceptedAt.Add(900 * time.Millisecond) }, w.at(lab.Google, 0, lab.Accept))
+	e := w.event(env, outbox.Delivered)
+	if !e.EndedAt.After(env.ExpiresAt) {
+		t.Errorf("answered at %v, before the deadline at %v", e.EndedAt, env.ExpiresAt)
+	}
+	w.gone(env)
+}
+
+func TestGuard(t *testing.T) {
+	w := newWorld(t, nil)
+	env := &relay.Envelope{ExpiresAt: time.Now().Add(2 * guardWithin)}
+	if g := w.engine.watch(env, time.Now(), nil); g != nil {
+		t.Error("mail that has hours left is watched")
+	}
+	env.ExpiresAt = time.Now().Add(guardWithin / 2)
+	w.trusted.Store(false)
+	if g := w.engine.watch(env, time.Now(), nil); g != nil {
+		t.Error("mail is watched by a clock that is not trusted")
+	}
+	w.trusted.Store(true)
+	for _, tc := range []struct {
+		at   time.Duration
+		pass bool
+	}{{-time.Millisecond, true}, {0, false}, {time.Second, false}} {
+		g := w.engine.watch(env, time.Now(), func() { t.Error("aborted before the deadline") })
+		if err := g.pass(env.ExpiresAt.Add(tc.at)); (err == nil) != tc.pass {
+			t.Errorf("%v from the deadline: %v", tc.at, err)
+		}
+		if late := g.end(); late == tc.pass {
+			t.Errorf("%v from the deadline: late is %v", tc.at, late)
+		}
+	}
+	outcomes := []relay.Outcome{{Status: relay.Delivered}, {Status: relay.NotTried}, {Status: relay.Deferred, Reply: relay.Reply{Code: 451}}, {Status: relay.Failed}}
+	late(outcomes)
+	if outcomes[0].Status != relay.Delivered || outcomes[1].Status != relay.Deferred || outcomes[1].Reply != lateReply || outcomes[2].Reply.Code != 451 || outcomes[3].Reply.Text != "" {
+		t.Errorf("%+v", outcomes)
+	}
+}
