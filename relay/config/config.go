@@ -37,8 +37,8 @@ type Config struct {
 
 // Listen holds address:port pairs; an empty list turns a listener off.
 type Listen struct {
-	Submissions []netip.AddrPort `toml:"submissions"` // implicit TLS, RFC 8314: port 465
-	Submission  []netip.AddrPort `toml:"submission"`  // STARTTLS, RFC 6409: port 587
+	Submissions []netip.AddrPort `toml:"submissions"` // implicit TLS, RFC 8314 section 3.3: port 465
+	Submission  []netip.AddrPort `toml:"submission"`  // STARTTLS, RFC 6409 section 3.1: port 587
 	Inbound     []netip.AddrPort `toml:"inbound"`     // our own signed return paths: port 25
 	Metrics     netip.AddrPort   `toml:"metrics"`     // metrics, health, pprof
 	// Proxies are balancers in front of the submission listeners, which must

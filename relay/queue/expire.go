@@ -32,11 +32,12 @@ func (q *Queue) NextDeadline() (time.Time, bool) {
 	return time.UnixMilli(d.win.first().due), true
 }
 
-// PopExpired returns work for up to most messages past their deadline,
-// whatever their state, one piece for each work queue. Recipients in callers'
-// hands are left out: the engine gives them no further attempt, and what comes
-// back waiting is found here again. The caller ends the work with Finish and
-// StateExpired. Nothing expires while the clock is not trusted.
+// PopExpired returns work for up to most messages past their deadline (RFC 5321
+// section 4.5.4.1), whatever their state, one piece for each work queue.
+// Recipients in callers' hands are left out: the engine gives them no further
+// attempt, and what comes back waiting is found here again. The caller ends the
+// work with Finish and StateExpired. Nothing expires while the clock is not
+// trusted.
 func (q *Queue) PopExpired(now time.Time, most int) []*Work {
 	if !q.clockTrusted() {
 		return nil

@@ -25,7 +25,8 @@ const minRetryWait = time.Second
 // together and may share a transaction again, and a restart changes nothing.
 //
 // A try that would fall on or behind the deadline is moved to lastTryMargin
-// before it, so that the time up to the deadline is used. False: not even that
+// before it, so that the time up to the deadline is used (RFC 5321 section
+// 4.5.4.1). False: not even that
 // leaves the shortest wait; nothing is tried any more.
 func RetryAt(p policy.Queue, message ids.Message, attempts uint32, now, deadline time.Time) (time.Time, bool) {
 	wait := retryWait(p, max(attempts, 1))

@@ -58,7 +58,7 @@ func (r *Resolver) fill(ctx context.Context, route *Route) time.Duration {
 		return r.fillImplicit(ctx, route, mx.ttl)
 	}
 	if isNullMX(mx.records) {
-		// RFC 7505 section 3 and section 4.2.
+		// RFC 7505 sections 3 and 4.2.
 		route.Failure = failed("5.1.10", "the domain "+domain+" does not accept mail (null MX)")
 		return r.bounded(mx.ttl)
 	}
@@ -227,7 +227,8 @@ func familyNames(f Families) string {
 	return "IPv4 or IPv6"
 }
 
-// addrs returns a host's addresses in the families, IPv4 first. The error says
+// addrs returns a host's addresses in the families, IPv4 first (RFC 3974 section
+// 3: a host has all of them in DNS). The error says
 // that a family is unknown for now; the other one's addresses are still good.
 func (r *Resolver) addrs(ctx context.Context, name string, families Families) ([]netip.Addr, time.Duration, error) {
 	var out []netip.Addr
@@ -289,7 +290,7 @@ func addrsOf(records []dns.RR) []netip.Addr {
 		switch rr := rr.(type) {
 		case *dns.A:
 			raw = rr.A.To4()
-		case *dns.AAAA:
+		case *dns.AAAA: // RFC 3596 section 2.1
 			raw = rr.AAAA
 		}
 		if addr, ok := netip.AddrFromSlice(raw); ok && len(out) < maxAddrsPerHost {

@@ -12,7 +12,7 @@ import (
 )
 
 // ednsBytes is the UDP size we offer: answers of that size are not fragmented
-// on any common path.
+// on any common path (RFC 6891 section 6.2.5).
 const ednsBytes = 1232
 
 // maxCNAMEs bounds a chain of aliases.
@@ -39,7 +39,9 @@ type errTemporary struct{ text string }
 
 func (e *errTemporary) Error() string { return e.text }
 
-// lookup asks for one name and type and follows aliases.
+// lookup asks for one name and type and follows aliases, also that of a mail
+// host, which the domain's owner should not have named so (RFC 2181 section
+// 10.3).
 func (r *Resolver) lookup(ctx context.Context, name string, qtype uint16) (answer, error) {
 	name = dns.Fqdn(name)
 	ttl := maxAnswerTTL
@@ -76,7 +78,9 @@ func (r *Resolver) lookup(ctx context.Context, name string, qtype uint16) (answe
 
 // follow walks the aliases of an answer from name and returns the last name
 // and the smallest TTL on the way. It gives up on chains beyond the bound, and
-// so on circles.
+// so on circles. Only what is said of the name that was asked and of its aliases
+// is believed (RFC 2181 section 5.4.1): the rest of the message may be about
+// anybody.
 func follow(msg *dns.Msg, name string) (string, time.Duration, bool) {
 	ttl := maxAnswerTTL
 	for range maxCNAMEs {
@@ -95,6 +99,8 @@ func follow(msg *dns.Msg, name string) (string, time.Duration, bool) {
 	return "", 0, false
 }
 
+// collect takes the records of one owner from an answer, and nothing that is
+// said of other names (RFC 2181 section 5.4.1).
 func collect(msg *dns.Msg, owner string, qtype uint16, ttl time.Duration) answer {
 	a := answer{kind: noData, ttl: ttl}
 	for _, rr := range msg.Answer {
@@ -119,8 +125,8 @@ func negativeTTL(msg *dns.Msg) time.Duration {
 	return defaultNegativeTTL
 }
 
-// exchange asks the configured servers in turn until one gives a usable
-// answer. The server that answered last is asked first.
+// exchange asks the configured servers in turn until one gives a usable answer
+// (RFC 1035 section 4.2.1: ask another server, or the same one again). The server that answered last is asked first.
 func (r *Resolver) exchange(ctx context.Context, name string, qtype uint16) (*dns.Msg, error) {
 	select {
 	case r.slots <- struct{}{}:
@@ -159,11 +165,13 @@ func (r *Resolver) exchange(ctx context.Context, name string, qtype uint16) (*dn
 func usable(rcode int) bool { return rcode == dns.RcodeSuccess || rcode == dns.RcodeNameError }
 
 // ask sends one question to one server: over UDP with EDNS, without EDNS to a
-// server that does not know it (RFC 6891 section 7), over TCP if the answer
-// was cut (RFC 7766 section 5).
+// server that does not know it (RFC 6891 section 7), over TCP (RFC 1035 section
+// 4.2.2) if the answer was cut (RFC 7766 section 5, RFC 2181 section 9).
 func (r *Resolver) ask(ctx context.Context, server netip.AddrPort, name string, qtype uint16) (*dns.Msg, error) {
 	question := new(dns.Msg)
-	question.SetQuestion(name, qtype) // with a random id; the kernel picks a random source port per socket
+	// RFC 5452 section 9.2: a random id, and a socket of its own, for which the
+	// kernel picks a random port.
+	question.SetQuestion(name, qtype)
 	question.SetEdns0(ednsBytes, false)
 	answer, err := r.send(ctx, &r.udp, server, question)
 	if err == nil && (answer.Rcode == dns.RcodeFormatError || answer.Rcode == dns.RcodeNotImplemented || answer.Rcode == dns.RcodeBadVers) {

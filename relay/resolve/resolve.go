@@ -32,7 +32,7 @@ const (
 	maxAnswerTTL       = 7 * 24 * time.Hour // before the policy's bounds
 	defaultNegativeTTL = 5 * time.Minute    // of a "no" without a SOA record
 	maxNegativeTTL     = time.Hour
-	temporaryTTL       = 5 * time.Second // a failing name is not asked again before
+	temporaryTTL       = 5 * time.Second // a failing name is not asked again before (RFC 2308 section 7.1)
 	staleRetry         = time.Minute     // a stale route is asked again after
 	maxStale           = 12 * time.Hour  // how long after its expiry a route is used while DNS fails
 )
@@ -194,7 +194,7 @@ func (r *Resolver) Route(ctx context.Context, domain mailaddr.Domain, families F
 }
 
 // refresh finds the route and caches it. When DNS fails, the last good route
-// is kept within maxStale (RFC 8767).
+// is kept within maxStale (RFC 8767 section 5).
 func (r *Resolver) refresh(ctx context.Context, key routeKey) *Route {
 	route := r.find(ctx, key.domain, key.families)
 	now := time.Now()

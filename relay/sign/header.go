@@ -28,8 +28,8 @@ var signedFields = [...]signedField{
 	{"Content-Type", false},
 	{"Content-Transfer-Encoding", false},
 	{"Content-Language", false},
-	{"List-Id", false},
-	{"List-Help", false},
+	{"List-Id", false},   // RFC 2919
+	{"List-Help", false}, // RFC 2369 section 3
 	{"List-Owner", false},
 	{"List-Post", false},
 	{"List-Subscribe", false},

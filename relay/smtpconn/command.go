@@ -134,7 +134,7 @@ func (c *Conn) nextCommand() error {
 			return c.fail("unknown_command", "502 5.5.1 BDAT is not offered here, closing the connection")
 		}
 		return c.bdat(arg)
-	case "RSET", "NOOP", "QUIT", "VRFY":
+	case "RSET", "NOOP", "QUIT", "VRFY": // RFC 5321 section 3.5.3: VRFY gets 252
 		c.pass(verb, arg)
 	case "EXPN", "HELP", "SEND", "SOML", "SAML", "TURN", "ETRN", "BURL":
 		c.refuse("unknown_command", "502 5.5.1 "+verb+" is not offered here")

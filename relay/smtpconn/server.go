@@ -83,7 +83,7 @@ func NewServer(cfg Config) (*Server, error) {
 	}
 	if cfg.TLS != nil {
 		cfg.TLS = cfg.TLS.Clone()
-		// RFC 8996: TLS 1.0 and 1.1 are not to be used.
+		// RFC 8996, RFC 8997: TLS 1.0 and 1.1 are not to be used.
 		cfg.TLS.MinVersion = max(cfg.TLS.MinVersion, tls.VersionTLS12)
 	}
 	s := &Server{

@@ -20,7 +20,7 @@ import (
 // AuthMechanisms implements smtp.AuthSession.
 func (s *session) AuthMechanisms() []string { return []string{"PLAIN", "LOGIN"} }
 
-// Auth implements smtp.AuthSession.
+// Auth implements smtp.AuthSession: the mechanisms of RFC 4422 section 3.
 func (s *session) Auth(mechanism string) (sasl.Server, error) {
 	switch mechanism {
 	case "PLAIN":
@@ -107,6 +107,9 @@ func (s *session) login(user string, secret []byte) error {
 	if tenant, ok := dir.Tenant(credential.Tenant); !ok || tenant.Suspended {
 		s.server.metrics.auth.WithLabelValues("suspended").Inc()
 		return s.conn.Refuse("suspended", 535, smtp.EnhancedCode{5, 7, 1}, "This account is suspended")
+	}
+	if why := s.outOfScope(credential); why != "" {
+		return s.loginFailed("scope", "%s", why)
 	}
 	s.server.metrics.auth.WithLabelValues("ok").Inc()
 	s.credential, s.secretHash = id, hash

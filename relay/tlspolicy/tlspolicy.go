@@ -28,7 +28,7 @@ const (
 )
 
 // Decide combines a provider's TLS mode with whether the host's STARTTLS
-// failed lately. It is the whole rule.
+// failed lately. It is the whole rule (RFC 7435 section 3).
 func Decide(mode policy.TLSMode, broken bool) Decision {
 	switch {
 	case mode == policy.TLSRequired:
@@ -116,7 +116,7 @@ const maxResumableHosts = 1024
 // connection.
 func Config() *tls.Config {
 	return &tls.Config{
-		// RFC 8996: TLS 1.0 and 1.1 must not be used.
+		// RFC 8996, RFC 9325 section 3.1.1: TLS 1.0 and 1.1 must not be used.
 		MinVersion: tls.VersionTLS12,
 		// RFC 7672 section 1.3: MX names come from unauthenticated DNS, so a
 		// verified certificate proves nothing without DANE or MTA-STS.

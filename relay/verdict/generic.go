@@ -166,7 +166,7 @@ var codeRules = [...]rule{
 	{name: "code-451", codes: "451", class: RemoteSystem, sample: "451 aborted"},
 	{name: "code-452", codes: "452", class: RemoteSystem, sample: "452 no"},
 	{name: "code-500", codes: "500 501 502 503 504 555", class: Protocol, sample: "503 no"},
-	{name: "code-521", codes: "521 556", class: BadDomain, sample: "556 no"},
+	{name: "code-521", codes: "521 556", class: BadDomain, sample: "556 no"}, // RFC 7504
 	{name: "code-530", codes: "530 535 538", class: Policy, sample: "530 no"},
 	{name: "code-551", codes: "551", phases: []relay.Phase{relay.PhaseRCPT}, class: BadMailbox, sample: "551 elsewhere"},
 	{name: "code-552", codes: "552", phases: []relay.Phase{relay.PhaseRCPT}, class: Quota, sample: "552 no"},

@@ -7,4 +7,7 @@
 // takes about a second. Sizes and sleeps that are allowed for now are in
 // testdata/allow.txt, which may only shrink: an entry that is too generous, or
 // no longer needed, fails as well.
+//
+// It also holds shared/docs/rfc-index, which says what is supported of which
+// RFC, against the code, and looks for dead links in shared/docs.
 package archtest
