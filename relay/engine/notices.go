@@ -123,7 +123,8 @@ func wanted(env *relay.Envelope, recipients []failedRecipient, action dsn.Action
 
 func (e *Engine) notice(env *relay.Envelope, told []report, leading dsn.Action, now time.Time, dir *policy.Directory) (queue.Mail, error) {
 	// RFC 3461 section 4.3: without a failure only the header section goes back.
-	full := env.RetFull && leading == dsn.Failed
+	// Binary content cannot stand in a report, which goes to any host.
+	full := env.RetFull && leading == dsn.Failed && !env.BinaryMIME
 	header, body, err := e.original(env, full)
 	if err != nil {
 		return queue.Mail{}, err

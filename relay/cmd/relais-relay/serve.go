@@ -169,7 +169,7 @@ func (n *node) openServers(context.Context) (err error) {
 	name := hostname(n.cfg)
 	n.submission, err = submission.New(submission.Options{
 		Hostname: name, TLS: serverTLS, Policy: n.agent.Directory, Connected: n.agent.Connected, Closed: n.closed,
-		Spool: submission.NewSpool(n.store, n.queue), Proxies: n.cfg.Listen.Proxies, Logger: n.log, Registerer: n.registry,
+		Spool: submission.NewSpool(n.store, n.queue), Proxies: n.cfg.Listen.Proxies, BinaryMIME: true, Logger: n.log, Registerer: n.registry,
 	})
 	if err != nil {
 		return err
