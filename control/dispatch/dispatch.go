@@ -22,8 +22,8 @@ import (
 	"github.com/relais-mta/relais/shared/policy"
 )
 
-// DefaultReportInterval is how often a relay reports. It is also how soon a
-// relay finds out that a server was restarted without a goodbye.
+// DefaultReportInterval is how often a relay reports. Whether a silent server
+// lives it asks sooner.
 const DefaultReportInterval = 5 * time.Second
 
 const (
