@@ -12,10 +12,11 @@ import (
 	"time"
 )
 
-// free returns an address that nobody listens on.
+// free returns an address that nobody listens on, one of the block that fleets
+// take theirs from, which no interface lists.
 func free(t *testing.T) netip.AddrPort {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	l, err := net.Listen("tcp", "127.30.1.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}

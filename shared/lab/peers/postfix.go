@@ -38,20 +38,19 @@ func postfix(ctx context.Context, cfg Config, more string) (*Server, error) {
 myhostname = %[1]s
 mydestination =
 mynetworks =
-inet_interfaces = %[2]s
+inet_interfaces = 127.0.0.1
 inet_protocols = ipv4
-smtp_bind_address = %[2]s
 maillog_file = /dev/stdout
 alias_maps =
 alias_database =
-virtual_mailbox_domains = %[3]s
+virtual_mailbox_domains = %[2]s
 virtual_mailbox_base = /peer
 virtual_mailbox_maps = static:mail/
-virtual_uid_maps = static:%[4]d
-virtual_gid_maps = static:%[4]d
+virtual_uid_maps = static:%[3]d
+virtual_gid_maps = static:%[3]d
 virtual_mailbox_limit = 0
-message_size_limit = %[5]d
-smtpd_discard_ehlo_keywords = %[6]s
+message_size_limit = %[4]d
+smtpd_discard_ehlo_keywords = %[5]s
 smtpd_relay_restrictions = permit_mynetworks, reject_unauth_destination
 smtpd_client_connection_count_limit = 0
 smtpd_tls_security_level = may
@@ -59,8 +58,10 @@ smtpd_tls_chain_files = /etc/peer.pem
 smtputf8_enable = yes
 disable_dns_lookups = yes
 smtpd_peername_lookup = no
-%[7]s`, cfg.Host, cfg.Addr.Addr(), cfg.Domain, mailboxID, maxMessageBytes, strings.Join(cfg.Without, ", "), more)
-	master := fmt.Sprintf("%d inet n - n - - smtpd\n", cfg.Addr.Port())
+%[6]s`, cfg.Host, cfg.Domain, mailboxID, maxMessageBytes, strings.Join(cfg.Without, ", "), more)
+	// Here and not in inet_interfaces, where only an address will do that the
+	// machine's own list has.
+	master := fmt.Sprintf("%s inet n - n - - smtpd\n", cfg.Addr)
 	for _, service := range []string{"cleanup unix n - n - 0 cleanup", "qmgr unix n - n 300 1 qmgr", "tlsmgr unix - - n 1000? 1 tlsmgr",
 		"rewrite unix - - n - - trivial-rewrite", "bounce unix - - n - 0 bounce", "defer unix - - n - 0 bounce", "trace unix - - n - 0 bounce",
 		"proxymap unix - - n - - proxymap", "smtp unix - - n - - smtp", "error unix - - n - - error", "retry unix - - n - - error",
