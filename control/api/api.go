@@ -71,6 +71,7 @@ func New(o Options) http.Handler {
 	s.registerTenants(a)
 	s.registerSending(a)
 	s.registerDNS(a)
+	s.registerKeys(a)
 	s.registerQuarantine(a)
 	s.registerNodes(a)
 	s.registerServers(a)

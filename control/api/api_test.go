@@ -177,7 +177,7 @@ func TestEveryResource(t *testing.T) {
 		t.Errorf("got %+v", got)
 	}
 	domain := get[Domain](f, f.do("POST", "/domains", m{"tenant": "acme", "name": "example.com"}))
-	if len(domain.Records) < 4 || domain.ReturnPath != "rp.example.com" || len(domain.Selectors) != 1 {
+	if len(domain.Records) < 4 || domain.ReturnPath != "rp.example.com" || len(domain.Selectors) != 2 {
 		t.Errorf("got %+v", domain)
 	}
 	if got := get[Domain](f, f.do("GET", "/domains/example.com", nil)); got.TenantName != "acme" {

@@ -126,6 +126,7 @@ type Domain struct {
 	TenantName string      `json:"tenant_name"`
 	ReturnPath string      `json:"return_path"`
 	Selectors  []string    `json:"selectors"`
+	Keys       []DomainKey `json:"keys,omitempty" doc:"The DKIM keys, oldest first"`
 	Records    []DNSRecord `json:"records,omitempty" doc:"What to publish in DNS"`
 	Notes      []string    `json:"notes,omitempty"`
 	VerifiedAt *time.Time  `json:"verified_at,omitempty" doc:"When its ownership record was first seen in DNS; absent: never"`
@@ -338,6 +339,7 @@ func domainOf(d service.DomainView) Domain {
 	for _, k := range d.DKIM {
 		out.Selectors = append(out.Selectors, k.Selector)
 	}
+	out.Keys = keysOf(d.Keys)
 	for _, r := range d.Records {
 		out.Records = append(out.Records, DNSRecord{Name: r.Name, Type: r.Type, Values: r.Values, Purpose: r.Purpose, Required: r.Required, Zone: r.Zone()})
 	}

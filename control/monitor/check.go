@@ -93,7 +93,8 @@ func (r *Resolver) Ownership(ctx context.Context, d service.DomainFacts) service
 func (r *Resolver) Domain(ctx context.Context, d service.DomainFacts) []service.Finding {
 	out := []service.Finding{r.Ownership(ctx, d)}
 	for _, k := range d.Keys {
-		out = append(out, r.dkim(ctx, d.Name, k))
+		f, _ := r.Key(ctx, d.Name, k)
+		out = append(out, f)
 	}
 	out = append(out, r.spf(ctx, d), r.returnPathMX(ctx, d), r.dmarc(ctx, d.Name))
 	for _, s := range d.Sources {
@@ -109,13 +110,25 @@ func (r *Resolver) Domain(ctx context.Context, d service.DomainFacts) []service.
 	return out
 }
 
-// dkim compares the published key with ours (RFC 6376 section 3.6.1).
-func (r *Resolver) dkim(ctx context.Context, domain string, k service.KeyFacts) service.Finding {
-	f := finding("dkim", k.Selector+"._domainkey."+domain, true)
-	texts, err := r.texts(ctx, f.Name)
+// Key implements service.DNS: every server that answers must show the record.
+func (r *Resolver) Key(ctx context.Context, domain string, k service.KeyFacts) (f service.Finding, published bool) {
+	f = finding("dkim", k.Selector+"._domainkey."+domain, k.Signs)
+	answers, err := r.textsEverywhere(ctx, f.Name)
 	if err != nil {
-		return unknown(f, err)
+		return unknown(f, err), true
 	}
+	for _, texts := range answers {
+		published = published || len(texts) > 0
+		if f.Status == service.FindingOK {
+			f = keyFinding(f, texts, domain, k)
+		}
+	}
+	return f, published
+}
+
+// keyFinding compares the published key with ours (RFC 6376 section 3.6.1, RFC
+// 8463 section 4).
+func keyFinding(f service.Finding, texts []string, domain string, k service.KeyFacts) service.Finding {
 	if len(texts) == 0 {
 		return bad(f, "there is no record: publish the key that `relais-control domain show %s` prints", domain)
 	}
@@ -126,8 +139,12 @@ func (r *Resolver) dkim(ctx context.Context, domain string, k service.KeyFacts) 
 	if v, ok := tags["v"]; ok && v != "DKIM1" {
 		return bad(f, "the record begins with v=%s, not v=DKIM1", v)
 	}
-	if t, ok := tags["k"]; ok && t != "rsa" {
-		return bad(f, "the record is for a %s key, ours is rsa", t)
+	kind, ok := tags["k"]
+	if !ok {
+		kind = "rsa"
+	}
+	if kind != k.Kind {
+		return bad(f, "the record is for a %s key, ours is %s", kind, k.Kind)
 	}
 	p := strings.Join(strings.Fields(tags["p"]), "")
 	switch key, err := base64.StdEncoding.DecodeString(p); {

@@ -158,7 +158,7 @@ func TestDomain(t *testing.T) {
 		t.Fatal(err)
 	}
 	p := base64.StdEncoding.EncodeToString(public)
-	facts := service.DomainFacts{Name: "mail.example.com", ReturnPath: "rp.example.com", OwnershipToken: "tok", Keys: []service.KeyFacts{{Selector: "r1", Public: public}},
+	facts := service.DomainFacts{Name: "mail.example.com", ReturnPath: "rp.example.com", OwnershipToken: "tok", Keys: []service.KeyFacts{{Selector: "r1", Kind: "rsa", Public: public, Signs: true}},
 		Inbound: []string{"mta1.example.net"}, Sources: []service.SourceFacts{{Public: netip.MustParseAddr("198.51.100.7"), EHLO: "mta1.example.net", PTRName: "mta1.example.net"}}}
 	good := map[string]string{
 		"ownership":   `_relais.mail.example.com. 60 IN TXT "relais-verify=tok"`,
@@ -238,8 +238,11 @@ type world struct {
 	owned   []string
 }
 
-func (w *world) Leads() bool                              { return w.leads }
-func (w *world) WatchRevision() <-chan struct{}           { return nil }
+func (w *world) Leads() bool                    { return w.leads }
+func (w *world) WatchRevision() <-chan struct{} { return nil }
+func (w *world) Key(context.Context, string, service.KeyFacts) (service.Finding, bool) {
+	return service.Finding{}, false
+}
 func (w *world) UnverifiedDomains() []service.DomainFacts { return w.domains }
 func (w *world) SourceRows() []*control.Source {
 	row := w.source

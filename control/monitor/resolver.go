@@ -59,31 +59,66 @@ func (r *Resolver) ask(ctx context.Context, name string, qtype uint16) ([]dns.RR
 	if len(r.servers) == 0 {
 		return nil, fault.New(fault.Unavailable, "monitor.ask", "dns.resolvers in control.toml is empty and %s names no server: write the addresses of your resolvers", resolvConf)
 	}
+	q := question(name, qtype)
+	var last error
+	for _, server := range r.servers {
+		out, err := r.askServer(ctx, q, server)
+		if err == nil {
+			return out, nil
+		}
+		last = err
+	}
+	return nil, noAnswer(last, name, qtype)
+}
+
+func question(name string, qtype uint16) *dns.Msg {
 	q := new(dns.Msg)
 	q.SetQuestion(dns.Fqdn(name), qtype)
 	q.SetEdns0(maxUDPBytes, false)
-	var last error
-	for _, server := range r.servers {
-		in, _, err := r.udp.ExchangeContext(ctx, q, server)
-		if err == nil && in.Truncated {
-			in, _, err = r.tcp.ExchangeContext(ctx, q, server)
-		}
-		switch {
-		case err != nil:
-			last = err
-		case in.Rcode == dns.RcodeSuccess, in.Rcode == dns.RcodeNameError: // RFC 2308 section 2
-			var out []dns.RR
-			for _, rr := range in.Answer {
-				if rr.Header().Rrtype == qtype && len(out) < maxRecords {
-					out = append(out, rr)
-				}
-			}
-			return out, nil
-		default:
-			last = fmt.Errorf("%s answers %s", server, dns.RcodeToString[in.Rcode])
+	return q
+}
+
+func noAnswer(last error, name string, qtype uint16) error {
+	return fault.Wrap(last, fault.Unavailable, "monitor.ask", "DNS gives no answer for %s %s: %v", name, dns.TypeToString[qtype], last)
+}
+
+// askServer asks one server.
+func (r *Resolver) askServer(ctx context.Context, q *dns.Msg, server string) ([]dns.RR, error) {
+	in, _, err := r.udp.ExchangeContext(ctx, q, server)
+	if err == nil && in.Truncated {
+		in, _, err = r.tcp.ExchangeContext(ctx, q, server)
+	}
+	if err != nil {
+		return nil, err
+	}
+	if in.Rcode != dns.RcodeSuccess && in.Rcode != dns.RcodeNameError { // RFC 2308 section 2
+		return nil, fmt.Errorf("%s answers %s", server, dns.RcodeToString[in.Rcode])
+	}
+	var out []dns.RR
+	for _, rr := range in.Answer {
+		if rr.Header().Rrtype == q.Question[0].Qtype && len(out) < maxRecords {
+			out = append(out, rr)
 		}
 	}
-	return nil, fault.Wrap(last, fault.Unavailable, "monitor.ask", "DNS gives no answer for %s %s: %v", name, dns.TypeToString[qtype], last)
+	return out, nil
+}
+
+// textsEverywhere asks every server for the TXT records at a name and returns
+// what each of those that answered says.
+func (r *Resolver) textsEverywhere(ctx context.Context, name string) (out [][]string, err error) {
+	last := error(fault.New(fault.Unavailable, "monitor.ask", "no resolver is known"))
+	for _, server := range r.servers {
+		rrs, err := r.askServer(ctx, question(name, dns.TypeTXT), server)
+		if err != nil {
+			last = err
+			continue
+		}
+		out = append(out, textsOf(rrs))
+	}
+	if len(out) == 0 {
+		return nil, noAnswer(last, name, dns.TypeTXT)
+	}
+	return out, nil
 }
 
 func plainName(name string) string { return strings.ToLower(strings.TrimSuffix(name, ".")) }
@@ -131,13 +166,16 @@ func (r *Resolver) addrs(ctx context.Context, name string, ipv6 bool) ([]netip.A
 // texts returns the TXT records at a name, the strings of each put together.
 func (r *Resolver) texts(ctx context.Context, name string) ([]string, error) {
 	rrs, err := r.ask(ctx, name, dns.TypeTXT)
-	var out []string
+	return textsOf(rrs), err
+}
+
+func textsOf(rrs []dns.RR) (out []string) {
 	for _, rr := range rrs {
 		if txt, ok := rr.(*dns.TXT); ok {
 			out = append(out, strings.Join(txt.Txt, "")) // RFC 7208 section 3.3, RFC 6376 section 3.6.2.2
 		}
 	}
-	return out, err
+	return out
 }
 
 // mx returns the MX hosts of a name.

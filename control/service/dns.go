@@ -20,6 +20,9 @@ type DNS interface {
 	Reverse(ctx context.Context, addr netip.Addr, name string) (control.ReverseVerdict, string, error)
 	// Ownership looks for the record that shows whose a domain is.
 	Ownership(ctx context.Context, d DomainFacts) Finding
+	// Key compares the record of a signing key with what it should be, at every
+	// resolver; published says whether there may be one at all.
+	Key(ctx context.Context, domain string, k KeyFacts) (f Finding, published bool)
 	// Domain compares all records of a domain with what they should be.
 	Domain(ctx context.Context, d DomainFacts) []Finding
 }
@@ -56,7 +59,14 @@ type DomainFacts struct {
 // KeyFacts is a signing key.
 type KeyFacts struct {
 	Selector string
-	Public   []byte // SubjectPublicKeyInfo, DER
+	Kind     string // of k=: rsa or ed25519
+	Public   []byte // of p=
+	Signs    bool   // it is in use
+}
+
+func keyFacts(k *control.DKIMKey) KeyFacts {
+	kind, public := k.RecordKey()
+	return KeyFacts{Selector: k.Selector, Kind: kind, Public: public, Signs: k.State == control.KeySigning}
 }
 
 // SourceFacts is an address that mail of the domain leaves from.
@@ -225,8 +235,10 @@ func (s *Service) domainFacts(r *state.Reader, row *control.Domain) (DomainFacts
 		return DomainFacts{}, fault.New(fault.Internal, "service.CheckDomain", "domain %s has no tenant", row.Name)
 	}
 	facts := DomainFacts{Name: string(row.Name), ReturnPath: string(row.ReturnPath), OwnershipToken: tenant.OwnershipToken}
-	for _, k := range row.DKIM {
-		facts.Keys = append(facts.Keys, KeyFacts{Selector: k.Selector, Public: k.Public})
+	for i := range row.DKIM {
+		if row.DKIM[i].State != control.KeyOver {
+			facts.Keys = append(facts.Keys, keyFacts(&row.DKIM[i]))
+		}
 	}
 	for _, h := range base.Document.Inbound.Hosts {
 		facts.Inbound = append(facts.Inbound, strings.ToLower(strings.TrimSuffix(h, ".")))

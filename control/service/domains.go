@@ -2,9 +2,6 @@ package service
 
 import (
 	"context"
-	"crypto/rand"
-	"crypto/rsa"
-	"crypto/x509"
 
 	"github.com/relais-mta/relais/control"
 	"github.com/relais-mta/relais/control/command"
@@ -14,16 +11,12 @@ import (
 	"github.com/relais-mta/relais/shared/mailaddr"
 )
 
-// dkimBits is the size of signing keys: RFC 8301 section 3.2 asks signers for
-// at least 1024 and recommends 2048, which every verifier handles.
-const dkimBits = 2048
-
 // DomainRequest asks for a sending domain.
 type DomainRequest struct {
 	Tenant     string // id or name
 	Name       string
 	ReturnPath string // empty: rp.<name>
-	Selector   string // empty: r and the date, such as r20260102
+	Selector   string // of the RSA key; empty: r and the date, such as r20260102
 }
 
 // DomainView is a domain with every DNS record it needs.
@@ -32,6 +25,7 @@ type DomainView struct {
 	TenantName string
 	Records    []DNSRecord
 	Notes      []string // what the records do not say
+	Keys       []KeyView
 }
 
 // AddDomain makes a sending domain with a fresh signing key.
@@ -67,11 +61,16 @@ func (s *Service) AddDomain(ctx context.Context, a Actor, req DomainRequest, c C
 	if req.Selector == "" {
 		req.Selector = "r" + at.Format("20060102")
 	}
-	key, err := s.newDKIMKey(name, req.Selector)
+	keys, err := s.newDKIMKeys(s.state.Read(), name, req.Selector, otherSelector(req.Selector, at))
 	if err != nil {
 		return DomainView{}, err
 	}
-	row := control.Domain{Name: name, Tenant: tenant.ID, ReturnPath: returnPath, DKIM: []control.DKIMKey{key}, CreatedAt: at}
+	for i := range keys[1:] {
+		// Nothing was signed yet, so the RSA key is used at once; a second
+		// signature is worth nothing before its key is published.
+		keys[1+i].State, keys[1+i].CreatedAt, keys[1+i].Since = control.KeyNew, at, at
+	}
+	row := control.Domain{Name: name, Tenant: tenant.ID, ReturnPath: returnPath, DKIM: keys, CreatedAt: at}
 	out, err := propose[control.Domain](ctx, s, &command.DomainPut{Meta: c.meta(a), Domain: command.DomainRecord(&row)})
 	if err != nil {
 		return DomainView{}, err
@@ -85,28 +84,6 @@ func parseDomain(field, text string) (mailaddr.Domain, error) {
 		return "", fault.Field("service.AddDomain", field, "%s", fault.Public(err))
 	}
 	return d, nil
-}
-
-// newDKIMKey makes an RSA key whose private part leaves this function sealed.
-func (s *Service) newDKIMKey(d mailaddr.Domain, selector string) (control.DKIMKey, error) {
-	const op = "service.newDKIMKey"
-	private, err := rsa.GenerateKey(rand.Reader, dkimBits)
-	if err != nil {
-		return control.DKIMKey{}, fault.Wrap(err, fault.Internal, op, "no signing key could be made")
-	}
-	public, err := x509.MarshalPKIXPublicKey(&private.PublicKey)
-	if err != nil {
-		return control.DKIMKey{}, fault.Wrap(err, fault.Internal, op, "the signing key cannot be encoded")
-	}
-	plain, err := x509.MarshalPKCS8PrivateKey(private)
-	if err != nil {
-		return control.DKIMKey{}, fault.Wrap(err, fault.Internal, op, "the signing key cannot be encoded")
-	}
-	sealed, err := s.sealer.Seal(plain, state.DKIMPurpose(d, selector))
-	if err != nil {
-		return control.DKIMKey{}, fault.Wrap(err, fault.Internal, op, "the signing key cannot be sealed")
-	}
-	return control.DKIMKey{Selector: selector, Algorithm: "rsa-sha256", Public: public, PrivateSealed: sealed}, nil
 }
 
 // Domains returns the domains of a tenant, or all if it is empty.
@@ -157,6 +134,7 @@ func (s *Service) domainView(r *state.Reader, row *control.Domain) (DomainView, 
 		return DomainView{}, fault.New(fault.Internal, "service.domainView", "domain %s has no tenant", row.Name)
 	}
 	v := DomainView{Domain: *row, TenantName: tenant.Name}
+	v.Keys = keyViews(row, base.Document.Delivery.DKIMPublishHold.D())
 	v.Records, v.Notes = domainRecords(row, tenant, usableSources(r, tenant.ID), base.Document.Inbound.Hosts)
 	return v, nil
 }

@@ -1,7 +1,6 @@
 package service
 
 import (
-	"encoding/base64"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -45,10 +44,19 @@ func domainRecords(d *control.Domain, t *control.Tenant, sources []*control.Sour
 		out = append(out, DNSRecord{Name: name, Type: typ, Values: values, Purpose: purpose, Required: required})
 	}
 	add(true, "shows that the domain belongs to tenant "+t.Name, "_relais."+string(d.Name), "TXT", "relais-verify="+t.OwnershipToken)
-	for _, k := range d.DKIM {
-		// RFC 6376 section 3.6.1.
-		text := "v=DKIM1; k=rsa; p=" + base64.StdEncoding.EncodeToString(k.Public)
-		add(true, "lets receivers check the DKIM signature", k.Selector+"._domainkey."+string(d.Name), "TXT", characterStrings(text)...)
+	for i := range d.DKIM {
+		k := &d.DKIM[i]
+		name, purpose := k.Selector+"._domainkey."+string(d.Name), "lets receivers check the DKIM signature"
+		switch k.State {
+		case control.KeyOver:
+			notes = append(notes, "the TXT record "+name+" is of no use any more and may be removed from DNS")
+			continue
+		case control.KeyNew:
+			purpose = "lets receivers check DKIM signatures of a new key, which signs once DNS has shown this record long enough"
+		case control.KeyRetiring, control.KeyRetired:
+			purpose = "lets receivers check DKIM signatures of a former key: leave it until `relais-control domain show " + string(d.Name) + "` says that it may go"
+		}
+		add(k.State == control.KeySigning, purpose, name, "TXT", characterStrings(k.RecordText())...) // RFC 6376 section 3.6.1, RFC 8463 section 4
 	}
 	hosts := inbound
 	if len(hosts) == 0 {

@@ -104,6 +104,8 @@ type Delivery struct {
 	MaxDNSTTL           Duration `toml:"max_dns_ttl"`
 	HostBackoff         Duration `toml:"host_backoff"` // a host that refused a connection is not tried again for this long
 	SignDKIM            bool     `toml:"sign_dkim"`
+	DKIMPublishHold     Duration `toml:"dkim_publish_hold"` // a new key signs once DNS has shown its record for so long
+	DKIMRotateEvery     Duration `toml:"dkim_rotate_every"` // keys that have signed for so long get successors; 0: never by itself
 }
 
 // Storage guards the relay's disk.

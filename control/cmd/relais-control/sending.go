@@ -55,7 +55,7 @@ func (a *app) domainCommand() *cobra.Command {
 			return []string{d.Name, d.TenantName, d.ReturnPath, strings.Join(d.Selectors, ","), whenOr(d.VerifiedAt, "no")}
 		})
 	}
-	return group("domain", "Add, list, show and check sending domains", add, ls, shown, a.domainCheck())
+	return group("domain", "Add, list, show and check sending domains", add, ls, shown, a.domainCheck(), a.domainDKIM())
 }
 
 // printDomain prints a domain with its records, or the records alone.
@@ -71,6 +71,12 @@ func printDomain(zone bool) func(io.Writer, api.Domain) error {
 		}
 		if err := printPairs(w, "Domain", d.Name, "Tenant", d.TenantName, "Return path", d.ReturnPath, "Selectors", strings.Join(d.Selectors, ", "), "Ownership seen", whenOr(d.VerifiedAt, "never")); err != nil {
 			return err
+		}
+		if len(d.Keys) > 0 {
+			fmt.Fprintln(w, "\nDKIM keys:")
+			if err := printKeys(w, d.Keys); err != nil {
+				return err
+			}
 		}
 		for _, required := range []bool{true, false} {
 			heading := "\nPublish these records:"

@@ -291,6 +291,7 @@ func (s *server) whenReady(ctx context.Context, group *errgroup.Group) error {
 		return err
 	}
 	s.watchDNS(ctx, group)
+	s.watchKeys(ctx, group)
 	s.health.SetReady(true, "")
 	s.supervisor.Ready("serving")
 	return nil
