@@ -219,6 +219,8 @@ type Credential struct {
 
 	PreviousHash  [32]byte  // of the secret before the last rotation
 	PreviousUntil time.Time // the previous secret is good until then; zero: there is none
+
+	Scope policy.CredentialScope
 }
 
 // Pool is a named set of sources.

@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -187,6 +188,16 @@ func TestEveryResource(t *testing.T) {
 	list := f.do("GET", "/credentials?tenant=acme", nil)
 	if got := get[ListBody[Credential]](f, list); len(got.Items) != 1 || got.Items[0].ID != credential.ID || credential.Secret == "" || bytes.Contains(list.body, []byte(credential.Secret)) {
 		t.Errorf("got %s", list.body)
+	}
+	scoped := CredentialCreate{Tenant: "acme", CredentialScope: CredentialScope{Domains: []string{"SHOP.example.com"}, Networks: []string{"192.0.2.7", "2001:db8::/32"}, MessagesPerHour: 5, Certificates: []string{strings.Repeat("AB:", 31) + "AB"}}}
+	want := CredentialScope{Domains: []string{"shop.example.com"}, Networks: []string{"192.0.2.7/32", "2001:db8::/32"}, MessagesPerHour: 5, Certificates: []string{strings.Repeat("ab", 32)}}
+	if got := get[Credential](f, f.do("POST", "/credentials", scoped)); !reflect.DeepEqual(got.CredentialScope, want) || got.Secret == "" {
+		t.Errorf("got %+v", got)
+	}
+	for _, bad := range []CredentialScope{{Domains: []string{"foreign.example"}}, {Domains: []string{"-"}}, {Networks: []string{"192.0.2.7/24"}}, {Networks: []string{"x"}}, {Certificates: []string{"ab"}}} {
+		if got := f.do("POST", "/credentials", CredentialCreate{Tenant: "acme", CredentialScope: bad}); got.status != 422 && got.status != 400 {
+			t.Errorf("%+v is answered %d %s", bad, got.status, got.body)
+		}
 	}
 	if got := get[Credential](f, f.do("POST", "/credentials/"+credential.ID+"/revoke", nil)); !got.Revoked {
 		t.Errorf("got %+v", got)

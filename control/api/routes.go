@@ -154,9 +154,9 @@ func (s *server) registerSending(a huma.API) {
 			Precondition
 			Body CredentialCreate
 		}) (*Out[Credential], error) {
-			req := service.CredentialRequest{Tenant: in.Body.Tenant, Project: in.Body.Project, Name: in.Body.Name, Stream: in.Body.Stream}
-			if in.Body.NotAfter != nil {
-				req.NotAfter = *in.Body.NotAfter
+			req, err := in.Body.request()
+			if err != nil {
+				return nil, err
 			}
 			row, secret, err := s.svc.CreateCredential(ctx, actorOf(ctx), req, service.Change{Reason: in.Reason})
 			if err != nil {

@@ -158,6 +158,16 @@ type Credential struct {
 	Secret    string     `json:"secret,omitempty" doc:"The password, shown only when the credential is created or rotated"`
 
 	PreviousUntil *time.Time `json:"previous_until,omitempty" doc:"The secret before the last rotation is good until then"`
+
+	CredentialScope
+}
+
+// CredentialScope narrows what a credential is good for.
+type CredentialScope struct {
+	Domains         []string `json:"domains,omitempty" doc:"From and Sender must be at one of them or below; empty: any sending domain of the tenant"`
+	Networks        []string `json:"networks,omitempty" doc:"Networks of clients, such as 192.0.2.0/24; empty: all"`
+	MessagesPerHour uint32   `json:"messages_per_hour,omitempty" doc:"Each relay takes so many in any 60 minutes; 0: no limit"`
+	Certificates    []string `json:"certificates,omitempty" doc:"SHA-256 fingerprints, hexadecimal, of certificates of which the client must show one in TLS; empty: none is needed"`
 }
 
 // CredentialRotate asks for a new secret.
@@ -172,6 +182,8 @@ type CredentialCreate struct {
 	Name     string     `json:"name,omitempty" doc:"What it is for"`
 	Stream   string     `json:"stream,omitempty" doc:"Used when a message names none"`
 	NotAfter *time.Time `json:"not_after,omitempty"`
+
+	CredentialScope
 }
 
 // IP is an address that mail leaves from.
@@ -348,7 +360,7 @@ func domainOf(d service.DomainView) Domain {
 
 func credentialOf(c *control.Credential) Credential {
 	return Credential{ID: c.ID.String(), Tenant: c.Tenant.String(), Project: c.Project.String(), Name: c.Name, Stream: c.Stream, NotAfter: optionalTime(c.NotAfter), Revoked: c.Revoked, CreatedAt: c.CreatedAt, Revision: c.Revision,
-		PreviousUntil: optionalTime(c.PreviousUntil)}
+		PreviousUntil: optionalTime(c.PreviousUntil), CredentialScope: scopeOf(&c.Scope)}
 }
 
 func ipOf(v service.IPView) IP {

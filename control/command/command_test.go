@@ -61,6 +61,8 @@ func samples() []Command {
 		&CARollback{Meta: meta, Rotation: "ab12"},
 		&CAPrune{Meta: meta},
 		&IPRelease{Meta: meta, Expect: 25, Source: id(14), OldOwnerIsOff: true},
+		&CredentialPutScoped{Meta: meta, Expect: 28, Credential: &Credential{Id: id(11), Tenant: id(3), Project: id(5), SecretHash: sum(19), CreatedMs: 7000,
+			Scope: &CredentialScope{Domains: []string{"shop.example"}, Networks: []string{"192.0.2.0/24"}, MessagesPerHour: 100, Certificates: [][]byte{sum(20)}}}},
 		&DomainKeysAdd{Meta: meta, Expect: 26, Domain: "example.com", Keys: []*DKIMKey{{Selector: "e1", Algorithm: "ed25519-sha256", Public: []byte("p"), PrivateSealed: []byte("s")}}},
 		&DomainKeyStep{Meta: meta, Domain: "example.com", Selector: "e1", Step: "seen"},
 		&DomainKeysRollback{Meta: meta, Expect: 27, Domain: "example.com"},
@@ -192,6 +194,14 @@ func TestValidateNamesTheField(t *testing.T) {
 		{"sections", &PolicyPut{}},
 		{"sections", &PolicyPut{Sections: []*PolicySection{{Name: "b"}, {Name: "a"}}}},
 		{"stream", &CredentialPut{Credential: &Credential{Id: id(1), Tenant: id(2), Project: id(3), SecretHash: sum(1), Stream: "a b"}}},
+		{"scope", &CredentialPut{Credential: &Credential{Id: id(1), Tenant: id(2), Project: id(3), SecretHash: sum(1), Scope: &CredentialScope{MessagesPerHour: 1}}}},
+		{"scope", scopedSample(nil)},
+		{"scope", scopedSample(&CredentialScope{})},
+		{"domains", scopedSample(&CredentialScope{Domains: []string{"Shop.example"}})},
+		{"networks", scopedSample(&CredentialScope{Networks: []string{"192.0.2.1/24"}})},
+		{"networks", scopedSample(&CredentialScope{Networks: []string{"all"}})},
+		{"certificates", scopedSample(&CredentialScope{Certificates: [][]byte{{1}}})},
+		{"messages_per_hour", scopedSample(&CredentialScope{MessagesPerHour: 10_000_001})},
 		{"state", &NodeSetState{Node: id(1), State: "sleeping"}},
 		{"id", &ReturnPathKeyPut{Key: &ReturnPathKey{Id: 300, KeySealed: []byte("k")}}},
 		{"version", &FSMVersionSet{Version: 999}},
@@ -223,4 +233,8 @@ func FuzzDecode(f *testing.F) {
 			t.Errorf("what was decoded does not encode: %v", err)
 		}
 	})
+}
+
+func scopedSample(scope *CredentialScope) *CredentialPutScoped {
+	return &CredentialPutScoped{Credential: &Credential{Id: id(1), Tenant: id(2), Project: id(3), SecretHash: sum(1), Scope: scope}}
 }

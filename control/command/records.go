@@ -255,6 +255,7 @@ func CredentialRecord(c *control.Credential) *Credential {
 	if !c.PreviousUntil.IsZero() {
 		r.PreviousHash = c.PreviousHash[:]
 	}
+	r.Scope = scopeRecord(&c.Scope)
 	return r
 }
 
@@ -266,6 +267,7 @@ func (r *Credential) Row() (*control.Credential, error) {
 	if !c.PreviousUntil.IsZero() {
 		c.PreviousHash = s.hash("previous_hash", r.GetPreviousHash())
 	}
+	c.Scope = s.scope(r.GetScope())
 	setID(&s, "credential", &c.ID, r.GetId())
 	setID(&s, "tenant", &c.Tenant, r.GetTenant())
 	setID(&s, "project", &c.Project, r.GetProject())

@@ -1080,6 +1080,7 @@ type Credential struct {
 	CreatedMs       int64                  `protobuf:"varint,9,opt,name=created_ms,json=createdMs,proto3" json:"created_ms,omitempty"`
 	PreviousHash    []byte                 `protobuf:"bytes,10,opt,name=previous_hash,json=previousHash,proto3" json:"previous_hash,omitempty"`             // of the secret before the last rotation
 	PreviousUntilMs int64                  `protobuf:"varint,11,opt,name=previous_until_ms,json=previousUntilMs,proto3" json:"previous_until_ms,omitempty"` // the previous secret is good until then
+	Scope           *CredentialScope       `protobuf:"bytes,12,opt,name=scope,proto3" json:"scope,omitempty"`                                               // absent: good for all that its tenant may do; commands since version 3 alone may set it
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -1191,6 +1192,82 @@ func (x *Credential) GetPreviousUntilMs() int64 {
 	return 0
 }
 
+func (x *Credential) GetScope() *CredentialScope {
+	if x != nil {
+		return x.Scope
+	}
+	return nil
+}
+
+// CredentialScope is policy.CredentialScope.
+type CredentialScope struct {
+	state           protoimpl.MessageState `protogen:"open.v1"`
+	Domains         []string               `protobuf:"bytes,1,rep,name=domains,proto3" json:"domains,omitempty"`
+	Networks        []string               `protobuf:"bytes,2,rep,name=networks,proto3" json:"networks,omitempty"` // address/bits
+	MessagesPerHour uint32                 `protobuf:"varint,3,opt,name=messages_per_hour,json=messagesPerHour,proto3" json:"messages_per_hour,omitempty"`
+	Certificates    [][]byte               `protobuf:"bytes,4,rep,name=certificates,proto3" json:"certificates,omitempty"` // SHA-256
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
+}
+
+func (x *CredentialScope) Reset() {
+	*x = CredentialScope{}
+	mi := &file_control_command_records_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CredentialScope) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CredentialScope) ProtoMessage() {}
+
+func (x *CredentialScope) ProtoReflect() protoreflect.Message {
+	mi := &file_control_command_records_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CredentialScope.ProtoReflect.Descriptor instead.
+func (*CredentialScope) Descriptor() ([]byte, []int) {
+	return file_control_command_records_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *CredentialScope) GetDomains() []string {
+	if x != nil {
+		return x.Domains
+	}
+	return nil
+}
+
+func (x *CredentialScope) GetNetworks() []string {
+	if x != nil {
+		return x.Networks
+	}
+	return nil
+}
+
+func (x *CredentialScope) GetMessagesPerHour() uint32 {
+	if x != nil {
+		return x.MessagesPerHour
+	}
+	return 0
+}
+
+func (x *CredentialScope) GetCertificates() [][]byte {
+	if x != nil {
+		return x.Certificates
+	}
+	return nil
+}
+
 type Pool struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            []byte                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -1204,7 +1281,7 @@ type Pool struct {
 
 func (x *Pool) Reset() {
 	*x = Pool{}
-	mi := &file_control_command_records_proto_msgTypes[13]
+	mi := &file_control_command_records_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1216,7 +1293,7 @@ func (x *Pool) String() string {
 func (*Pool) ProtoMessage() {}
 
 func (x *Pool) ProtoReflect() protoreflect.Message {
-	mi := &file_control_command_records_proto_msgTypes[13]
+	mi := &file_control_command_records_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1229,7 +1306,7 @@ func (x *Pool) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Pool.ProtoReflect.Descriptor instead.
 func (*Pool) Descriptor() ([]byte, []int) {
-	return file_control_command_records_proto_rawDescGZIP(), []int{13}
+	return file_control_command_records_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Pool) GetId() []byte {
@@ -1291,7 +1368,7 @@ type Source struct {
 
 func (x *Source) Reset() {
 	*x = Source{}
-	mi := &file_control_command_records_proto_msgTypes[14]
+	mi := &file_control_command_records_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1303,7 +1380,7 @@ func (x *Source) String() string {
 func (*Source) ProtoMessage() {}
 
 func (x *Source) ProtoReflect() protoreflect.Message {
-	mi := &file_control_command_records_proto_msgTypes[14]
+	mi := &file_control_command_records_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1316,7 +1393,7 @@ func (x *Source) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Source.ProtoReflect.Descriptor instead.
 func (*Source) Descriptor() ([]byte, []int) {
-	return file_control_command_records_proto_rawDescGZIP(), []int{14}
+	return file_control_command_records_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Source) GetId() []byte {
@@ -1441,7 +1518,7 @@ type PolicySection struct {
 
 func (x *PolicySection) Reset() {
 	*x = PolicySection{}
-	mi := &file_control_command_records_proto_msgTypes[15]
+	mi := &file_control_command_records_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1453,7 +1530,7 @@ func (x *PolicySection) String() string {
 func (*PolicySection) ProtoMessage() {}
 
 func (x *PolicySection) ProtoReflect() protoreflect.Message {
-	mi := &file_control_command_records_proto_msgTypes[15]
+	mi := &file_control_command_records_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1466,7 +1543,7 @@ func (x *PolicySection) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PolicySection.ProtoReflect.Descriptor instead.
 func (*PolicySection) Descriptor() ([]byte, []int) {
-	return file_control_command_records_proto_rawDescGZIP(), []int{15}
+	return file_control_command_records_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *PolicySection) GetName() string {
@@ -1492,7 +1569,7 @@ type Policy struct {
 
 func (x *Policy) Reset() {
 	*x = Policy{}
-	mi := &file_control_command_records_proto_msgTypes[16]
+	mi := &file_control_command_records_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1504,7 +1581,7 @@ func (x *Policy) String() string {
 func (*Policy) ProtoMessage() {}
 
 func (x *Policy) ProtoReflect() protoreflect.Message {
-	mi := &file_control_command_records_proto_msgTypes[16]
+	mi := &file_control_command_records_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1517,7 +1594,7 @@ func (x *Policy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Policy.ProtoReflect.Descriptor instead.
 func (*Policy) Descriptor() ([]byte, []int) {
-	return file_control_command_records_proto_rawDescGZIP(), []int{16}
+	return file_control_command_records_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Policy) GetSections() []*PolicySection {
@@ -1542,7 +1619,7 @@ type PolicyVersion struct {
 
 func (x *PolicyVersion) Reset() {
 	*x = PolicyVersion{}
-	mi := &file_control_command_records_proto_msgTypes[17]
+	mi := &file_control_command_records_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1554,7 +1631,7 @@ func (x *PolicyVersion) String() string {
 func (*PolicyVersion) ProtoMessage() {}
 
 func (x *PolicyVersion) ProtoReflect() protoreflect.Message {
-	mi := &file_control_command_records_proto_msgTypes[17]
+	mi := &file_control_command_records_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1567,7 +1644,7 @@ func (x *PolicyVersion) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PolicyVersion.ProtoReflect.Descriptor instead.
 func (*PolicyVersion) Descriptor() ([]byte, []int) {
-	return file_control_command_records_proto_rawDescGZIP(), []int{17}
+	return file_control_command_records_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *PolicyVersion) GetRevision() uint64 {
@@ -1619,7 +1696,7 @@ type Operator struct {
 
 func (x *Operator) Reset() {
 	*x = Operator{}
-	mi := &file_control_command_records_proto_msgTypes[18]
+	mi := &file_control_command_records_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1631,7 +1708,7 @@ func (x *Operator) String() string {
 func (*Operator) ProtoMessage() {}
 
 func (x *Operator) ProtoReflect() protoreflect.Message {
-	mi := &file_control_command_records_proto_msgTypes[18]
+	mi := &file_control_command_records_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1644,7 +1721,7 @@ func (x *Operator) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Operator.ProtoReflect.Descriptor instead.
 func (*Operator) Descriptor() ([]byte, []int) {
-	return file_control_command_records_proto_rawDescGZIP(), []int{18}
+	return file_control_command_records_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Operator) GetId() []byte {
@@ -1704,7 +1781,7 @@ type APIKey struct {
 
 func (x *APIKey) Reset() {
 	*x = APIKey{}
-	mi := &file_control_command_records_proto_msgTypes[19]
+	mi := &file_control_command_records_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1716,7 +1793,7 @@ func (x *APIKey) String() string {
 func (*APIKey) ProtoMessage() {}
 
 func (x *APIKey) ProtoReflect() protoreflect.Message {
-	mi := &file_control_command_records_proto_msgTypes[19]
+	mi := &file_control_command_records_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1729,7 +1806,7 @@ func (x *APIKey) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use APIKey.ProtoReflect.Descriptor instead.
 func (*APIKey) Descriptor() ([]byte, []int) {
-	return file_control_command_records_proto_rawDescGZIP(), []int{19}
+	return file_control_command_records_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *APIKey) GetId() []byte {
@@ -1792,7 +1869,7 @@ type ReturnPathKey struct {
 
 func (x *ReturnPathKey) Reset() {
 	*x = ReturnPathKey{}
-	mi := &file_control_command_records_proto_msgTypes[20]
+	mi := &file_control_command_records_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1804,7 +1881,7 @@ func (x *ReturnPathKey) String() string {
 func (*ReturnPathKey) ProtoMessage() {}
 
 func (x *ReturnPathKey) ProtoReflect() protoreflect.Message {
-	mi := &file_control_command_records_proto_msgTypes[20]
+	mi := &file_control_command_records_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1817,7 +1894,7 @@ func (x *ReturnPathKey) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReturnPathKey.ProtoReflect.Descriptor instead.
 func (*ReturnPathKey) Descriptor() ([]byte, []int) {
-	return file_control_command_records_proto_rawDescGZIP(), []int{20}
+	return file_control_command_records_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ReturnPathKey) GetId() uint32 {
@@ -1851,7 +1928,7 @@ type Checkpoint struct {
 
 func (x *Checkpoint) Reset() {
 	*x = Checkpoint{}
-	mi := &file_control_command_records_proto_msgTypes[21]
+	mi := &file_control_command_records_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1863,7 +1940,7 @@ func (x *Checkpoint) String() string {
 func (*Checkpoint) ProtoMessage() {}
 
 func (x *Checkpoint) ProtoReflect() protoreflect.Message {
-	mi := &file_control_command_records_proto_msgTypes[21]
+	mi := &file_control_command_records_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1876,7 +1953,7 @@ func (x *Checkpoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Checkpoint.ProtoReflect.Descriptor instead.
 func (*Checkpoint) Descriptor() ([]byte, []int) {
-	return file_control_command_records_proto_rawDescGZIP(), []int{21}
+	return file_control_command_records_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Checkpoint) GetIndex() uint64 {
@@ -1907,7 +1984,7 @@ type Progress struct {
 
 func (x *Progress) Reset() {
 	*x = Progress{}
-	mi := &file_control_command_records_proto_msgTypes[22]
+	mi := &file_control_command_records_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1919,7 +1996,7 @@ func (x *Progress) String() string {
 func (*Progress) ProtoMessage() {}
 
 func (x *Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_control_command_records_proto_msgTypes[22]
+	mi := &file_control_command_records_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1932,7 +2009,7 @@ func (x *Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Progress.ProtoReflect.Descriptor instead.
 func (*Progress) Descriptor() ([]byte, []int) {
-	return file_control_command_records_proto_rawDescGZIP(), []int{22}
+	return file_control_command_records_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Progress) GetIndex() uint64 {
@@ -1986,7 +2063,7 @@ type AuditEntry struct {
 
 func (x *AuditEntry) Reset() {
 	*x = AuditEntry{}
-	mi := &file_control_command_records_proto_msgTypes[23]
+	mi := &file_control_command_records_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1998,7 +2075,7 @@ func (x *AuditEntry) String() string {
 func (*AuditEntry) ProtoMessage() {}
 
 func (x *AuditEntry) ProtoReflect() protoreflect.Message {
-	mi := &file_control_command_records_proto_msgTypes[23]
+	mi := &file_control_command_records_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2011,7 +2088,7 @@ func (x *AuditEntry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditEntry.ProtoReflect.Descriptor instead.
 func (*AuditEntry) Descriptor() ([]byte, []int) {
-	return file_control_command_records_proto_rawDescGZIP(), []int{23}
+	return file_control_command_records_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *AuditEntry) GetIndex() uint64 {
@@ -2181,7 +2258,7 @@ const file_control_command_records_proto_rawDesc = "" +
 	"\n" +
 	"created_ms\x18\x05 \x01(\x03R\tcreatedMs\x12\x1f\n" +
 	"\vverified_ms\x18\x06 \x01(\x03R\n" +
-	"verifiedMs\"\xc7\x02\n" +
+	"verifiedMs\"\x81\x03\n" +
 	"\n" +
 	"Credential\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\fR\x02id\x12\x16\n" +
@@ -2198,7 +2275,13 @@ const file_control_command_records_proto_rawDesc = "" +
 	"created_ms\x18\t \x01(\x03R\tcreatedMs\x12#\n" +
 	"\rprevious_hash\x18\n" +
 	" \x01(\fR\fpreviousHash\x12*\n" +
-	"\x11previous_until_ms\x18\v \x01(\x03R\x0fpreviousUntilMs\"u\n" +
+	"\x11previous_until_ms\x18\v \x01(\x03R\x0fpreviousUntilMs\x128\n" +
+	"\x05scope\x18\f \x01(\v2\".relais.control.v1.CredentialScopeR\x05scope\"\x97\x01\n" +
+	"\x0fCredentialScope\x12\x18\n" +
+	"\adomains\x18\x01 \x03(\tR\adomains\x12\x1a\n" +
+	"\bnetworks\x18\x02 \x03(\tR\bnetworks\x12*\n" +
+	"\x11messages_per_hour\x18\x03 \x01(\rR\x0fmessagesPerHour\x12\"\n" +
+	"\fcertificates\x18\x04 \x03(\fR\fcertificates\"u\n" +
 	"\x04Pool\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\fR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x12\n" +
@@ -2300,7 +2383,7 @@ func file_control_command_records_proto_rawDescGZIP() []byte {
 	return file_control_command_records_proto_rawDescData
 }
 
-var file_control_command_records_proto_msgTypes = make([]protoimpl.MessageInfo, 24)
+var file_control_command_records_proto_msgTypes = make([]protoimpl.MessageInfo, 25)
 var file_control_command_records_proto_goTypes = []any{
 	(*Meta)(nil),              // 0: relais.control.v1.Meta
 	(*Label)(nil),             // 1: relais.control.v1.Label
@@ -2315,17 +2398,18 @@ var file_control_command_records_proto_goTypes = []any{
 	(*DKIMKey)(nil),           // 10: relais.control.v1.DKIMKey
 	(*Domain)(nil),            // 11: relais.control.v1.Domain
 	(*Credential)(nil),        // 12: relais.control.v1.Credential
-	(*Pool)(nil),              // 13: relais.control.v1.Pool
-	(*Source)(nil),            // 14: relais.control.v1.Source
-	(*PolicySection)(nil),     // 15: relais.control.v1.PolicySection
-	(*Policy)(nil),            // 16: relais.control.v1.Policy
-	(*PolicyVersion)(nil),     // 17: relais.control.v1.PolicyVersion
-	(*Operator)(nil),          // 18: relais.control.v1.Operator
-	(*APIKey)(nil),            // 19: relais.control.v1.APIKey
-	(*ReturnPathKey)(nil),     // 20: relais.control.v1.ReturnPathKey
-	(*Checkpoint)(nil),        // 21: relais.control.v1.Checkpoint
-	(*Progress)(nil),          // 22: relais.control.v1.Progress
-	(*AuditEntry)(nil),        // 23: relais.control.v1.AuditEntry
+	(*CredentialScope)(nil),   // 13: relais.control.v1.CredentialScope
+	(*Pool)(nil),              // 14: relais.control.v1.Pool
+	(*Source)(nil),            // 15: relais.control.v1.Source
+	(*PolicySection)(nil),     // 16: relais.control.v1.PolicySection
+	(*Policy)(nil),            // 17: relais.control.v1.Policy
+	(*PolicyVersion)(nil),     // 18: relais.control.v1.PolicyVersion
+	(*Operator)(nil),          // 19: relais.control.v1.Operator
+	(*APIKey)(nil),            // 20: relais.control.v1.APIKey
+	(*ReturnPathKey)(nil),     // 21: relais.control.v1.ReturnPathKey
+	(*Checkpoint)(nil),        // 22: relais.control.v1.Checkpoint
+	(*Progress)(nil),          // 23: relais.control.v1.Progress
+	(*AuditEntry)(nil),        // 24: relais.control.v1.AuditEntry
 }
 var file_control_command_records_proto_depIdxs = []int32{
 	4,  // 0: relais.control.v1.Server.certificates:type_name -> relais.control.v1.ServerCertificate
@@ -2333,14 +2417,15 @@ var file_control_command_records_proto_depIdxs = []int32{
 	1,  // 2: relais.control.v1.JoinToken.labels:type_name -> relais.control.v1.Label
 	6,  // 3: relais.control.v1.JoinToken.redemptions:type_name -> relais.control.v1.Redemption
 	10, // 4: relais.control.v1.Domain.dkim:type_name -> relais.control.v1.DKIMKey
-	15, // 5: relais.control.v1.Policy.sections:type_name -> relais.control.v1.PolicySection
-	15, // 6: relais.control.v1.PolicyVersion.sections:type_name -> relais.control.v1.PolicySection
-	21, // 7: relais.control.v1.Progress.checkpoints:type_name -> relais.control.v1.Checkpoint
-	8,  // [8:8] is the sub-list for method output_type
-	8,  // [8:8] is the sub-list for method input_type
-	8,  // [8:8] is the sub-list for extension type_name
-	8,  // [8:8] is the sub-list for extension extendee
-	0,  // [0:8] is the sub-list for field type_name
+	13, // 5: relais.control.v1.Credential.scope:type_name -> relais.control.v1.CredentialScope
+	16, // 6: relais.control.v1.Policy.sections:type_name -> relais.control.v1.PolicySection
+	16, // 7: relais.control.v1.PolicyVersion.sections:type_name -> relais.control.v1.PolicySection
+	22, // 8: relais.control.v1.Progress.checkpoints:type_name -> relais.control.v1.Checkpoint
+	9,  // [9:9] is the sub-list for method output_type
+	9,  // [9:9] is the sub-list for method input_type
+	9,  // [9:9] is the sub-list for extension type_name
+	9,  // [9:9] is the sub-list for extension extendee
+	0,  // [0:9] is the sub-list for field type_name
 }
 
 func init() { file_control_command_records_proto_init() }
@@ -2354,7 +2439,7 @@ func file_control_command_records_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_control_command_records_proto_rawDesc), len(file_control_command_records_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   24,
+			NumMessages:   25,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

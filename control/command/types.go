@@ -50,6 +50,8 @@ const (
 
 	TypeDomainKeysRollback Type = 72
 
+	TypeCredentialPutScoped Type = 80
+
 	TypeStateHash Type = 1 | IgnorableBit // says nothing that changes the state
 )
 
@@ -105,6 +107,7 @@ var registry = []registration{
 	{TypeDomainKeysAdd, "domain.keys-add", func() Command { return new(DomainKeysAdd) }},
 	{TypeDomainKeyStep, "domain.key-step", func() Command { return new(DomainKeyStep) }},
 	{TypeDomainKeysRollback, "domain.keys-rollback", func() Command { return new(DomainKeysRollback) }},
+	{TypeCredentialPutScoped, "credential.put-scoped", func() Command { return new(CredentialPutScoped) }},
 	{TypeStateHash, "state-hash", func() Command { return new(StateHash) }},
 }
 
@@ -180,6 +183,8 @@ func TypeOf(c Command) Type {
 		return TypeClusterRecover
 	case *RecoveryEnd:
 		return TypeRecoveryEnd
+	case *CredentialPutScoped:
+		return TypeCredentialPutScoped
 	case *StateHash:
 		return TypeStateHash
 	}

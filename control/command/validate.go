@@ -267,11 +267,10 @@ func (c *CredentialPut) Validate() error {
 	if r == nil {
 		return missing("credential")
 	}
-	_, err := r.Row()
-	if err := first(checkMeta(c.GetMeta()), err, checkText("name", r.GetName())); err != nil || r.GetStream() == "" {
-		return err
+	if r.GetScope() != nil {
+		return fault.Field(opValidate, "scope", "older servers would drop it: use a scoped put")
 	}
-	return CheckName("stream", r.GetStream())
+	return checkCredential(c.GetMeta(), r)
 }
 
 // Validate implements Command.

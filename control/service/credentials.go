@@ -2,13 +2,16 @@ package service
 
 import (
 	"context"
+	"slices"
 	"time"
 
 	"github.com/relais-mta/relais/control"
 	"github.com/relais-mta/relais/control/auth"
 	"github.com/relais-mta/relais/control/command"
+	"github.com/relais-mta/relais/control/state"
 	"github.com/relais-mta/relais/shared/fault"
 	"github.com/relais-mta/relais/shared/ids"
+	"github.com/relais-mta/relais/shared/policy"
 )
 
 // CredentialRequest asks for an SMTP credential.
@@ -18,6 +21,7 @@ type CredentialRequest struct {
 	Name     string // what it is for; may be empty
 	Stream   string // used when a message names none; may be empty
 	NotAfter time.Time
+	Scope    policy.CredentialScope
 }
 
 // CreateCredential makes a credential. The second result is its secret, which
@@ -39,6 +43,9 @@ func (s *Service) CreateCredential(ctx context.Context, a Actor, req CredentialR
 	if err := s.checkStream(op, tenant, project, req.Stream); err != nil {
 		return nil, "", err
 	}
+	if err := s.checkScope(op, r, tenant, &req.Scope); err != nil {
+		return nil, "", err
+	}
 	at := now()
 	if !req.NotAfter.IsZero() && !req.NotAfter.After(at) {
 		return nil, "", fault.Field(op, "not_after", "%s is past: choose a later time or none", req.NotAfter.UTC().Format(time.RFC3339))
@@ -47,18 +54,37 @@ func (s *Service) CreateCredential(ctx context.Context, a Actor, req CredentialR
 	if err != nil {
 		return nil, "", err
 	}
-	row := control.Credential{Tenant: tenant.ID, Project: project.ID, Name: req.Name, Stream: req.Stream, CreatedAt: at}
+	row := control.Credential{Tenant: tenant.ID, Project: project.ID, Name: req.Name, Stream: req.Stream, CreatedAt: at, Scope: req.Scope}
 	if !req.NotAfter.IsZero() {
 		row.NotAfter = req.NotAfter.UTC().Truncate(time.Millisecond)
 	}
 	stamp(&row.ID, at)
 	secret, hash := auth.NewCredentialSecret(view.CredentialKey)
 	row.SecretHash = hash
-	out, err := propose[control.Credential](ctx, s, &command.CredentialPut{Meta: c.meta(a), Credential: command.CredentialRecord(&row)})
+	var put command.Command = &command.CredentialPut{Meta: c.meta(a), Credential: command.CredentialRecord(&row)}
+	if !row.Scope.IsZero() {
+		put = &command.CredentialPutScoped{Meta: c.meta(a), Credential: command.CredentialRecord(&row)}
+	}
+	out, err := propose[control.Credential](ctx, s, put)
 	if err != nil {
 		return nil, "", err
 	}
 	return out, secret, nil
+}
+
+// checkScope refuses a scope that cannot be, or that names what the tenant does
+// not have: it would refuse all mail.
+func (s *Service) checkScope(op string, r *state.Reader, tenant *control.Tenant, scope *policy.CredentialScope) error {
+	if err := scope.Check(); err != nil {
+		return err
+	}
+	for _, name := range scope.Domains {
+		covered := slices.ContainsFunc(r.Domains(tenant.ID), func(d *control.Domain) bool { return name.IsSubdomainOf(d.Name) })
+		if !covered {
+			return fault.Field(op, "domains", "%s is not a sending domain of tenant %s, nor below one: add it first", name, tenant.Name)
+		}
+	}
+	return nil
 }
 
 // The life of a credential's old secret after a rotation.

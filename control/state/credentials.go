@@ -18,7 +18,13 @@ var credentialsTable = &table[control.Credential]{
 	indexes:  []index[control.Credential]{{name: "tenant", key: func(c *control.Credential) []byte { return c.Tenant[:] }}},
 }
 
-func (a *applier) credentialPut(c *command.CredentialPut) (any, error) {
+// credentialCommand is CredentialPut or CredentialPutScoped.
+type credentialCommand interface {
+	GetCredential() *command.Credential
+	GetExpect() uint64
+}
+
+func (a *applier) credentialPut(c credentialCommand) (any, error) {
 	row, err := c.GetCredential().Row()
 	if err != nil {
 		return nil, err

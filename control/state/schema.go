@@ -110,6 +110,8 @@ func (a *applier) apply(body command.Command) (any, error) {
 		return a.domainPut(c)
 	case *command.CredentialPut:
 		return a.credentialPut(c)
+	case *command.CredentialPutScoped:
+		return a.credentialPut(c)
 	case *command.CredentialRevoke:
 		return a.credentialRevoke(c)
 	case *command.PoolPut:

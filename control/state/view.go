@@ -118,7 +118,7 @@ func (r *Reader) viewTenants(v *policy.View) {
 	for _, c := range r.Credentials(ids.Tenant{}) {
 		if !c.Revoked {
 			v.Credentials = append(v.Credentials, policy.Credential{ID: c.ID, Tenant: c.Tenant, Project: c.Project, SecretHash: c.SecretHash, Stream: c.Stream, NotAfter: c.NotAfter,
-				PreviousHash: c.PreviousHash, PreviousUntil: c.PreviousUntil})
+				PreviousHash: c.PreviousHash, PreviousUntil: c.PreviousUntil, Scope: c.Scope})
 		}
 	}
 }

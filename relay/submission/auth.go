@@ -108,6 +108,9 @@ func (s *session) login(user string, secret []byte) error {
 		s.server.metrics.auth.WithLabelValues("suspended").Inc()
 		return s.conn.Refuse("suspended", 535, smtp.EnhancedCode{5, 7, 1}, "This account is suspended")
 	}
+	if why := s.outOfScope(credential); why != "" {
+		return s.loginFailed("scope", "%s", why)
+	}
 	s.server.metrics.auth.WithLabelValues("ok").Inc()
 	s.credential, s.secretHash = id, hash
 	return nil

@@ -47,13 +47,28 @@ func (s *session) Data(io.Reader) error {
 	if err != nil {
 		return s.conn.Drain(err)
 	}
+	if wait, ok := s.server.rates.allow(s.credential, s.cred.Scope.MessagesPerHour, now, true); !ok {
+		return s.conn.Drain(s.refuseRate(s.cred.Scope.MessagesPerHour, wait))
+	}
+	accepted := false
+	if s.cred.Scope.MessagesPerHour > 0 {
+		defer func() {
+			if !accepted {
+				s.server.rates.giveBack(s.credential)
+			}
+		}()
+	}
 	body := s.server.opt.Spool.NewBody()
 	defer body.Discard() // does nothing once the message is accepted
 	size, err := s.store(env, &h, body, rest)
 	if err != nil {
 		return err
 	}
-	return s.accept(env, &h, body, size)
+	if err := s.enqueue(env, body); err != nil {
+		return err
+	}
+	accepted = true
+	return s.accepted(env, &h, size)
 }
 
 // readHeader gathers the header section in s.header and returns the octets of
@@ -115,6 +130,9 @@ func (s *session) applyRules(env *relay.Envelope, now time.Time) (header, error)
 	for _, domain := range h.domains {
 		if d, ok := s.dir.DomainFor(domain); !ok || d.Tenant != s.cred.Tenant {
 			return h, s.conn.Refuse("from_domain", 550, smtp.EnhancedCode{5, 7, 1}, "%s is not a verified sending domain of your account", domain)
+		}
+		if !s.cred.Scope.AllowsDomain(domain) {
+			return h, s.conn.Refuse("from_domain", 550, smtp.EnhancedCode{5, 7, 1}, "%s is not among the domains that this credential may send from", domain)
 		}
 	}
 	stream, err := s.chooseStream(h.options.stream)
@@ -274,16 +292,21 @@ func hasEightBit(p []byte) bool {
 	return false
 }
 
-// accept hands the message to the queue and answers for it.
-func (s *session) accept(env *relay.Envelope, h *header, body Body, size int64) error {
+// enqueue hands the message to the queue. Its error is for the client.
+func (s *session) enqueue(env *relay.Envelope, body Body) error {
 	ctx, cancel := context.WithTimeout(context.Background(), acceptTimeout)
 	defer cancel()
 	began := time.Now()
 	if err := s.server.opt.Spool.Accept(ctx, env, body); err != nil {
 		return s.refuseStore(err)
 	}
+	s.server.metrics.accept.Observe(time.Since(began).Seconds())
+	return nil
+}
+
+// accepted counts, logs and answers for a message that is on stable storage.
+func (s *session) accepted(env *relay.Envelope, h *header, size int64) error {
 	m := s.server.metrics
-	m.accept.Observe(time.Since(began).Seconds())
 	m.messages.Inc()
 	m.recipients.Add(float64(len(env.Recipients)))
 	m.bytes.Add(float64(size))
@@ -292,7 +315,7 @@ func (s *session) accept(env *relay.Envelope, h *header, body Body, size int64) 
 	if state := s.conn.TLS(); state != nil {
 		version = tls.VersionName(state.Version)
 	}
-	s.server.opt.Logger.LogAttrs(ctx, slog.LevelInfo, "message accepted",
+	s.server.opt.Logger.LogAttrs(context.Background(), slog.LevelInfo, "message accepted",
 		slog.String("message", id), slog.String("credential", s.credential.String()), slog.String("stream", env.Stream),
 		slog.Int("recipients", len(env.Recipients)), slog.Int64("bytes", size), slog.Any("client_ip", env.ClientIP),
 		slog.String("tls", version), slog.String("tag", h.options.tag))

@@ -36,6 +36,7 @@ type Server struct {
 	smtp    *smtpconn.Server
 	metrics *metrics
 	logins  failures
+	rates   rates
 }
 
 // New returns a server without listeners. The error is fault.Invalid with the
@@ -58,7 +59,7 @@ func New(opt Options) (*Server, error) {
 	s.smtp, err = smtpconn.NewServer(smtpconn.Config{
 		Name:       "submission",
 		Hostname:   opt.Hostname,
-		TLS:        opt.TLS,
+		TLS:        clientTLS(opt.TLS, opt.Policy),
 		Mechanisms: []string{"PLAIN", "LOGIN"},
 		DSN:        true,
 		SMTPUTF8:   true,

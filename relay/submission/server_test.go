@@ -336,11 +336,15 @@ func (w *world) dial(t testing.TB) *peer {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = conn.Close() })
-	_ = conn.SetDeadline(time.Now().Add(20 * time.Second))
-	p := &peer{t, conn, bufio.NewReader(conn)}
+	p := newPeerOn(t, conn)
 	p.expect("220 ")
 	p.do("EHLO client.example", "250-")
 	return p
+}
+
+func newPeerOn(t testing.TB, conn net.Conn) *peer {
+	_ = conn.SetDeadline(time.Now().Add(20 * time.Second))
+	return &peer{t, conn, bufio.NewReader(conn)}
 }
 
 // login connects and authenticates.

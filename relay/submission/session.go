@@ -103,6 +103,12 @@ func (s *session) authorize() error {
 	if tenant, ok := dir.Tenant(cred.Tenant); !ok || tenant.Suspended {
 		return s.conn.Refuse("suspended", 550, smtp.EnhancedCode{5, 7, 1}, "This account is suspended")
 	}
+	if why := s.outOfScope(cred); why != "" {
+		return s.conn.Refuse("scope", 550, smtp.EnhancedCode{5, 7, 1}, "%s", why) // the scope was changed since the login
+	}
+	if wait, ok := s.server.rates.allow(cred.ID, cred.Scope.MessagesPerHour, now, false); !ok {
+		return s.refuseRate(cred.Scope.MessagesPerHour, wait)
+	}
 	s.dir, s.cred = dir, cred
 	name := cred.Stream
 	if name == "" {

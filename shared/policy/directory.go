@@ -31,6 +31,8 @@ type Directory struct {
 	poolNames   map[string]*Pool
 	local       map[ids.Pool][]WeightedSource
 	streams     map[streamKey]*ResolvedStream
+
+	certificates bool
 }
 
 // WeightedSource is a source with its share of new work.
@@ -133,6 +135,10 @@ func (d *Directory) compileTenants(p *problems) {
 		if pr := d.projects[c.Project]; pr == nil || pr.Tenant != c.Tenant {
 			p.add(at+".project", "credential %v is for project %v, which is not a project of its tenant %v", c.ID, c.Project, c.Tenant)
 		}
+		if err := c.Scope.Check(); err != nil {
+			p.add(at+".scope", "the scope of credential %v cannot be: %s", c.ID, fault.Public(err))
+		}
+		d.certificates = d.certificates || len(c.Scope.Certificates) > 0
 		d.credentials[c.ID] = c
 	}
 }
@@ -307,6 +313,10 @@ func (d *Directory) Credential(id ids.Credential) (*Credential, bool) {
 	c, ok := d.credentials[id]
 	return c, ok
 }
+
+// WantsCertificates reports whether a credential needs clients to show a
+// certificate.
+func (d *Directory) WantsCertificates() bool { return d.certificates }
 
 // Tenant returns a tenant by its id.
 func (d *Directory) Tenant(id ids.Tenant) (*Tenant, bool) {

@@ -97,6 +97,8 @@ type Credential struct {
 
 	PreviousHash  [32]byte  // of the secret before the last rotation
 	PreviousUntil time.Time // the previous secret is good until then; zero: there is none
+
+	Scope CredentialScope
 }
 
 // PoolKind says who may use a pool.

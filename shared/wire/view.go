@@ -95,6 +95,10 @@ func encodeOwners(out *View, v *policy.View) {
 		if !c.PreviousUntil.IsZero() {
 			credential.PreviousHash, credential.PreviousUntilMs = c.PreviousHash[:], encodeTime(c.PreviousUntil)
 		}
+		if credential.Scope = encodeScope(&c.Scope); credential.Scope != nil {
+			out.ScopedCredentials = append(out.ScopedCredentials, credential)
+			continue
+		}
 		out.Credentials = append(out.Credentials, credential)
 	}
 }
@@ -185,9 +189,10 @@ func (d *viewDecoder) owners(in *View) {
 			out.DKIM[j] = policy.DKIMKey{Selector: k.GetSelector(), Algorithm: k.GetAlgorithm(), Private: k.GetPrivate()}
 		}
 	}
-	v.Credentials = sized[policy.Credential](len(in.GetCredentials()))
-	for i, c := range in.GetCredentials() {
+	v.Credentials = sized[policy.Credential](len(in.GetCredentials()) + len(in.GetScopedCredentials()))
+	for i, c := range slices.Concat(in.GetCredentials(), in.GetScopedCredentials()) {
 		out := &v.Credentials[i]
+		d.scope(c.GetScope(), &out.Scope, i >= len(in.GetCredentials()))
 		out.Stream, out.NotAfter = c.GetStream(), decodeTime(c.GetNotAfterMs())
 		d.note(DecodeID(c.GetId(), &out.ID))
 		d.note(DecodeID(c.GetTenantId(), &out.Tenant))

@@ -1507,26 +1507,27 @@ func (x *Nack) GetError() *Error {
 
 // View is policy.View.
 type View struct {
-	state          protoimpl.MessageState `protogen:"open.v1"`
-	Format         uint32                 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"` // 1; a reader refuses a higher one
-	ClusterId      []byte                 `protobuf:"bytes,2,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
-	Revision       *Revision              `protobuf:"bytes,3,opt,name=revision,proto3" json:"revision,omitempty"`
-	NodeId         []byte                 `protobuf:"bytes,4,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"`
-	Sections       []*Section             `protobuf:"bytes,5,rep,name=sections,proto3" json:"sections,omitempty"` // by name
-	Tenants        []*Tenant              `protobuf:"bytes,6,rep,name=tenants,proto3" json:"tenants,omitempty"`
-	Projects       []*Project             `protobuf:"bytes,7,rep,name=projects,proto3" json:"projects,omitempty"`
-	Domains        []*Domain              `protobuf:"bytes,8,rep,name=domains,proto3" json:"domains,omitempty"`
-	Credentials    []*Credential          `protobuf:"bytes,9,rep,name=credentials,proto3" json:"credentials,omitempty"`
-	Pools          []*Pool                `protobuf:"bytes,10,rep,name=pools,proto3" json:"pools,omitempty"`
-	Sources        []*Source              `protobuf:"bytes,11,rep,name=sources,proto3" json:"sources,omitempty"`
-	ReturnPathKeys []*ReturnPathKey       `protobuf:"bytes,12,rep,name=return_path_keys,json=returnPathKeys,proto3" json:"return_path_keys,omitempty"`
-	CredentialKey  []byte                 `protobuf:"bytes,13,opt,name=credential_key,json=credentialKey,proto3" json:"credential_key,omitempty"`
-	Draining       bool                   `protobuf:"varint,14,opt,name=draining,proto3" json:"draining,omitempty"`                      // the relay takes no new mail
-	CaBundle       [][]byte               `protobuf:"bytes,20,rep,name=ca_bundle,json=caBundle,proto3" json:"ca_bundle,omitempty"`       // CAs to believe, in DER: the issuing CA that signs first, the root last; empty: as they were
-	RefusedCas     []string               `protobuf:"bytes,21,rep,name=refused_cas,json=refusedCas,proto3" json:"refused_cas,omitempty"` // key ids of issuing CAs that were given up
-	RevokedServers []*RevokedServer       `protobuf:"bytes,22,rep,name=revoked_servers,json=revokedServers,proto3" json:"revoked_servers,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	state             protoimpl.MessageState `protogen:"open.v1"`
+	Format            uint32                 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"` // 1; a reader refuses a higher one
+	ClusterId         []byte                 `protobuf:"bytes,2,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
+	Revision          *Revision              `protobuf:"bytes,3,opt,name=revision,proto3" json:"revision,omitempty"`
+	NodeId            []byte                 `protobuf:"bytes,4,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"`
+	Sections          []*Section             `protobuf:"bytes,5,rep,name=sections,proto3" json:"sections,omitempty"` // by name
+	Tenants           []*Tenant              `protobuf:"bytes,6,rep,name=tenants,proto3" json:"tenants,omitempty"`
+	Projects          []*Project             `protobuf:"bytes,7,rep,name=projects,proto3" json:"projects,omitempty"`
+	Domains           []*Domain              `protobuf:"bytes,8,rep,name=domains,proto3" json:"domains,omitempty"`
+	Credentials       []*Credential          `protobuf:"bytes,9,rep,name=credentials,proto3" json:"credentials,omitempty"`
+	Pools             []*Pool                `protobuf:"bytes,10,rep,name=pools,proto3" json:"pools,omitempty"`
+	Sources           []*Source              `protobuf:"bytes,11,rep,name=sources,proto3" json:"sources,omitempty"`
+	ReturnPathKeys    []*ReturnPathKey       `protobuf:"bytes,12,rep,name=return_path_keys,json=returnPathKeys,proto3" json:"return_path_keys,omitempty"`
+	CredentialKey     []byte                 `protobuf:"bytes,13,opt,name=credential_key,json=credentialKey,proto3" json:"credential_key,omitempty"`
+	Draining          bool                   `protobuf:"varint,14,opt,name=draining,proto3" json:"draining,omitempty"`                      // the relay takes no new mail
+	CaBundle          [][]byte               `protobuf:"bytes,20,rep,name=ca_bundle,json=caBundle,proto3" json:"ca_bundle,omitempty"`       // CAs to believe, in DER: the issuing CA that signs first, the root last; empty: as they were
+	RefusedCas        []string               `protobuf:"bytes,21,rep,name=refused_cas,json=refusedCas,proto3" json:"refused_cas,omitempty"` // key ids of issuing CAs that were given up
+	RevokedServers    []*RevokedServer       `protobuf:"bytes,22,rep,name=revoked_servers,json=revokedServers,proto3" json:"revoked_servers,omitempty"`
+	ScopedCredentials []*Credential          `protobuf:"bytes,23,rep,name=scoped_credentials,json=scopedCredentials,proto3" json:"scoped_credentials,omitempty"` // those with a scope: a reader that does not know scopes does not know these credentials
+	unknownFields     protoimpl.UnknownFields
+	sizeCache         protoimpl.SizeCache
 }
 
 func (x *View) Reset() {
@@ -1674,6 +1675,13 @@ func (x *View) GetRefusedCas() []string {
 func (x *View) GetRevokedServers() []*RevokedServer {
 	if x != nil {
 		return x.RevokedServers
+	}
+	return nil
+}
+
+func (x *View) GetScopedCredentials() []*Credential {
+	if x != nil {
+		return x.ScopedCredentials
 	}
 	return nil
 }
@@ -2051,6 +2059,7 @@ type Credential struct {
 	NotAfterMs      int64                  `protobuf:"varint,6,opt,name=not_after_ms,json=notAfterMs,proto3" json:"not_after_ms,omitempty"`                // 0: no end
 	PreviousHash    []byte                 `protobuf:"bytes,7,opt,name=previous_hash,json=previousHash,proto3" json:"previous_hash,omitempty"`             // of the secret before the last rotation; empty: none
 	PreviousUntilMs int64                  `protobuf:"varint,8,opt,name=previous_until_ms,json=previousUntilMs,proto3" json:"previous_until_ms,omitempty"` // the previous secret is good until then
+	Scope           *CredentialScope       `protobuf:"bytes,9,opt,name=scope,proto3" json:"scope,omitempty"`
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -2141,6 +2150,82 @@ func (x *Credential) GetPreviousUntilMs() int64 {
 	return 0
 }
 
+func (x *Credential) GetScope() *CredentialScope {
+	if x != nil {
+		return x.Scope
+	}
+	return nil
+}
+
+// CredentialScope is policy.CredentialScope.
+type CredentialScope struct {
+	state           protoimpl.MessageState `protogen:"open.v1"`
+	Domains         []string               `protobuf:"bytes,1,rep,name=domains,proto3" json:"domains,omitempty"`
+	Networks        []string               `protobuf:"bytes,2,rep,name=networks,proto3" json:"networks,omitempty"` // address/bits
+	MessagesPerHour uint32                 `protobuf:"varint,3,opt,name=messages_per_hour,json=messagesPerHour,proto3" json:"messages_per_hour,omitempty"`
+	Certificates    [][]byte               `protobuf:"bytes,4,rep,name=certificates,proto3" json:"certificates,omitempty"` // SHA-256
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
+}
+
+func (x *CredentialScope) Reset() {
+	*x = CredentialScope{}
+	mi := &file_shared_wire_wire_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CredentialScope) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CredentialScope) ProtoMessage() {}
+
+func (x *CredentialScope) ProtoReflect() protoreflect.Message {
+	mi := &file_shared_wire_wire_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CredentialScope.ProtoReflect.Descriptor instead.
+func (*CredentialScope) Descriptor() ([]byte, []int) {
+	return file_shared_wire_wire_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *CredentialScope) GetDomains() []string {
+	if x != nil {
+		return x.Domains
+	}
+	return nil
+}
+
+func (x *CredentialScope) GetNetworks() []string {
+	if x != nil {
+		return x.Networks
+	}
+	return nil
+}
+
+func (x *CredentialScope) GetMessagesPerHour() uint32 {
+	if x != nil {
+		return x.MessagesPerHour
+	}
+	return 0
+}
+
+func (x *CredentialScope) GetCertificates() [][]byte {
+	if x != nil {
+		return x.Certificates
+	}
+	return nil
+}
+
 type Pool struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            []byte                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -2153,7 +2238,7 @@ type Pool struct {
 
 func (x *Pool) Reset() {
 	*x = Pool{}
-	mi := &file_shared_wire_wire_proto_msgTypes[30]
+	mi := &file_shared_wire_wire_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2165,7 +2250,7 @@ func (x *Pool) String() string {
 func (*Pool) ProtoMessage() {}
 
 func (x *Pool) ProtoReflect() protoreflect.Message {
-	mi := &file_shared_wire_wire_proto_msgTypes[30]
+	mi := &file_shared_wire_wire_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2178,7 +2263,7 @@ func (x *Pool) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Pool.ProtoReflect.Descriptor instead.
 func (*Pool) Descriptor() ([]byte, []int) {
-	return file_shared_wire_wire_proto_rawDescGZIP(), []int{30}
+	return file_shared_wire_wire_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *Pool) GetId() []byte {
@@ -2225,7 +2310,7 @@ type Source struct {
 
 func (x *Source) Reset() {
 	*x = Source{}
-	mi := &file_shared_wire_wire_proto_msgTypes[31]
+	mi := &file_shared_wire_wire_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2237,7 +2322,7 @@ func (x *Source) String() string {
 func (*Source) ProtoMessage() {}
 
 func (x *Source) ProtoReflect() protoreflect.Message {
-	mi := &file_shared_wire_wire_proto_msgTypes[31]
+	mi := &file_shared_wire_wire_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2250,7 +2335,7 @@ func (x *Source) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Source.ProtoReflect.Descriptor instead.
 func (*Source) Descriptor() ([]byte, []int) {
-	return file_shared_wire_wire_proto_rawDescGZIP(), []int{31}
+	return file_shared_wire_wire_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *Source) GetId() []byte {
@@ -2319,7 +2404,7 @@ type ReturnPathKey struct {
 
 func (x *ReturnPathKey) Reset() {
 	*x = ReturnPathKey{}
-	mi := &file_shared_wire_wire_proto_msgTypes[32]
+	mi := &file_shared_wire_wire_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2331,7 +2416,7 @@ func (x *ReturnPathKey) String() string {
 func (*ReturnPathKey) ProtoMessage() {}
 
 func (x *ReturnPathKey) ProtoReflect() protoreflect.Message {
-	mi := &file_shared_wire_wire_proto_msgTypes[32]
+	mi := &file_shared_wire_wire_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2344,7 +2429,7 @@ func (x *ReturnPathKey) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReturnPathKey.ProtoReflect.Descriptor instead.
 func (*ReturnPathKey) Descriptor() ([]byte, []int) {
-	return file_shared_wire_wire_proto_rawDescGZIP(), []int{32}
+	return file_shared_wire_wire_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *ReturnPathKey) GetId() uint32 {
@@ -2485,7 +2570,7 @@ const file_shared_wire_wire_proto_rawDesc = "" +
 	"\brevision\x18\x01 \x01(\v2\x18.relais.wire.v1.RevisionR\brevision\"i\n" +
 	"\x04Nack\x124\n" +
 	"\brevision\x18\x01 \x01(\v2\x18.relais.wire.v1.RevisionR\brevision\x12+\n" +
-	"\x05error\x18\x02 \x01(\v2\x15.relais.wire.v1.ErrorR\x05error\"\x88\x06\n" +
+	"\x05error\x18\x02 \x01(\v2\x15.relais.wire.v1.ErrorR\x05error\"\xd3\x06\n" +
 	"\x04View\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x1d\n" +
 	"\n" +
@@ -2506,7 +2591,8 @@ const file_shared_wire_wire_proto_rawDesc = "" +
 	"\tca_bundle\x18\x14 \x03(\fR\bcaBundle\x12\x1f\n" +
 	"\vrefused_cas\x18\x15 \x03(\tR\n" +
 	"refusedCas\x12F\n" +
-	"\x0frevoked_servers\x18\x16 \x03(\v2\x1d.relais.wire.v1.RevokedServerR\x0erevokedServers\"F\n" +
+	"\x0frevoked_servers\x18\x16 \x03(\v2\x1d.relais.wire.v1.RevokedServerR\x0erevokedServers\x12I\n" +
+	"\x12scoped_credentials\x18\x17 \x03(\v2\x1a.relais.wire.v1.CredentialR\x11scopedCredentials\"F\n" +
 	"\rRevokedServer\x12\x1b\n" +
 	"\tserver_id\x18\x01 \x01(\fR\bserverId\x12\x18\n" +
 	"\aserials\x18\x02 \x03(\tR\aserials\"1\n" +
@@ -2532,7 +2618,7 @@ const file_shared_wire_wire_proto_rawDesc = "" +
 	"\aDKIMKey\x12\x1a\n" +
 	"\bselector\x18\x01 \x01(\tR\bselector\x12\x1c\n" +
 	"\talgorithm\x18\x02 \x01(\tR\talgorithm\x12\x18\n" +
-	"\aprivate\x18\x03 \x01(\fR\aprivate\"\x84\x02\n" +
+	"\aprivate\x18\x03 \x01(\fR\aprivate\"\xbb\x02\n" +
 	"\n" +
 	"Credential\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\fR\x02id\x12\x1b\n" +
@@ -2545,7 +2631,13 @@ const file_shared_wire_wire_proto_rawDesc = "" +
 	"\fnot_after_ms\x18\x06 \x01(\x03R\n" +
 	"notAfterMs\x12#\n" +
 	"\rprevious_hash\x18\a \x01(\fR\fpreviousHash\x12*\n" +
-	"\x11previous_until_ms\x18\b \x01(\x03R\x0fpreviousUntilMs\"[\n" +
+	"\x11previous_until_ms\x18\b \x01(\x03R\x0fpreviousUntilMs\x125\n" +
+	"\x05scope\x18\t \x01(\v2\x1f.relais.wire.v1.CredentialScopeR\x05scope\"\x97\x01\n" +
+	"\x0fCredentialScope\x12\x18\n" +
+	"\adomains\x18\x01 \x03(\tR\adomains\x12\x1a\n" +
+	"\bnetworks\x18\x02 \x03(\tR\bnetworks\x12*\n" +
+	"\x11messages_per_hour\x18\x03 \x01(\rR\x0fmessagesPerHour\x12\"\n" +
+	"\fcertificates\x18\x04 \x03(\fR\fcertificates\"[\n" +
 	"\x04Pool\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\fR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x12\n" +
@@ -2580,7 +2672,7 @@ func file_shared_wire_wire_proto_rawDescGZIP() []byte {
 }
 
 var file_shared_wire_wire_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_shared_wire_wire_proto_msgTypes = make([]protoimpl.MessageInfo, 34)
+var file_shared_wire_wire_proto_msgTypes = make([]protoimpl.MessageInfo, 35)
 var file_shared_wire_wire_proto_goTypes = []any{
 	(Purpose)(0),            // 0: relais.wire.v1.Purpose
 	(*Preface)(nil),         // 1: relais.wire.v1.Preface
@@ -2613,13 +2705,14 @@ var file_shared_wire_wire_proto_goTypes = []any{
 	(*Domain)(nil),          // 28: relais.wire.v1.Domain
 	(*DKIMKey)(nil),         // 29: relais.wire.v1.DKIMKey
 	(*Credential)(nil),      // 30: relais.wire.v1.Credential
-	(*Pool)(nil),            // 31: relais.wire.v1.Pool
-	(*Source)(nil),          // 32: relais.wire.v1.Source
-	(*ReturnPathKey)(nil),   // 33: relais.wire.v1.ReturnPathKey
-	nil,                     // 34: relais.wire.v1.JoinRequest.LabelsEntry
+	(*CredentialScope)(nil), // 31: relais.wire.v1.CredentialScope
+	(*Pool)(nil),            // 32: relais.wire.v1.Pool
+	(*Source)(nil),          // 33: relais.wire.v1.Source
+	(*ReturnPathKey)(nil),   // 34: relais.wire.v1.ReturnPathKey
+	nil,                     // 35: relais.wire.v1.JoinRequest.LabelsEntry
 }
 var file_shared_wire_wire_proto_depIdxs = []int32{
-	34, // 0: relais.wire.v1.JoinRequest.labels:type_name -> relais.wire.v1.JoinRequest.LabelsEntry
+	35, // 0: relais.wire.v1.JoinRequest.labels:type_name -> relais.wire.v1.JoinRequest.LabelsEntry
 	5,  // 1: relais.wire.v1.JoinRequest.server:type_name -> relais.wire.v1.ServerAddresses
 	5,  // 2: relais.wire.v1.ServerGrant.servers:type_name -> relais.wire.v1.ServerAddresses
 	6,  // 3: relais.wire.v1.JoinReply.server:type_name -> relais.wire.v1.ServerGrant
@@ -2637,17 +2730,19 @@ var file_shared_wire_wire_proto_depIdxs = []int32{
 	27, // 15: relais.wire.v1.View.projects:type_name -> relais.wire.v1.Project
 	28, // 16: relais.wire.v1.View.domains:type_name -> relais.wire.v1.Domain
 	30, // 17: relais.wire.v1.View.credentials:type_name -> relais.wire.v1.Credential
-	31, // 18: relais.wire.v1.View.pools:type_name -> relais.wire.v1.Pool
-	32, // 19: relais.wire.v1.View.sources:type_name -> relais.wire.v1.Source
-	33, // 20: relais.wire.v1.View.return_path_keys:type_name -> relais.wire.v1.ReturnPathKey
+	32, // 18: relais.wire.v1.View.pools:type_name -> relais.wire.v1.Pool
+	33, // 19: relais.wire.v1.View.sources:type_name -> relais.wire.v1.Source
+	34, // 20: relais.wire.v1.View.return_path_keys:type_name -> relais.wire.v1.ReturnPathKey
 	24, // 21: relais.wire.v1.View.revoked_servers:type_name -> relais.wire.v1.RevokedServer
-	29, // 22: relais.wire.v1.Domain.dkim:type_name -> relais.wire.v1.DKIMKey
-	29, // 23: relais.wire.v1.Domain.other_dkim:type_name -> relais.wire.v1.DKIMKey
-	24, // [24:24] is the sub-list for method output_type
-	24, // [24:24] is the sub-list for method input_type
-	24, // [24:24] is the sub-list for extension type_name
-	24, // [24:24] is the sub-list for extension extendee
-	0,  // [0:24] is the sub-list for field type_name
+	30, // 22: relais.wire.v1.View.scoped_credentials:type_name -> relais.wire.v1.Credential
+	29, // 23: relais.wire.v1.Domain.dkim:type_name -> relais.wire.v1.DKIMKey
+	29, // 24: relais.wire.v1.Domain.other_dkim:type_name -> relais.wire.v1.DKIMKey
+	31, // 25: relais.wire.v1.Credential.scope:type_name -> relais.wire.v1.CredentialScope
+	26, // [26:26] is the sub-list for method output_type
+	26, // [26:26] is the sub-list for method input_type
+	26, // [26:26] is the sub-list for extension type_name
+	26, // [26:26] is the sub-list for extension extendee
+	0,  // [0:26] is the sub-list for field type_name
 }
 
 func init() { file_shared_wire_wire_proto_init() }
@@ -2661,7 +2756,7 @@ func file_shared_wire_wire_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_shared_wire_wire_proto_rawDesc), len(file_shared_wire_wire_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   34,
+			NumMessages:   35,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -18,6 +18,7 @@ import (
 
 	"github.com/relais-mta/relais/shared/fault"
 	"github.com/relais-mta/relais/shared/ids"
+	"github.com/relais-mta/relais/shared/mailaddr"
 	"github.com/relais-mta/relais/shared/policy"
 )
 
@@ -164,6 +165,29 @@ func TestViewBothWays(t *testing.T) {
 	}
 	if got, err = DecodeView(encoded); err != nil || !reflect.DeepEqual(got, rotated) {
 		t.Errorf("got  %+v, %v\nwant %+v", got, err, rotated)
+	}
+	scoped := sampleView()
+	narrow := scoped.Credentials[0]
+	set(&narrow.ID, 77)
+	narrow.Scope = policy.CredentialScope{Domains: []mailaddr.Domain{"shop.example"}, Networks: []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24")}, MessagesPerHour: 9, Certificates: [][32]byte{fill(34)}}
+	scoped.Credentials = append(scoped.Credentials, narrow)
+	if encoded, err = EncodeView(scoped); err != nil {
+		t.Fatal(err)
+	}
+	if got, err = DecodeView(encoded); err != nil || !reflect.DeepEqual(got, scoped) {
+		t.Errorf("got  %+v, %v\nwant %+v", got, err, scoped)
+	}
+	// A relay that does not know scopes must not know the credential either.
+	var message View
+	if err := proto.Unmarshal(encoded, &message); err != nil || len(message.Credentials) != len(scoped.Credentials)-1 {
+		t.Errorf("%d credentials are for everybody, %v", len(message.Credentials), err)
+	}
+	message.Credentials, message.ScopedCredentials = message.ScopedCredentials, message.Credentials
+	if encoded, err = proto.Marshal(&message); err != nil {
+		t.Fatal(err)
+	}
+	if _, err = DecodeView(encoded); !fault.Is(err, fault.Invalid) {
+		t.Errorf("credentials in the wrong lists: %v", err)
 	}
 	trusting := sampleView()
 	trusting.Trust = policy.Trust{CAs: [][]byte{{0x30, 1}, {0x30, 2}}, RefusedCAs: []string{"ab12"}, RevokedServers: []policy.RevokedServer{{Serials: []string{"7f", "80"}}, {}}}

@@ -218,7 +218,7 @@ func (a *app) credentialCommand() *cobra.Command {
 	var ttl time.Duration
 	create := &cobra.Command{
 		Use: "create --tenant TENANT", Short: "Create an SMTP credential and print its secret once",
-		Example: "  relais-control credential create --tenant acme\n  relais-control credential create --tenant acme --project shop --name web1 --stream bulk --ttl 720h --json",
+		Example: "  relais-control credential create --tenant acme\n  relais-control credential create --tenant acme --project shop --name web1 --stream bulk --ttl 720h --json\n  relais-control credential create --tenant acme --domain shop.example --cidr 192.0.2.0/24 --rate 1000 --require-client-cert web1.pem",
 		Args:    cobra.NoArgs,
 	}
 	reason := reasonFlag(create)
@@ -227,6 +227,7 @@ func (a *app) credentialCommand() *cobra.Command {
 	create.Flags().StringVar(&body.Name, "name", "", "what it is for")
 	create.Flags().StringVar(&body.Stream, "stream", "", "stream used when a message names none")
 	create.Flags().DurationVar(&ttl, "ttl", 0, "life (default: without end)")
+	scope := scopeFlags(create, &body.CredentialScope)
 	create.RunE = func(cmd *cobra.Command, _ []string) error {
 		if body.Tenant == "" {
 			return usagef("--tenant is missing")
@@ -238,15 +239,18 @@ func (a *app) credentialCommand() *cobra.Command {
 			end := time.Now().Add(ttl).UTC()
 			body.NotAfter = &end
 		}
+		if err := scope(); err != nil {
+			return err
+		}
 		return show(a, cmd, call{method: http.MethodPost, path: "/credentials", body: body, reason: *reason}, func(w io.Writer, c api.Credential) error {
-			return printPairs(w, "User name", c.ID, "Password", c.Secret, "Ends", whenOr(c.NotAfter, "never"), "Note", "the password is not shown again")
+			return printPairs(w, "User name", c.ID, "Password", c.Secret, "Ends", whenOr(c.NotAfter, "never"), "Scope", scopeText(&c.CredentialScope), "Note", "the password is not shown again")
 		})
 	}
 	ls := &cobra.Command{Use: "list", Short: "List credentials", Example: "  relais-control credential list --tenant acme", Args: cobra.NoArgs}
 	of := ls.Flags().String("tenant", "", "only those of this tenant, id or name")
 	ls.RunE = func(cmd *cobra.Command, _ []string) error {
-		return list(a, cmd, "/credentials", tenantQuery(*of), "ID TENANT NAME STREAM ENDS REVOKED", func(c api.Credential) []string {
-			return []string{c.ID, c.Tenant, c.Name, c.Stream, whenOr(c.NotAfter, "never"), yes(c.Revoked)}
+		return list(a, cmd, "/credentials", tenantQuery(*of), "ID TENANT NAME STREAM ENDS REVOKED SCOPE", func(c api.Credential) []string {
+			return []string{c.ID, c.Tenant, c.Name, c.Stream, whenOr(c.NotAfter, "never"), yes(c.Revoked), scopeText(&c.CredentialScope)}
 		})
 	}
 	revoke := &cobra.Command{Use: "revoke ID", Short: "Revoke a credential for good", Example: "  relais-control credential revoke crd_01… --reason leaked", Args: cobra.ExactArgs(1)}

@@ -33,6 +33,7 @@ func TestInputsThatMeanNothing(t *testing.T) {
 		"no uses":             {"token", "create", "--role", "relay", "--uses", "0"},
 		"no life":             {"token", "create", "--role", "relay", "--ttl", "0"},
 		"credential's life":   {"credential", "create", "--tenant", "acme", "--ttl", "1ms"},
+		"no certificate":      {"credential", "create", "--tenant", "acme", "--require-client-cert", "/nowhere.pem"},
 		"long overlap":        {"credential", "rotate", "crd_1", "--overlap", "721h"},
 		"no entries":          {"audit", "--limit", "0"},
 		"too many entries":    {"audit", "--limit", "1001"},
