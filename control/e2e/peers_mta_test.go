@@ -113,10 +113,16 @@ func TestPeersTakeMail(t *testing.T) {
 	if reply := c.offer(&tooLong); !strings.HasPrefix(reply, "554 5.6.0") || !strings.Contains(reply, "998") {
 		t.Errorf("a line of 999 octets got %q", reply)
 	}
+	international, refused := offerInternational(t, c, all)
+	sent = append(sent, international...)
 	signed := newSignatures(t)
 	for _, d := range all {
 		t.Run(d.name, func(t *testing.T) {
-			arrived, err := d.server.Wait(within(t, time.Minute), len(sent)-1+100)
+			want := 0
+			for i := range sent {
+				want += d.expects(&sent[i])
+			}
+			arrived, err := d.server.Wait(within(t, time.Minute), want)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -126,9 +132,75 @@ func TestPeersTakeMail(t *testing.T) {
 		})
 	}
 	signed.check(f)
-	if a := settle(t, f, nil); a.missing != 0 {
-		t.Errorf("%+v", a)
+	settle(t, f, nil)
+	checkRefused(t, f, refused)
+}
+
+// offerInternational submits mail that not every server can be given. It
+// returns the mail, and why which recipients must fail.
+func offerInternational(t *testing.T, c *client, all []*destination) (sent []outgoing, refused map[string]string) {
+	t.Helper()
+	refused = make(map[string]string)
+	header := letter("international header", plainUTF8, "körper\r\n.\r\n")
+	header.text = bytes.Replace(header.text, []byte("From: News"), []byte("From: Nüüs"), 1)
+	address := letter("international address", plainUTF8, "körper\r\n")
+	needless := letter("international needlessly", plain7Bit, "all of it ASCII\r\n")
+	header.utf8, address.utf8, needless.utf8 = true, true, true
+	header.body, address.body = "8BITMIME", "8BITMIME"
+	binary := letter("binary", "MIME-Version: 1.0\r\nContent-Type: application/octet-stream\r\nContent-Transfer-Encoding: binary\r\n", "\x00\n.\n\r\x01\xff")
+	binary.body, binary.bdat = "BINARYMIME", 100
+	for _, d := range all {
+		header.to = append(header.to, "kopf@"+d.domain)
+		address.to = append(address.to, "jürgen@"+d.domain)
+		needless.to = append(needless.to, "box@"+d.domain)
+		binary.to = append(binary.to, "binary@"+d.domain)
+		// None of them has BINARYMIME.
+		refused["binary@"+d.domain] = "5.6.3"
+		if !d.utf8 {
+			refused["kopf@"+d.domain], refused["jürgen@"+d.domain] = "5.6.7", "5.6.7"
+		}
 	}
+	sent = []outgoing{header, address, needless}
+	for _, m := range append(sent, binary) {
+		if reply := c.offer(&m); !strings.HasPrefix(reply, "250 2.0.0") {
+			t.Fatalf("%s: %s", m.name, reply)
+		}
+	}
+	return sent, refused
+}
+
+// checkRefused expects these recipients to have failed for these reasons, and
+// no others.
+func checkRefused(t *testing.T, f *fleet.Fleet, want map[string]string) {
+	t.Helper()
+	got := make(map[string]string)
+	if err := f.NewLedger().Read(t.Context(), func(_ *fleet.Relay, e *fleet.Event) {
+		if e.Final() && e.Type != "delivered" {
+			got[e.Address] = e.Reply
+		}
+	}); err != nil {
+		t.Fatal(err)
+	}
+	for address, code := range want {
+		if !strings.HasPrefix(got[address], code+" ") {
+			t.Errorf("%s failed with %q, want %s", address, got[address], code)
+		}
+		delete(got, address)
+	}
+	for address, reply := range got {
+		t.Errorf("%s failed with %q, want it delivered", address, reply)
+	}
+}
+
+// expects counts the recipients of a mail that are here and can be given it.
+func (d *destination) expects(m *outgoing) (n int) {
+	needs := m.utf8 && slices.ContainsFunc(m.text, func(c byte) bool { return c > 0x7f })
+	for _, to := range m.to {
+		if strings.HasSuffix(to, "@"+d.domain) && (d.utf8 || !needs) {
+			n++
+		}
+	}
+	return n
 }
 
 // compare finds the mail among those that arrived: as often as it has
@@ -136,12 +208,7 @@ func TestPeersTakeMail(t *testing.T) {
 // server cannot take 8-bit text.
 func (d *destination) compare(t *testing.T, m *outgoing, arrived []peers.Mail, signed *signatures) {
 	t.Helper()
-	want := 0
-	for _, to := range m.to {
-		if strings.HasSuffix(to, "@"+d.domain) {
-			want++
-		}
-	}
+	want := d.expects(m)
 	got := 0
 	for i := range arrived {
 		a := &arrived[i]
@@ -160,6 +227,9 @@ func (d *destination) compare(t *testing.T, m *outgoing, arrived []peers.Mail, s
 			}
 		case !bytes.Equal(a.Body, m.content()):
 			t.Errorf("%s: the body of %d bytes arrived with %d: %.300q", m.name, len(m.content()), len(a.Body), a.Body)
+		}
+		if from := a.Field("From"); bytes.Contains(m.text, []byte("Nüüs")) != strings.Contains(from, "Nüüs") {
+			t.Errorf("%s: From is %q", m.name, from)
 		}
 	}
 	if got != want {

@@ -206,15 +206,17 @@ func (s *Server) message(m *queue.MessageInfo, why bool) Message {
 	return out
 }
 
+// replyText is a reply as it was said. What the relay decided itself has no
+// code of SMTP's, but it has an enhanced one.
 func replyText(r *relay.Reply) string {
-	if r.Code == 0 {
-		return r.Text
-	}
-	text := strconv.Itoa(int(r.Code))
+	text := r.Text
 	if r.Enhanced != "" {
-		text += " " + r.Enhanced
+		text = r.Enhanced + " " + text
 	}
-	return text + " " + r.Text
+	if r.Code != 0 {
+		text = strconv.Itoa(int(r.Code)) + " " + text
+	}
+	return text
 }
 
 func (s *Server) show(r *http.Request) (any, error) {
