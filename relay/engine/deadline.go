@@ -56,12 +56,16 @@ const lateText = "the message expired before the mail host had taken it"
 // ended, if the host said none.
 var lateReply = relay.Reply{Enhanced: "4.4.7", Text: lateText} // RFC 3463 section 3.5: delivery time expired
 
-// late words the outcomes of an attempt that its deadline ended. All of them
-// count as attempts, so that the sender is told what the mail waited for.
-func late(outcomes []relay.Outcome) {
+// late words the outcomes of an attempt that its deadline ended at a phase. All
+// of them count as attempts, so that the sender is told what the mail waited
+// for; none is final, because the end of the message is not theirs to record.
+func late(outcomes []relay.Outcome, phase relay.Phase) {
 	for i := range outcomes {
 		if o := &outcomes[i]; (o.Status == relay.Deferred || o.Status == relay.NotTried) && o.Reply.Code == 0 {
 			o.Status, o.Reply = relay.Deferred, lateReply
+			if o.Phase == relay.PhaseLocal || o.Phase == relay.PhaseNone {
+				o.Phase = phase
+			}
 		}
 	}
 }

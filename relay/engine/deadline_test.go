@@ -7,6 +7,7 @@ import (
 
 	"github.com/relais-mta/relais/relay"
 	"github.com/relais-mta/relais/relay/outbox"
+	"github.com/relais-mta/relais/relay/verdict"
 	"github.com/relais-mta/relais/shared/lab"
 	"github.com/relais-mta/relais/shared/policy"
 )
@@ -135,8 +136,11 @@ func TestGuard(t *testing.T) {
 			t.Errorf("%v from the deadline: late is %v", tc.at, late)
 		}
 	}
-	outcomes := []relay.Outcome{{Status: relay.Delivered}, {Status: relay.NotTried}, {Status: relay.Deferred, Reply: relay.Reply{Code: 451}}, {Status: relay.Failed}}
-	late(outcomes)
+	outcomes := []relay.Outcome{{Status: relay.Delivered}, {Status: relay.NotTried, Phase: relay.PhaseLocal}, {Status: relay.Deferred, Reply: relay.Reply{Code: 451}}, {Status: relay.Failed}}
+	late(outcomes, relay.PhaseConnect)
+	if v := verdict.Of("mx:there.test", &outcomes[1]); v.Action == verdict.Fail {
+		t.Error("the attempt ends the recipient, which is for the deadline to do")
+	}
 	if outcomes[0].Status != relay.Delivered || outcomes[1].Status != relay.Deferred || outcomes[1].Reply != lateReply || outcomes[2].Reply.Code != 451 || outcomes[3].Reply.Text != "" {
 		t.Errorf("%+v", outcomes)
 	}

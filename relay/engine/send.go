@@ -70,7 +70,7 @@ func (w *worker) attempt(work *queue.Work, dir *policy.Directory, now time.Time)
 		e.settle(work, a, nil)
 		return
 	}
-	w.waited = false
+	w.waited, w.guard = false, e.watch(work.Env, now, w.session.Abort)
 	e.queue.Begin(work, a, func(err error) { w.journal <- err })
 	a.Outcomes = w.session.Send(&w.tx)
 	if !w.waited {
@@ -85,6 +85,9 @@ func (w *worker) attempt(work *queue.Work, dir *policy.Directory, now time.Time)
 	// The slice is reused for the next message, while the queue may still
 	// read the outcomes of this one.
 	a.Outcomes = append([]relay.Outcome(nil), a.Outcomes...)
+	if w.guard != nil && w.guard.end() {
+		late(a.Outcomes, relay.PhaseDATA)
+	}
 	e.settle(work, a, nil)
 }
 
@@ -194,10 +197,14 @@ func (w *worker) returnPath(work *queue.Work, dir *policy.Directory, domain *pol
 	return mailaddr.Address{Local: local, Domain: domain.ReturnPath}, nil
 }
 
-// commit waits for the journal record of the attempt.
+// commit waits for the journal record of the attempt, and refuses to go on
+// when the message has expired meanwhile.
 func (w *worker) commit() error {
 	w.waited = true
-	return <-w.journal
+	if err := <-w.journal; err != nil || w.guard == nil {
+		return err
+	}
+	return w.guard.pass(w.engine.cfg.Now())
 }
 
 // signJob is what sign needs of the message in hand.

@@ -296,7 +296,7 @@ func (w *worker) dial(ctx context.Context, work *queue.Work, hosts []resolve.Hos
 	if expired {
 		// It was this message that could not wait, so nothing is held against
 		// the host.
-		late(a.Outcomes)
+		late(a.Outcomes, relay.PhaseConnect)
 		e.settle(work, a, nil)
 		w.end()
 		return false
