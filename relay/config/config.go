@@ -58,9 +58,12 @@ type TLS struct {
 	Key  string `toml:"key"`
 }
 
-// DNS names the resolvers; empty: those of /etc/resolv.conf.
+// DNS names the resolvers; empty: those of /etc/resolv.conf. Validating are
+// those of them whose word about DNSSEC is taken, because they validate and the
+// way to them is safe; absent: those on loopback addresses, [] is none.
 type DNS struct {
-	Resolvers []netip.AddrPort `toml:"resolvers"`
+	Resolvers  []netip.AddrPort `toml:"resolvers"`
+	Validating []netip.AddrPort `toml:"validating"`
 }
 
 // Lab opens what a real relay must never do; it is for test networks.

@@ -1,6 +1,7 @@
 package config
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -19,6 +20,24 @@ func TestParse(t *testing.T) {
 	}
 	if len(c.Listen.Inbound) != 1 || c.Listen.Inbound[0].Port() != 25 {
 		t.Error("a listener that the file does not name lost its default")
+	}
+}
+
+// No server is trusted to validate DNSSEC when the file says so; without a word
+// in the file, the resolver decides.
+func TestValidatingResolvers(t *testing.T) {
+	for text, want := range map[string]string{
+		"":                       "[] true",
+		"[dns]\nvalidating = []": "[] false",
+		"[dns]\nresolvers = [\"192.0.2.53:53\"]\nvalidating = [\"192.0.2.53:53\"]": "[192.0.2.53:53] false",
+	} {
+		c, err := Parse([]byte(text))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := fmt.Sprint(c.DNS.Validating, c.DNS.Validating == nil); got != want {
+			t.Errorf("%q: %s, want %s", text, got, want)
+		}
 	}
 }
 

@@ -45,6 +45,7 @@ func (r *Resolver) fill(ctx context.Context, route *Route) time.Duration {
 	}
 	domain := string(route.Domain)
 	mx, err := r.lookup(ctx, domain, dns.TypeMX)
+	route.Authentic = err == nil && mx.authentic
 	switch {
 	case err != nil:
 		route.Failure = deferred("4.4.3", "DNS look-up of "+domain+" failed: "+err.Error())
@@ -111,16 +112,19 @@ func isNullMX(records []dns.RR) bool {
 // once with its best preference, at most maxHosts.
 func hostsOf(records []dns.RR) []Host {
 	hosts := make([]Host, 0, len(records))
+	at := make(map[string]int, len(records))
 	for _, rr := range records {
 		mx, ok := rr.(*dns.MX)
-		if !ok || mx.Mx == "." {
+		// A record may come without data, which leaves its fields empty.
+		if !ok || mx.Mx == "." || mx.Mx == "" {
 			continue
 		}
 		name := hostName(mx.Mx)
-		if i := slices.IndexFunc(hosts, func(h Host) bool { return h.Name == name }); i >= 0 {
+		if i, known := at[name]; known {
 			hosts[i].Pref = min(hosts[i].Pref, mx.Preference)
 			continue
 		}
+		at[name] = len(hosts)
 		hosts = append(hosts, Host{Name: name, Pref: mx.Preference})
 	}
 	slices.SortFunc(hosts, func(a, b Host) int {
@@ -129,7 +133,8 @@ func hostsOf(records []dns.RR) []Host {
 		}
 		return strings.Compare(a.Name, b.Name)
 	})
-	return hosts[:min(len(hosts), maxHosts)]
+	// A copy, so that the rest of thousands of records is not kept.
+	return slices.Clone(hosts[:min(len(hosts), maxHosts)])
 }
 
 // fillImplicit uses the domain's own address as its only host, because it has
@@ -171,9 +176,10 @@ const noAddress = "4.4.4"
 // about them. One usable host is enough for a route.
 func (r *Resolver) fillAddrs(ctx context.Context, route *Route, ttl time.Duration) time.Duration {
 	type result struct {
-		addrs []netip.Addr
-		ttl   time.Duration
-		err   error
+		addrs     []netip.Addr
+		authentic bool
+		ttl       time.Duration
+		err       error
 	}
 	results := make([]result, len(route.Hosts))
 	var wg sync.WaitGroup
@@ -183,7 +189,7 @@ func (r *Resolver) fillAddrs(ctx context.Context, route *Route, ttl time.Duratio
 		wg.Go(func() {
 			defer func() { <-slots }()
 			res := &results[i]
-			res.addrs, res.ttl, res.err = r.addrs(ctx, route.Hosts[i].Name, route.Families)
+			res.addrs, res.authentic, res.ttl, res.err = r.addrs(ctx, route.Hosts[i].Name, route.Families)
 		})
 	}
 	wg.Wait()
@@ -191,7 +197,7 @@ func (r *Resolver) fillAddrs(ctx context.Context, route *Route, ttl time.Duratio
 	var temporary error
 	any := false
 	for i, res := range results {
-		route.Hosts[i].Addrs = res.addrs
+		route.Hosts[i].Addrs, route.Hosts[i].Authentic = res.addrs, res.authentic
 		any = any || len(res.addrs) > 0
 		ttl = min(ttl, res.ttl)
 		if res.err != nil {
@@ -207,9 +213,22 @@ func (r *Resolver) fillAddrs(ctx context.Context, route *Route, ttl time.Duratio
 	default:
 		// Not for good: this is a mistake in the domain's own zone, and such
 		// mistakes get mended within a retry schedule.
-		route.Failure = deferred(noAddress, fmt.Sprintf("no mail host of %s has an address (%s)", route.Domain, familyNames(route.Families)))
+		text := fmt.Sprintf("no mail host of %s has an address (%s)", route.Domain, familyNames(route.Families))
+		for i := range route.Hosts {
+			if name := route.Hosts[i].Name; isAddress(name) {
+				text = fmt.Sprintf("the MX record of %s gives %s, which is an address and not the name of a host", route.Domain, name)
+			}
+		}
+		route.Failure = deferred(noAddress, text)
 	}
 	return ttl
+}
+
+// isAddress reports whether the name of a mail host is an address, a common
+// mistake in zones: RFC 1035 section 3.3.9 wants a name there.
+func isAddress(name string) bool {
+	_, err := netip.ParseAddr(name)
+	return err == nil
 }
 
 func firstLine(s string) string {
@@ -230,22 +249,21 @@ func familyNames(f Families) string {
 // addrs returns a host's addresses in the families, IPv4 first (RFC 3974 section
 // 3: a host has all of them in DNS). The error says
 // that a family is unknown for now; the other one's addresses are still good.
-func (r *Resolver) addrs(ctx context.Context, name string, families Families) ([]netip.Addr, time.Duration, error) {
-	var out []netip.Addr
-	var failure error
-	ttl := maxAnswerTTL
+func (r *Resolver) addrs(ctx context.Context, name string, families Families) (out []netip.Addr, authentic bool, ttl time.Duration, failure error) {
+	ttl, authentic = maxAnswerTTL, true
 	for _, f := range []Families{IPv4, IPv6} {
 		if families&f == 0 {
 			continue
 		}
 		e := r.hostEntry(ctx, name, qtypeOf(f))
 		out = append(out, e.value.addrs...)
+		authentic = authentic && e.value.authentic
 		ttl = min(ttl, max(0, time.Until(e.expires)))
 		if e.value.err != nil {
 			failure = e.value.err
 		}
 	}
-	return out, max(ttl, time.Second), failure
+	return out, authentic && failure == nil, max(ttl, time.Second), failure
 }
 
 func (r *Resolver) host(ctx context.Context, name string, qtype uint16) hostAnswer {
@@ -266,7 +284,7 @@ func (r *Resolver) hostEntry(ctx context.Context, name string, qtype uint16) ent
 		defer cancel()
 		a, err := r.lookup(ctx, name, qtype)
 		now := time.Now()
-		e := entry[hostAnswer]{value: hostAnswer{kind: a.kind, err: err}}
+		e := entry[hostAnswer]{value: hostAnswer{kind: a.kind, authentic: a.authentic, err: err}}
 		switch {
 		case err != nil:
 			e.expires = now.Add(temporaryTTL)

@@ -32,6 +32,9 @@ type answer struct {
 	kind    kind
 	records []dns.RR // of the asked type, at the end of the alias chain
 	ttl     time.Duration
+	// authentic says that a server which is trusted to validate found the whole
+	// answer, aliases included, proved by DNSSEC.
+	authentic bool
 }
 
 // errTemporary is an answer that says nothing about the name.
@@ -44,12 +47,13 @@ func (e *errTemporary) Error() string { return e.text }
 // 10.3).
 func (r *Resolver) lookup(ctx context.Context, name string, qtype uint16) (answer, error) {
 	name = dns.Fqdn(name)
-	ttl := maxAnswerTTL
+	ttl, authentic := maxAnswerTTL, true
 	for range maxCNAMEs {
 		msg, err := r.exchange(ctx, name, qtype)
 		if err != nil {
 			return answer{}, err
 		}
+		authentic = authentic && msg.AuthenticatedData
 		target, chainTTL, ok := follow(msg, name)
 		if !ok {
 			break
@@ -59,16 +63,20 @@ func (r *Resolver) lookup(ctx context.Context, name string, qtype uint16) (answe
 		case dns.RcodeNameError:
 			// RFC 2308 section 2.1: with aliases it is the last name that does
 			// not exist.
-			return answer{kind: nxDomain, ttl: min(ttl, negativeTTL(msg))}, nil
+			return answer{kind: nxDomain, ttl: min(ttl, negativeTTL(msg)), authentic: authentic}, nil
 		case dns.RcodeSuccess:
 		default:
 			return answer{}, &errTemporary{fmt.Sprintf("name server answered %s for %s", dns.RcodeToString[msg.Rcode], strings.TrimSuffix(name, "."))}
 		}
 		if a := collect(msg, target, qtype, ttl); a.kind == found {
+			a.authentic = authentic
 			return a, nil
 		}
+		if referral(msg) {
+			return answer{}, &errTemporary{"the name server does not resolve " + strings.TrimSuffix(name, ".") + ", it names others to ask"}
+		}
 		if strings.EqualFold(target, name) {
-			return answer{kind: noData, ttl: min(ttl, negativeTTL(msg))}, nil
+			return answer{kind: noData, ttl: min(ttl, negativeTTL(msg)), authentic: authentic}, nil
 		}
 		// The server gave the alias but not what is behind it.
 		name = target
@@ -86,7 +94,7 @@ func follow(msg *dns.Msg, name string) (string, time.Duration, bool) {
 	for range maxCNAMEs {
 		moved := false
 		for _, rr := range msg.Answer {
-			if c, ok := rr.(*dns.CNAME); ok && strings.EqualFold(c.Hdr.Name, name) {
+			if c, ok := rr.(*dns.CNAME); ok && c.Target != "" && strings.EqualFold(c.Hdr.Name, name) {
 				name, moved = c.Target, true
 				ttl = min(ttl, time.Duration(c.Hdr.Ttl)*time.Second)
 				break
@@ -112,6 +120,22 @@ func collect(msg *dns.Msg, owner string, qtype uint16, ttl time.Duration) answer
 		}
 	}
 	return a
+}
+
+// referral reports whether an empty answer names other servers instead of
+// saying that there is nothing (RFC 2308 section 2.2): a server that does not
+// resolve for us knows nothing about the name.
+func referral(msg *dns.Msg) bool {
+	named := false
+	for _, rr := range msg.Ns {
+		switch rr.(type) {
+		case *dns.SOA:
+			return false
+		case *dns.NS:
+			named = true
+		}
+	}
+	return named && !msg.Authoritative
 }
 
 // negativeTTL is how long "no" holds: RFC 2308 section 5, the smaller of the
@@ -173,6 +197,8 @@ func (r *Resolver) ask(ctx context.Context, server netip.AddrPort, name string, 
 	// kernel picks a random port.
 	question.SetQuestion(name, qtype)
 	question.SetEdns0(ednsBytes, false)
+	// RFC 6840 section 5.7: we want to know whether the answer was validated.
+	question.AuthenticatedData = r.validating[server]
 	answer, err := r.send(ctx, &r.udp, server, question)
 	if err == nil && (answer.Rcode == dns.RcodeFormatError || answer.Rcode == dns.RcodeNotImplemented || answer.Rcode == dns.RcodeBadVers) {
 		question.Extra = nil
@@ -181,12 +207,17 @@ func (r *Resolver) ask(ctx context.Context, server netip.AddrPort, name string, 
 	}
 	if err == nil && answer.Truncated {
 		question.Id = dns.Id()
-		answer, err = r.send(ctx, &r.tcp, server, question)
+		if answer, err = r.send(ctx, &r.tcp, server, question); err == nil && answer.Truncated {
+			return nil, errCut
+		}
 	}
 	return answer, err
 }
 
-var errOtherQuestion = errors.New("the answer is to another question")
+var (
+	errOtherQuestion = errors.New("the answer is to another question")
+	errCut           = errors.New("the answer is cut, even over TCP")
+)
 
 // send makes one exchange and checks that the answer belongs to the question.
 func (r *Resolver) send(ctx context.Context, client *dns.Client, server netip.AddrPort, question *dns.Msg) (*dns.Msg, error) {
@@ -202,6 +233,9 @@ func (r *Resolver) send(ctx context.Context, client *dns.Client, server netip.Ad
 		answer.Question[0].Qtype != q.Qtype || answer.Question[0].Qclass != q.Qclass || !strings.EqualFold(answer.Question[0].Name, q.Name) {
 		return nil, errOtherQuestion
 	}
+	// RFC 4035 section 4.9.3: the bit is worth what the server and the way to it
+	// are worth.
+	answer.AuthenticatedData = answer.AuthenticatedData && r.validating[server]
 	r.queries.WithLabelValues("answered").Inc()
 	return answer, nil
 }

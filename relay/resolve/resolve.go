@@ -4,6 +4,7 @@ import (
 	"context"
 	"log/slog"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -20,9 +21,11 @@ import (
 // Bounds of the resolver.
 const (
 	maxServers           = 8
-	maxRoutes            = 100_000 // cached domains
-	maxHostEntries       = 200_000 // cached host and family pairs
-	maxHosts             = 20      // mail hosts used of one domain, best preference first
+	maxRoutes            = 100_000  // cached domains
+	maxRouteBytes        = 96 << 20 // of cached routes
+	maxHostEntries       = 200_000  // cached host and family pairs
+	maxHostBytes         = 64 << 20 // of cached hosts
+	maxHosts             = 20       // mail hosts used of one domain, best preference first
 	maxAddrsPerHost      = 16
 	maxQuestionsInFlight = 512
 	resolveTimeout       = 30 * time.Second // of one domain with all its hosts
@@ -39,8 +42,12 @@ const (
 
 // Config says whom to ask and what to refuse.
 type Config struct {
-	Servers      []netip.AddrPort // recursive resolvers, best first; see SystemServers
-	QueryTimeout time.Duration    // of one question to one server; 0: 3 s
+	Servers []netip.AddrPort // recursive resolvers, best first; see SystemServers
+	// Validating names those of Servers that validate DNSSEC and to which the
+	// way is safe. What others say about it is not believed. Nil: those on
+	// loopback addresses.
+	Validating   []netip.AddrPort
+	QueryTimeout time.Duration // of one question to one server; 0: 3 s
 	// Policy returns the delivery section in force: MinDNSTTL and MaxDNSTTL.
 	Policy func() *policy.Delivery
 	// AllowPrivate permits mail hosts at loopback, private and own addresses.
@@ -65,14 +72,16 @@ type hostKey struct {
 
 // hostAnswer is what is known of one host in one family.
 type hostAnswer struct {
-	kind  kind
-	addrs []netip.Addr
-	err   error // temporary; kind means nothing then
+	kind      kind
+	addrs     []netip.Addr
+	authentic bool  // proved by DNSSEC
+	err       error // temporary; kind means nothing then
 }
 
 // Resolver answers where mail goes. It is safe for concurrent use.
 type Resolver struct {
 	servers      []netip.AddrPort
+	validating   map[netip.AddrPort]bool
 	attempts     int
 	queryTimeout time.Duration
 	policy       func() *policy.Delivery
@@ -91,6 +100,7 @@ type Resolver struct {
 
 	queries *prometheus.CounterVec
 	lookups *prometheus.CounterVec
+	proved  prometheus.Counter
 }
 
 // New returns a resolver with empty caches.
@@ -102,18 +112,25 @@ func New(cfg Config) (*Resolver, error) {
 	if cfg.Policy == nil || cfg.Log == nil || cfg.Registerer == nil {
 		return nil, fault.New(fault.Internal, op, "policy, logger and metrics registry are needed")
 	}
+	validating, err := validatingOf(cfg.Servers, cfg.Validating)
+	if err != nil {
+		return nil, err
+	}
 	r := &Resolver{
-		servers: cfg.Servers, attempts: max(minAttempts, len(cfg.Servers)), queryTimeout: cfg.QueryTimeout,
+		servers: cfg.Servers, validating: validating, attempts: max(minAttempts, len(cfg.Servers)), queryTimeout: cfg.QueryTimeout,
 		policy: cfg.Policy, allowPrivate: cfg.AllowPrivate, own: cfg.Own, log: cfg.Log,
 		slots:  make(chan struct{}, maxQuestionsInFlight),
-		routes: newCache[routeKey, *Route](maxRoutes),
-		hosts:  newCache[hostKey, hostAnswer](maxHostEntries),
+		routes: newCache[routeKey](maxRoutes, maxRouteBytes, routeBytes),
+		hosts:  newCache[hostKey](maxHostEntries, maxHostBytes, hostBytes),
 		queries: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "relais_relay_dns_queries_total", Help: "Questions sent to name servers, by result.",
 		}, []string{"result"}),
 		lookups: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "relais_relay_routes_total", Help: "Mail domains resolved, by result; cached answers are not counted.",
 		}, []string{"result"}),
+		proved: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "relais_relay_routes_authentic_total", Help: "Mail domains whose MX records and a host's address DNSSEC proved; cached answers are not counted.",
+		}),
 	}
 	if r.queryTimeout <= 0 {
 		r.queryTimeout = defaultQueryTimeout
@@ -123,12 +140,29 @@ func New(cfg Config) (*Resolver, error) {
 	size := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "relais_relay_routes_cached", Help: "Mail domains in the route cache.",
 	}, func() float64 { return float64(r.routes.len()) })
-	for _, c := range []prometheus.Collector{r.queries, r.lookups, size} {
+	for _, c := range []prometheus.Collector{r.queries, r.lookups, r.proved, size} {
 		if err := cfg.Registerer.Register(c); err != nil {
 			return nil, fault.Wrap(err, fault.Internal, op, "metrics could not be registered")
 		}
 	}
 	return r, nil
+}
+
+// validatingOf returns the servers whose word about DNSSEC is taken.
+func validatingOf(servers, named []netip.AddrPort) (map[netip.AddrPort]bool, error) {
+	out := make(map[netip.AddrPort]bool)
+	for _, s := range named {
+		if !slices.Contains(servers, s) {
+			return nil, fault.Field("resolve.New", "dns.validating", "%s is none of the resolvers: name it in dns.resolvers too", s)
+		}
+		out[s] = true
+	}
+	for _, s := range servers {
+		if named == nil && s.Addr().IsLoopback() {
+			out[s] = true
+		}
+	}
+	return out, nil
 }
 
 // SystemServers reads the resolvers of a resolv.conf file; "" means
@@ -202,6 +236,9 @@ func (r *Resolver) refresh(ctx context.Context, key routeKey) *Route {
 	switch {
 	case route.Failure == nil:
 		r.lookups.WithLabelValues("found").Inc()
+		if route.authentic() {
+			r.proved.Inc()
+		}
 	case route.Failure.Status == failedStatus:
 		r.lookups.WithLabelValues("failed").Inc()
 		keep = 0

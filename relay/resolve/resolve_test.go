@@ -284,7 +284,7 @@ func TestStaleWhenDNSFails(t *testing.T) {
 	}
 	// And a route that is too old is not used.
 	z.fault("a.example", nil)
-	r.routes.put(key, entry[*Route]{}, time.Now())
+	r.routes.remove(key)
 	r.Route(t.Context(), "a.example", IPv4)
 	z.fault("a.example", rcode(dns.RcodeServerFailure))
 	age(maxStale + 2*time.Hour)
@@ -424,7 +424,7 @@ func TestForeignAnswersAreNotBelieved(t *testing.T) {
 }
 
 func TestCacheIsBounded(t *testing.T) {
-	c := newCache[int, int](100)
+	c := newCache[int](100, 1<<20, func(int) int { return 1 })
 	now := time.Unix(1_800_000_000, 0)
 	for i := range 1000 {
 		c.put(i, entry[int]{value: i, expires: now.Add(time.Duration(i) * time.Second), drop: now.Add(time.Hour)}, now)

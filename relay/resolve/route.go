@@ -3,6 +3,7 @@ package resolve
 import (
 	"math/rand/v2"
 	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/relais-mta/relais/relay"
@@ -23,6 +24,9 @@ type Host struct {
 	Name  string       // lower case, no final dot; "[192.0.2.1]" for an address literal
 	Pref  uint16       // MX preference, lower is tried first
 	Addrs []netip.Addr // IPv4 first, in the order of the answer; empty: cannot be used now
+	// Authentic says that a validating resolver found the addresses proved by
+	// DNSSEC.
+	Authentic bool
 }
 
 // Failure says why a domain has no usable route.
@@ -42,11 +46,19 @@ type Route struct {
 	// provider. They are known even when Failure is set because no host has a
 	// usable address.
 	Names    []string
-	Implicit bool      // the domain has no MX and its own address is used
-	Stale    bool      // DNS failed and this is what it said last
-	Resolved time.Time // when DNS gave the answer
-	Expires  time.Time // not to be used for a new attempt at or after it
-	Failure  *Failure  // nil: there is at least one host with an address
+	Implicit bool // the domain has no MX and its own address is used
+	// Authentic says that a validating resolver found the MX records, or that
+	// there are none, proved by DNSSEC.
+	Authentic bool
+	Stale     bool      // DNS failed and this is what it said last
+	Resolved  time.Time // when DNS gave the answer
+	Expires   time.Time // not to be used for a new attempt at or after it
+	Failure   *Failure  // nil: there is at least one host with an address
+}
+
+// authentic reports whether DNSSEC proves the way to at least one host.
+func (r *Route) authentic() bool {
+	return r.Authentic && slices.ContainsFunc(r.Hosts, func(h Host) bool { return h.Authentic && len(h.Addrs) > 0 })
 }
 
 // FirstAddr returns the best host's first address, which names the provider of

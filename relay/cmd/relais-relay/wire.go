@@ -40,7 +40,7 @@ func (n *node) openEngine(ctx context.Context) (err error) {
 		}
 	}
 	resolver, err := resolve.New(resolve.Config{
-		Servers: servers, Policy: delivering, AllowPrivate: n.cfg.Lab.AllowPrivate, Own: n.own, Log: n.log, Registerer: n.registry,
+		Servers: servers, Validating: n.cfg.DNS.Validating, Policy: delivering, AllowPrivate: n.cfg.Lab.AllowPrivate, Own: n.own, Log: n.log, Registerer: n.registry,
 	})
 	if err != nil {
 		return err
