@@ -18,7 +18,8 @@ const maxBackoffs = 8192
 
 type pair struct{ source, remote netip.Addr }
 
-// backoff remembers which host refused connections from which source. Many
+// backoff remembers which host refused connections from which source, or took
+// them and did not speak SMTP. Many
 // hosts drop connections from an address that they dislike, so one source's
 // failure says nothing about another's.
 type backoff struct {
@@ -82,9 +83,14 @@ func (d *Dialer) connectFailure(t *Target, addr netip.Addr, err error, p *policy
 		}
 		return f
 	}
+	d.leaveAlone(t, addr, p)
+	return f
+}
+
+// leaveAlone keeps a host from being tried again for a while; its fellows are.
+func (d *Dialer) leaveAlone(t *Target, addr netip.Addr, p *policy.Delivery) {
 	if keep := p.HostBackoff.D(); keep > 0 {
 		now := time.Now()
 		d.backoff.add(t.Source.Bind, addr, now.Add(keep), now)
 	}
-	return f
 }

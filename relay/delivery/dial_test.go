@@ -302,3 +302,46 @@ func TestBackoffIsBounded(t *testing.T) {
 		t.Error("a pair outlives its time")
 	}
 }
+
+// TestMuteHostIsLeftAlone: a host that takes connections and holds the line, or
+// talks something else, is not waited for again by every session to its domain.
+func TestMuteHostIsLeftAlone(t *testing.T) {
+	for name, first := range map[string]peer{
+		"silent": {greeting: hang}, "closed": {greeting: closeNow}, "no SMTP": {greeting: "SSH-2.0-x"}, "silent at EHLO": {ehlo: hang},
+	} {
+		t.Run(name, func(t *testing.T) {
+			bad, good := first, &peer{}
+			startPair(t, &bad, good)
+			f := newFixture(t, bad.port)
+			f.policy.GreetingTimeout, f.policy.EHLOTimeout = policy.Duration(200*time.Millisecond), policy.Duration(200*time.Millisecond)
+			dials := &countingEgress{}
+			f.dialer.egress = dials
+			for range 3 {
+				s, failure := f.dialer.Dial(t.Context(), target("", hostsAt("127.0.0.1", "127.0.0.2")...))
+				if failure != nil {
+					t.Fatalf("%+v", failure)
+				}
+				s.Quit()
+			}
+			if dials.n != 4 {
+				t.Errorf("%d connections, want 4: the mute host once", dials.n)
+			}
+		})
+	}
+	// One that refuses us in SMTP may think better of it at any time.
+	loud, good := &peer{greeting: "421 4.3.2 busy"}, &peer{}
+	startPair(t, loud, good)
+	f := newFixture(t, loud.port)
+	dials := &countingEgress{}
+	f.dialer.egress = dials
+	for range 2 {
+		s, failure := f.dialer.Dial(t.Context(), target("", hostsAt("127.0.0.1", "127.0.0.2")...))
+		if failure != nil {
+			t.Fatalf("%+v", failure)
+		}
+		s.Quit()
+	}
+	if dials.n != 4 {
+		t.Errorf("%d connections, want 4", dials.n)
+	}
+}

@@ -189,6 +189,11 @@ func (d *Dialer) connect(ctx context.Context, t *Target, host string, addr netip
 		failure = s.lost(relay.PhaseConnect, ctx.Err())
 	}
 	if failure != nil {
+		if failure.Phase != relay.PhaseSTARTTLS && failure.Cause != nil && ctx.Err() == nil {
+			// It took the connection and then said nothing, or nothing that is
+			// SMTP. To find that out again may take minutes.
+			d.leaveAlone(t, addr, p)
+		}
 		if failure.Phase == relay.PhaseSTARTTLS || failure.Reply.Code == 0 {
 			s.Abort()
 		}

@@ -86,6 +86,7 @@ type Engine struct {
 type siteFailure struct {
 	count int
 	until time.Time
+	why   string // words of the host, or ours about the connection
 }
 
 type siteKey struct {

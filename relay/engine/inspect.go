@@ -12,7 +12,7 @@ import (
 
 // Explanation names the one thing a recipient waits for.
 type Explanation struct {
-	Reason   string    `json:"reason"` // stable word: retry, dns, resolve, source, backoff, source-connections, relay-connections, sessions, rate, session, held, in-flight
+	Reason   string    `json:"reason"` // stable word: retry, dns, resolve, source, family, backoff, source-connections, relay-connections, sessions, rate, session, held, in-flight
 	Text     string    `json:"text"`
 	Until    time.Time `json:"until,omitzero"` // when it ends, if that is known
 	Source   string    `json:"source,omitempty"`
@@ -23,6 +23,7 @@ var whyTexts = map[string]string{
 	"dns":                "the mail hosts of the domain could not be looked up; DNS is asked again then",
 	"resolve":            "the mail hosts of the domain are being looked up",
 	"source":             "no source address of the pool is assigned to this relay and present on it",
+	"family":             "the provider's profile rules out the address family of every source of the pool",
 	"backoff":            "the mail hosts could not be reached and are left alone for a while",
 	"source-connections": "every source has as many connections to the provider as it may",
 	"relay-connections":  "this relay has as many connections to the provider as it may",
@@ -52,11 +53,15 @@ func (e *Engine) Explain(env *relay.Envelope, index int, st relay.RecipientState
 	}
 	e.mu.Lock()
 	w := e.sched.Why(schedule.Queue(n), now)
+	failure := e.failures[siteKey{w.Lane.Source, w.Site}]
 	e.mu.Unlock()
 	if w.Reason == "" || w.Reason == "due" {
 		return Explanation{Reason: "in-flight", Text: "it is being delivered", Provider: w.Lane.Provider}
 	}
 	x := Explanation{Reason: w.Reason, Text: whyTexts[w.Reason], Until: w.Until, Provider: w.Lane.Provider}
+	if w.Reason == "backoff" && failure.why != "" {
+		x.Text += "; the last attempt failed at " + failure.why
+	}
 	if !w.Lane.Source.IsZero() {
 		x.Source = e.sourceName(w.Lane.Source)
 	}

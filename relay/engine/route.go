@@ -56,6 +56,7 @@ func toSchedule(route *resolve.Route, dir *policy.Directory) schedule.Route {
 		Provider: name,
 		Site:     site(route),
 		Shape:    shape(profile),
+		Families: familiesOf(route, profile.Family),
 		Expires:  route.Expires,
 	}
 }
@@ -82,6 +83,30 @@ func site(route *resolve.Route) string {
 		b = append(b, route.Hosts[i].Name...)
 	}
 	return string(b)
+}
+
+// familiesOf says which address families lead to a route's hosts, and in which
+// order the provider's profile wants them.
+func familiesOf(route *resolve.Route, profile string) schedule.Families {
+	f := schedule.Families{NoIPv4: true, NoIPv6: true}
+	for i := range route.Hosts {
+		for _, a := range route.Hosts[i].Addrs {
+			if a.Is4() {
+				f.NoIPv4 = false
+			} else {
+				f.NoIPv6 = false
+			}
+		}
+	}
+	switch profile {
+	case policy.FamilyIPv4:
+		f.NoIPv6, f.Refused = true, true
+	case policy.FamilyIPv4First:
+		f.First = schedule.IPv4First
+	case policy.FamilyIPv6First:
+		f.First = schedule.IPv6First
+	}
+	return f
 }
 
 func shape(p *policy.Profile) schedule.Shape {

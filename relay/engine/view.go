@@ -51,7 +51,7 @@ func (e *Engine) usable(dir *policy.Directory, pool ids.Pool) []schedule.Source 
 	var out []schedule.Source
 	for _, s := range dir.LocalSources(pool) {
 		if e.cfg.Egress.Usable(s.ID) {
-			out = append(out, schedule.Source{ID: s.ID, Weight: s.Weight})
+			out = append(out, schedule.Source{ID: s.ID, Weight: s.Weight, IPv6: !s.Bind.Is4()})
 		}
 	}
 	return out

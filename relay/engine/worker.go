@@ -302,7 +302,7 @@ func (w *worker) dial(ctx context.Context, work *queue.Work, hosts []resolve.Hos
 		return false
 	}
 	e.settle(work, a, nil)
-	e.fail(w, work, now)
+	e.fail(w, work, failure, now)
 	return false
 }
 
@@ -316,7 +316,7 @@ func (e *Engine) siteOf(work *queue.Work) string {
 
 // fail tells the scheduler that the lane could not reach the site and for how
 // long to leave it alone: the policy's back-off, doubling with each failure.
-func (e *Engine) fail(w *worker, work *queue.Work, now time.Time) {
+func (e *Engine) fail(w *worker, work *queue.Work, failure *delivery.Failure, now time.Time) {
 	base := time.Minute
 	if dir := e.cfg.Directory(); dir != nil {
 		base = dir.Document().Delivery.HostBackoff.D()
@@ -326,6 +326,7 @@ func (e *Engine) fail(w *worker, work *queue.Work, now time.Time) {
 	f := e.failures[key]
 	f.until = now.Add(backoff(max(base, time.Second), f.count)) // zero must not make a busy loop
 	f.count++
+	f.why = failure.MX + ": " + replyText(&failure.Reply)
 	e.failures[key] = f
 	delete(e.sessions, w.id)
 	e.sched.Failed(w.id, f.until)

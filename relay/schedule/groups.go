@@ -44,6 +44,7 @@ func (g *group) slot() *slot { return &g.timer }
 type lane struct {
 	key      Lane
 	group    *group
+	ipv6     bool
 	weight   int
 	credit   int // smooth weighted round robin
 	sessions int // open or opening
@@ -63,16 +64,17 @@ type providerUse struct {
 
 // site is one set of MX hosts within a group.
 type site struct {
-	id      string
-	group   *group
-	rings   [2]ring   // transactional, all other
-	run     int       // transactional picks in a row
-	backlog int       // recipients known to wait in ready queues
-	since   time.Time // a recipient has waited at least since then
-	open    int       // sessions that are connected
-	opening int
-	idle    []*session
-	backoff map[*lane]time.Time
+	id       string
+	group    *group
+	families Families
+	rings    [2]ring   // transactional, all other
+	run      int       // transactional picks in a row
+	backlog  int       // recipients known to wait in ready queues
+	since    time.Time // a recipient has waited at least since then
+	open     int       // sessions that are connected
+	opening  int
+	idle     []*session
+	backoff  map[*lane]time.Time
 }
 
 func (st *site) ring(k policy.StreamKind) *ring { return &st.rings[kindIndex(k)] }
@@ -121,7 +123,7 @@ func (s *Scheduler) setLanes(g *group, sources []Source) {
 			l = &lane{key: Lane{Source: src.ID, Provider: g.key.provider}, group: g}
 			l.messages, l.connects = bucket(g.limits.SourceMessageRate), bucket(g.limits.SourceConnectionRate)
 		}
-		l.weight = max(1, src.Weight)
+		l.weight, l.ipv6 = max(1, src.Weight), src.IPv6
 		g.lanes = append(g.lanes, l)
 	}
 	for _, l := range old {
@@ -157,6 +159,7 @@ func (s *Scheduler) siteOf(q *queue) *site {
 		g.sites[route.Site] = st
 		g.order = append(g.order, st)
 	}
+	st.families = route.Families
 	return st
 }
 
@@ -363,7 +366,7 @@ func (s *Scheduler) chooseLane(st *site, now time.Time) *lane {
 	var best *lane
 	total := 0
 	for _, l := range st.group.lanes {
-		if slices.Contains(s.tried, l) { // it may serve none of what waits
+		if slices.Contains(s.tried, l) || !s.turnOf(l, st, now) { // it may serve none of what waits
 			continue
 		}
 		if at, reason := s.laneReady(l, st, true, now); reason != "" {

@@ -215,6 +215,10 @@ func (s *Scheduler) route(d *domain, route Route, now time.Time) {
 		}
 		if q.site != nil {
 			q.site.group.shape(s, route.Shape, now)
+			if q.site.families != route.Families {
+				q.site.families = route.Families
+				s.touch(q.site.group)
+			}
 		}
 	}
 }
@@ -267,7 +271,7 @@ func (s *Scheduler) Undeliverable(name mailaddr.Domain, until time.Time) {
 
 // Waiting tells why nothing of the queue is in work, for people.
 type Waiting struct {
-	Reason string // due, resolve, dns, source, backoff, source-connections, relay-connections, sessions, rate, session; "": it is being worked on
+	Reason string // due, resolve, dns, source, family, backoff, source-connections, relay-connections, sessions, rate, session; "": it is being worked on
 	Until  time.Time
 	Lane   Lane
 	Site   string
@@ -298,8 +302,13 @@ func (s *Scheduler) whySite(q *queue, now time.Time) Waiting {
 		w.Reason = "source"
 		return w
 	}
+	banned := false
 	for _, l := range g.lanes {
 		if q.pinned && l.key != q.only {
+			continue
+		}
+		if q.site.rank(l) == ruledOut {
+			banned = true
 			continue
 		}
 		ready, reason := s.laneReady(l, q.site, true, now)
@@ -310,6 +319,9 @@ func (s *Scheduler) whySite(q *queue, now time.Time) Waiting {
 		if w.Reason == "" || ready.Before(w.Until) {
 			w.Reason, w.Until = reason, ready
 		}
+	}
+	if w.Reason == "" && banned {
+		w.Reason = "family"
 	}
 	return w
 }

@@ -71,6 +71,7 @@ type Route struct {
 	Provider string
 	Site     string // equal for equal sets of MX hosts
 	Shape    Shape
+	Families Families
 	Expires  time.Time // look it up again after this; it stays in use meanwhile
 }
 
@@ -78,6 +79,7 @@ type Route struct {
 type Source struct {
 	ID     ids.Source
 	Weight int // 1 or more
+	IPv6   bool
 }
 
 // EffectKind says what to do.
