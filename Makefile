@@ -47,7 +47,7 @@ unit:
 	$(GO) test $(TESTFLAGS) $$($(GO) list ./... | grep -v /control/e2e)
 
 e2e: build
-	$(GO) test $(TESTFLAGS) -timeout 30m ./control/e2e
+	$(GO) test $(TESTFLAGS) -timeout 60m ./control/e2e
 
 # The packages in which goroutines share memory on the hot path.
 test-race:
