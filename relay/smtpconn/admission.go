@@ -64,6 +64,35 @@ func (s *Server) overloaded(ip netip.Addr, limits Limits, now time.Time) string 
 	if s.clients[ClientOf(ip)] >= limits.MaxConnectionsPerIP {
 		return "connections_per_ip"
 	}
+	return s.minute.take(ClientOf(ip), limits, now)
+}
+
+// maxMinuteClients bounds the memory of a minute's clients, about 100 octets
+// each.
+const maxMinuteClients = 1 << 16
+
+// minute counts the connections that were admitted in the minute that runs. The
+// zero value is ready.
+type minute struct {
+	number  int64
+	total   int
+	clients map[netip.Addr]int
+}
+
+// take counts a connection, or returns the bound that it breaks.
+func (m *minute) take(client netip.Addr, limits Limits, now time.Time) string {
+	if number := now.Unix() / 60; number != m.number || m.clients == nil {
+		*m = minute{number: number, clients: make(map[netip.Addr]int)}
+	}
+	n, known := m.clients[client]
+	switch {
+	case limits.ConnectionsPerMinute > 0 && m.total >= limits.ConnectionsPerMinute, !known && len(m.clients) >= maxMinuteClients:
+		return "connection_rate"
+	case limits.ConnectionsPerMinutePerIP > 0 && n >= limits.ConnectionsPerMinutePerIP:
+		return "connection_rate_per_ip"
+	}
+	m.clients[client] = n + 1
+	m.total++
 	return ""
 }
 

@@ -163,8 +163,12 @@ func (c *Conn) begin() {
 		c.fail(c.refusal, "421 4.3.2 "+c.server.cfg.Hostname+" is shutting down, try again later")
 	case "connections_per_ip":
 		c.fail(c.refusal, "421 4.7.0 Too many connections from your address, close some and try again")
+	case "connection_rate_per_ip":
+		c.fail(c.refusal, "421 4.7.0 Too many new connections from your address, try again in a minute")
+	case "connection_rate":
+		c.fail(c.refusal, "421 4.3.2 Too many new connections, try again in a minute")
 	default:
-		c.fail(c.refusal, "421 4.7.0 Too many connections, try again later")
+		c.fail(c.refusal, "421 4.3.2 Too many connections, try again later")
 	}
 }
 

@@ -206,7 +206,7 @@ func TestConnectionLimits(t *testing.T) {
 	t.Run("all clients", func(t *testing.T) {
 		_, _, addr := start(t, OfferSTARTTLS, func(_ *Config, l *Limits) { l.MaxConnections, l.MaxConnectionsPerIP = 1, 1 })
 		dial(t, addr).do("NOOP", "250")
-		connect(t, addr).expect("421 4.7.0 Too many connections, try again later")
+		connect(t, addr).expect("421 4.3.2 Too many connections, try again later")
 	})
 	s.mu.Lock()
 	defer s.mu.Unlock()

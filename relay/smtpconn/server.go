@@ -30,16 +30,18 @@ const (
 
 // Limits bounds one session. A session keeps the limits it began with.
 type Limits struct {
-	MaxConnections        int           // at once, all clients
-	MaxConnectionsPerIP   int           // at once, one IPv4 address or one IPv6 /64
-	MaxCommandsPerSession int           // then 421
-	MaxErrorsPerSession   int           // commands refused with 5xx, then 421
-	MaxMessagesPerSession int           // then 421
-	MaxRecipients         int           // told in EHLO; the session enforces it
-	MaxMessageBytes       int64         // after dot-stuffing is removed
-	MaxLineBytes          int           // of a line of the message, CRLF not counted
-	CommandTimeout        time.Duration // a client may take this long for a command or be silent within a message
-	MinBytesPerSecond     int64         // of message data, averaged over 30 s of waiting for it; 0: any
+	MaxConnections            int           // at once, all clients
+	MaxConnectionsPerIP       int           // at once, one IPv4 address or one IPv6 /64
+	ConnectionsPerMinute      int           // new ones, all clients; 0: any
+	ConnectionsPerMinutePerIP int           // new ones, one IPv4 address or one IPv6 /64; 0: any
+	MaxCommandsPerSession     int           // then 421
+	MaxErrorsPerSession       int           // commands refused with 5xx, then 421
+	MaxMessagesPerSession     int           // then 421
+	MaxRecipients             int           // told in EHLO; the session enforces it
+	MaxMessageBytes           int64         // after dot-stuffing is removed
+	MaxLineBytes              int           // of a line of the message, CRLF not counted
+	CommandTimeout            time.Duration // a client may take this long for a command or be silent within a message
+	MinBytesPerSecond         int64         // of message data, averaged over 30 s of waiting for it; 0: any
 }
 
 // Config says what a Server is for.
@@ -71,8 +73,9 @@ type Server struct {
 	conns    map[*Conn]struct{}
 	clients  map[netip.Addr]int // connections at once
 	refusing map[*Conn]struct{} // connections that only get their 421
-	empty    chan struct{}      // closed when draining and the last connection ended
-	once     sync.Once          // closes empty
+	minute   minute
+	empty    chan struct{} // closed when draining and the last connection ended
+	once     sync.Once     // closes empty
 }
 
 // NewServer returns a server without listeners.

@@ -5,14 +5,11 @@ import (
 	"crypto/hmac"
 	"crypto/sha256"
 	"log/slog"
-	"net/netip"
-	"sync"
 	"time"
 
 	"github.com/emersion/go-sasl"
 	"github.com/emersion/go-smtp"
 
-	"github.com/relais-mta/relais/relay/smtpconn"
 	"github.com/relais-mta/relais/shared/ids"
 	"github.com/relais-mta/relais/shared/policy"
 )
@@ -80,13 +77,14 @@ func (s *session) login(user string, secret []byte) error {
 	if dir == nil {
 		return s.tryLater("There is no policy on this relay yet, try again later")
 	}
-	limits := &dir.Document().Submission
-	if s.server.logins.locked(s.client(), limits.AuthFailuresPerIP, limits.AuthFailureWindow.D(), now) {
-		s.server.metrics.auth.WithLabelValues("locked").Inc()
-		return s.conn.Refuse("auth_locked", 454, smtp.EnhancedCode{4, 7, 0}, "Too many failed logins from your address, wait before you try again")
-	}
 	var id ids.Credential
-	if err := id.UnmarshalText([]byte(user)); err != nil || id.IsZero() {
+	idErr := id.UnmarshalText([]byte(user))
+	s.loginKeys = lockKeys(s.conn.Remote(), id)
+	if wait, scope := s.server.logins.locked(s.loginKeys, now); wait > 0 {
+		s.server.metrics.auth.WithLabelValues("locked").Inc()
+		return s.conn.Refuse("auth_locked", 454, smtp.EnhancedCode{4, 7, 0}, "Too many failed logins %s, wait %d s", lockTexts[scope], int64((wait+time.Second-1)/time.Second))
+	}
+	if idErr != nil || id.IsZero() {
 		return s.loginFailed("bad", "The user name is not a credential id, which looks like crd_…")
 	}
 	credential, known := dir.Credential(id)
@@ -112,6 +110,7 @@ func (s *session) login(user string, secret []byte) error {
 		return s.loginFailed("scope", "%s", why)
 	}
 	s.server.metrics.auth.WithLabelValues("ok").Inc()
+	s.server.logins.succeeded(s.loginKeys)
 	s.credential, s.secretHash = id, hash
 	return nil
 }
@@ -138,75 +137,33 @@ func (s *session) tryLater(text string) error {
 	return s.conn.Refuse("auth_unavailable", 454, smtp.EnhancedCode{4, 7, 0}, "%s", text) // RFC 4954 section 6
 }
 
-// loginFailed counts a failure of the client's address. What the client sent is
-// not logged: users type secrets into the wrong field.
-func (s *session) loginFailed(result, format string, args ...any) error {
-	window := defaults.AuthFailureWindow.D()
+// lockTexts says for the client whose failures a lock is for.
+var lockTexts = [lockScopes]string{"from your address", "from your network", "with this user name from your network"}
+
+// locks are the limits for failed logins.
+func (s *session) locks() *lockLimits {
+	p := &defaults
 	if dir := s.server.opt.Policy(); dir != nil {
-		window = dir.Document().Submission.AuthFailureWindow.D()
+		p = &dir.Document().Submission
 	}
-	s.server.logins.add(s.client(), window, time.Now())
+	return &lockLimits{
+		failures: [lockScopes]int{lockAddress: p.AuthFailuresPerIP, lockNetwork: p.AuthFailuresPerNetwork, lockAccount: p.AuthFailuresPerAccount},
+		window:   p.AuthFailureWindow.D(), longest: max(p.AuthLockMax.D(), p.AuthFailureWindow.D()),
+	}
+}
+
+// loginFailed counts a failure. What the client sent is not logged: users type
+// secrets into the wrong field. A lock is, with what it holds.
+func (s *session) loginFailed(result, format string, args ...any) error {
+	for _, k := range s.server.logins.failed(s.loginKeys, s.locks(), time.Now()) {
+		s.server.metrics.locks.WithLabelValues(lockNames[k.scope]).Inc()
+		attrs := []any{slog.String("scope", lockNames[k.scope]), slog.Any("network", k.network), slog.Any("client_ip", s.conn.Remote())}
+		if k.scope == lockAccount {
+			attrs = append(attrs, slog.String("credential", k.account.String()))
+		}
+		s.server.opt.Logger.Warn("logins locked", attrs...)
+	}
 	s.server.metrics.auth.WithLabelValues(result).Inc()
 	s.server.opt.Logger.Info("login failed", slog.Any("client_ip", s.conn.Remote()), slog.String("result", result))
 	return s.conn.Refuse("auth_failed", 535, smtp.EnhancedCode{5, 7, 8}, format, args...)
-}
-
-func (s *session) client() netip.Addr { return smtpconn.ClientOf(s.conn.Remote()) }
-
-// maxTrackedClients bounds the memory of failed logins.
-const maxTrackedClients = 1 << 16
-
-// failures counts failed logins by client. The zero value is ready.
-type failures struct {
-	mu      sync.Mutex
-	clients map[netip.Addr]failure
-}
-
-type failure struct {
-	count int
-	until time.Time // the end of the window that its first failure opened
-}
-
-// locked reports whether a client failed max times in the window that is open.
-func (f *failures) locked(client netip.Addr, max int, window time.Duration, now time.Time) bool {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	e, ok := f.clients[client]
-	// A window that a policy change made shorter ends with the new length.
-	return ok && now.Before(e.until) && !e.until.After(now.Add(window)) && e.count >= max
-}
-
-// add counts a failure.
-func (f *failures) add(client netip.Addr, window time.Duration, now time.Time) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if f.clients == nil {
-		f.clients = make(map[netip.Addr]failure)
-	}
-	e, ok := f.clients[client]
-	if !ok && len(f.clients) >= maxTrackedClients {
-		f.makeRoom(now)
-	}
-	if !now.Before(e.until) {
-		e = failure{until: now.Add(window)}
-	}
-	e.count++
-	f.clients[client] = e
-}
-
-// makeRoom drops what has passed, or else any one client: a flood from this
-// many addresses is for a firewall.
-func (f *failures) makeRoom(now time.Time) {
-	for client, e := range f.clients {
-		if !now.Before(e.until) {
-			delete(f.clients, client)
-		}
-	}
-	if len(f.clients) < maxTrackedClients {
-		return
-	}
-	for client := range f.clients {
-		delete(f.clients, client)
-		return
-	}
 }

@@ -35,7 +35,7 @@ type Server struct {
 	opt     Options
 	smtp    *smtpconn.Server
 	metrics *metrics
-	logins  failures
+	logins  lockout
 	rates   rates
 }
 
@@ -98,16 +98,18 @@ func (s *Server) limits() smtpconn.Limits {
 		p = dir.Document().Submission
 	}
 	return smtpconn.Limits{
-		MaxConnections:        p.MaxConnections,
-		MaxConnectionsPerIP:   p.MaxConnectionsPerIP,
-		MaxCommandsPerSession: p.MaxCommandsPerSession,
-		MaxErrorsPerSession:   p.MaxErrorsPerSession,
-		MaxMessagesPerSession: p.MaxMessagesPerSession,
-		MaxRecipients:         p.MaxRecipients,
-		MaxMessageBytes:       p.MaxMessageBytes,
-		MaxLineBytes:          p.MaxLineBytes,
-		CommandTimeout:        p.CommandTimeout.D(),
-		MinBytesPerSecond:     p.MinBytesPerSecond,
+		MaxConnections:            p.MaxConnections,
+		MaxConnectionsPerIP:       p.MaxConnectionsPerIP,
+		ConnectionsPerMinute:      p.MaxConnectionsPerMinute,
+		ConnectionsPerMinutePerIP: p.MaxConnectionsPerMinutePerIP,
+		MaxCommandsPerSession:     p.MaxCommandsPerSession,
+		MaxErrorsPerSession:       p.MaxErrorsPerSession,
+		MaxMessagesPerSession:     p.MaxMessagesPerSession,
+		MaxRecipients:             p.MaxRecipients,
+		MaxMessageBytes:           p.MaxMessageBytes,
+		MaxLineBytes:              p.MaxLineBytes,
+		CommandTimeout:            p.CommandTimeout.D(),
+		MinBytesPerSecond:         p.MinBytesPerSecond,
 	}
 }
 
@@ -125,11 +127,16 @@ var defaults = policy.Submission{
 	MinBytesPerSecond:     1000,
 	AuthFailuresPerIP:     10,
 	AuthFailureWindow:     policy.Duration(10 * time.Minute),
+
+	AuthFailuresPerNetwork: 50,
+	AuthFailuresPerAccount: 5,
+	AuthLockMax:            policy.Duration(time.Hour),
 }
 
 // metrics counts what sessions do.
 type metrics struct {
 	auth       *prometheus.CounterVec
+	locks      *prometheus.CounterVec
 	messages   prometheus.Counter
 	recipients prometheus.Counter
 	bytes      prometheus.Counter
@@ -140,6 +147,7 @@ func newMetrics(r prometheus.Registerer) (*metrics, error) {
 	const prefix = "relais_relay_submission_"
 	m := &metrics{
 		auth:       prometheus.NewCounterVec(prometheus.CounterOpts{Name: prefix + "auth_total", Help: "Authentication attempts by result."}, []string{"result"}),
+		locks:      prometheus.NewCounterVec(prometheus.CounterOpts{Name: prefix + "auth_locks_total", Help: "Locks after too many failed logins, by what they hold: an address, a network, an account from an address."}, []string{"scope"}),
 		messages:   prometheus.NewCounter(prometheus.CounterOpts{Name: prefix + "accepted_messages_total", Help: "Messages answered with 250."}),
 		recipients: prometheus.NewCounter(prometheus.CounterOpts{Name: prefix + "accepted_recipients_total", Help: "Recipients of the messages answered with 250."}),
 		bytes:      prometheus.NewCounter(prometheus.CounterOpts{Name: prefix + "accepted_bytes_total", Help: "Octets of the messages answered with 250, as stored."}),
@@ -149,7 +157,7 @@ func newMetrics(r prometheus.Registerer) (*metrics, error) {
 	if r == nil {
 		return m, nil
 	}
-	for _, c := range []prometheus.Collector{m.auth, m.messages, m.recipients, m.bytes, m.accept} {
+	for _, c := range []prometheus.Collector{m.auth, m.locks, m.messages, m.recipients, m.bytes, m.accept} {
 		if err := r.Register(c); err != nil {
 			return nil, fault.Wrap(err, fault.Internal, "submission.New", "the metrics cannot be registered")
 		}

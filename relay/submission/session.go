@@ -30,6 +30,7 @@ type session struct {
 	conn       *smtpconn.Conn
 	credential ids.Credential // zero: not authenticated
 	secretHash [32]byte       // of the secret that the client logged in with
+	loginKeys  []lockKey      // what failures of the login in progress count for
 
 	// The transaction.
 	dir        *policy.Directory // one policy for the whole transaction

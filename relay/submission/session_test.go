@@ -144,35 +144,6 @@ func TestAuthLockout(t *testing.T) {
 	w.dial(t).do("AUTH PLAIN "+plain(w.user, testSecret), "454 4.7.0")
 }
 
-func TestFailures(t *testing.T) {
-	var f failures
-	const window = time.Minute
-	client, other := netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("192.0.2.2")
-	now := time.Unix(1000, 0)
-	f.add(client, window, now)
-	if f.locked(client, 2, window, now) {
-		t.Error("locked after one failure of two")
-	}
-	f.add(client, window, now.Add(30*time.Second))
-	if !f.locked(client, 2, window, now.Add(59*time.Second)) || f.locked(other, 2, window, now) {
-		t.Error("not locked after two failures, or the wrong one is")
-	}
-	if f.locked(client, 2, window, now.Add(window)) {
-		t.Error("still locked after the window")
-	}
-	f.add(client, window, now.Add(window))
-	if f.locked(client, 2, window, now.Add(window)) {
-		t.Error("a new window begins with old failures")
-	}
-	// Memory is bounded whatever comes.
-	for i := range maxTrackedClients + 10 {
-		f.add(netip.AddrFrom4([4]byte{10, byte(i >> 16), byte(i >> 8), byte(i)}), window, now)
-	}
-	if len(f.clients) > maxTrackedClients {
-		t.Errorf("%d clients are tracked", len(f.clients))
-	}
-}
-
 func TestSTARTTLSPort(t *testing.T) {
 	w := newWorld(t, nil)
 	conn, err := net.Dial("tcp", w.explicit)

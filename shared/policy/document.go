@@ -53,7 +53,15 @@ type Submission struct {
 	MinBytesPerSecond     int64    `toml:"min_bytes_per_second"`     // of message data, averaged over 30 s; slower clients get 421
 	AuthFailuresPerIP     int      `toml:"auth_failures_per_ip"`     // within AuthFailureWindow, then 454 until it has passed
 	AuthFailureWindow     Duration `toml:"auth_failure_window"`
-	RequireOwnership      bool     `toml:"require_ownership"` // mail from a domain whose ownership record was never seen is refused
+
+	AuthFailuresPerNetwork int      `toml:"auth_failures_per_network"` // of an IPv4 /24 or IPv6 /56
+	AuthFailuresPerAccount int      `toml:"auth_failures_per_account"` // with one user name from one IPv4 /24 or IPv6 /64
+	AuthLockMax            Duration `toml:"auth_lock_max"`             // a lock that is earned again lasts twice as long, at most this
+
+	MaxConnectionsPerMinute      int `toml:"max_connections_per_minute"`        // new ones, all clients
+	MaxConnectionsPerMinutePerIP int `toml:"max_connections_per_minute_per_ip"` // new ones, one client address
+
+	RequireOwnership bool `toml:"require_ownership"` // mail from a domain whose ownership record was never seen is refused
 }
 
 // Inbound bounds port 25, where only our own signed return paths are accepted.

@@ -73,6 +73,11 @@ func (s *Submission) validate(p *problems) {
 	p.between(in+"min_bytes_per_second", s.MinBytesPerSecond, 0, 1<<30)
 	p.between(in+"auth_failures_per_ip", int64(s.AuthFailuresPerIP), 1, maxCount)
 	p.lasts(in+"auth_failure_window", s.AuthFailureWindow, second, day)
+	p.between(in+"auth_failures_per_network", int64(s.AuthFailuresPerNetwork), 1, maxCount)
+	p.between(in+"auth_failures_per_account", int64(s.AuthFailuresPerAccount), 1, maxCount)
+	p.lasts(in+"auth_lock_max", s.AuthLockMax, second, day)
+	p.between(in+"max_connections_per_minute", int64(s.MaxConnectionsPerMinute), 1, maxCount)
+	p.between(in+"max_connections_per_minute_per_ip", int64(s.MaxConnectionsPerMinutePerIP), 1, maxCount)
 	if s.MaxConnectionsPerIP > s.MaxConnections {
 		p.add(in+"max_connections_per_ip", "is %d, more than max_connections: write at most %d or raise that", s.MaxConnectionsPerIP, s.MaxConnections)
 	}
