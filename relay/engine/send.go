@@ -132,6 +132,9 @@ func (w *worker) prepare(work *queue.Work, dir *policy.Directory) (io.Closer, er
 			return nil, err
 		}
 		tx.Sign, tx.SignatureBytes = w.sign, signatureBytes*len(domain.DKIM)
+		if p, ok := dir.Providers().Named(w.lane.Provider); ok {
+			w.signer.want = sign.OnlyAlgorithm(p.OnlySignature())
+		}
 	}
 	return w.content(env)
 }
@@ -211,6 +214,7 @@ func (w *worker) commit() error {
 type signJob struct {
 	env    *relay.Envelope
 	signer *sign.Signer
+	want   sign.Algorithms // of the provider
 	header []byte
 }
 
@@ -229,6 +233,6 @@ func (w *worker) sign(converted []byte) ([]byte, error) {
 		header, hash = converted[:n], h.Sum()
 	}
 	var err error
-	w.signature, err = w.signer.signer.Sign(w.signature[:0], header, hash, w.engine.cfg.Now())
+	w.signature, err = w.signer.signer.Sign(w.signature[:0], header, hash, w.signer.want, w.engine.cfg.Now())
 	return w.signature, err
 }

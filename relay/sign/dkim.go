@@ -38,14 +38,36 @@ const maxSignatureLineBytes = 76
 // Signer signs the messages of one sending domain with all its keys. It is
 // immutable and may be used by many goroutines.
 type Signer struct {
-	keys []signingKey
+	keys  []signingKey
+	kinds Algorithms // of the keys
+}
+
+// Algorithms is a set of signature algorithms; the zero value is all.
+type Algorithms uint8
+
+// The members of a set.
+const (
+	UseRSA Algorithms = 1 << iota
+	UseEd25519
+)
+
+// OnlyAlgorithm returns the set of one algorithm, of all for an empty name.
+func OnlyAlgorithm(name string) Algorithms {
+	switch name {
+	case AlgorithmRSA:
+		return UseRSA
+	case AlgorithmEd25519:
+		return UseEd25519
+	}
+	return 0
 }
 
 // signingKey has exactly one of its private keys.
 type signingKey struct {
 	rsa     *rsa.PrivateKey
 	ed25519 ed25519.PrivateKey
-	head    string // the field up to the value of s=, which never changes
+	kind    Algorithms // one member
+	head    string     // the field up to the value of s=, which never changes
 }
 
 // NewSigner reads the keys of a domain. It returns fault.Invalid, with the
@@ -66,17 +88,20 @@ func NewSigner(domain mailaddr.Domain, keys []policy.DKIMKey) (*Signer, error) {
 		var err error
 		switch k.Algorithm {
 		case AlgorithmRSA:
+			one.kind = UseRSA
 			// The cause may hold key material: it is left out on purpose.
 			if one.rsa, err = parseRSA(k.Private); err != nil {
 				return nil, fault.Field(op, k.Selector, "the key of selector %s at domain %s is not an RSA key in PKCS #8 with at least %d bits", k.Selector, domain, minRSABits)
 			}
 		case AlgorithmEd25519:
+			one.kind = UseEd25519
 			if one.ed25519, err = parseEd25519(k.Private); err != nil {
 				return nil, fault.Field(op, k.Selector, "the key of selector %s at domain %s is not an Ed25519 key in PKCS #8", k.Selector, domain)
 			}
 		default:
 			return nil, fault.Field(op, k.Selector, "signing algorithm %q of domain %s is not known, use %q or %q", k.Algorithm, domain, AlgorithmRSA, AlgorithmEd25519)
 		}
+		s.kinds |= one.kind
 		s.keys = append(s.keys, one)
 	}
 	slices.SortStableFunc(s.keys, func(a, b signingKey) int { return len(a.ed25519) - len(b.ed25519) })
@@ -131,11 +156,15 @@ var scratches = sync.Pool{New: func() any { return &scratch{sum: sha256.New()} }
 // maxKeptScratchBytes bounds the canonical text buffer that is kept for reuse.
 const maxKeptScratchBytes = 64 << 10
 
-// Sign appends one DKIM-Signature field per key to dst, each with its CRLF, to
+// Sign appends one DKIM-Signature field per key of a wanted algorithm, or per
+// key if there is none of those, to dst, each with its CRLF, to
 // stand in front of the message. header is the header section as it will be
 // sent; bodyHash is the BodyHasher's sum of the body as it will be sent. now is
 // the time of signing (t=). An error is fault.Internal; dst is then unchanged.
-func (s *Signer) Sign(dst, header []byte, bodyHash [sha256.Size]byte, now time.Time) ([]byte, error) {
+func (s *Signer) Sign(dst, header []byte, bodyHash [sha256.Size]byte, want Algorithms, now time.Time) ([]byte, error) {
+	if want &= s.kinds; want == 0 {
+		want = s.kinds // a signature that the provider does not like beats none
+	}
 	w := scratches.Get().(*scratch)
 	defer func() {
 		if cap(w.canon) <= maxKeptScratchBytes {
@@ -148,6 +177,9 @@ func (s *Signer) Sign(dst, header []byte, bodyHash [sha256.Size]byte, now time.T
 	covered := len(w.canon)
 	out := dst
 	for i := range s.keys {
+		if s.keys[i].kind&want == 0 {
+			continue
+		}
 		var err error
 		w.canon = w.canon[:covered]
 		if out, err = s.keys[i].sign(w, out, bodyHash, now); err != nil {

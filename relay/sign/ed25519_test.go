@@ -14,6 +14,7 @@ import (
 	"regexp"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/emersion/go-msgauth/dkim"
 	"pgregory.net/rapid"
@@ -197,4 +198,32 @@ func TestCanonicalFormIsThatOfGoMsgauth(t *testing.T) {
 			t.Errorf("our canonical fields %q are not those that go-msgauth signs in %q", canon, field)
 		}
 	})
+}
+
+// A provider that wants one algorithm gets that one, and every signature of a
+// domain that has no key of it.
+func TestSignWithWantedAlgorithms(t *testing.T) {
+	both, _ := twoKeys(t)
+	onlyRSA, _ := newSigner(t)
+	header, body := split([]byte(plainMessage))
+	sum := hashInPieces(NewBodyHasher(), body, 1<<20)
+	for _, tc := range []struct {
+		signer *Signer
+		want   string
+		rsa    int
+		ed     int
+	}{
+		{both, "", 1, 1},
+		{both, AlgorithmRSA, 1, 0},
+		{both, AlgorithmEd25519, 0, 1},
+		{onlyRSA, AlgorithmEd25519, 1, 0},
+	} {
+		signed, err := tc.signer.Sign(nil, header, sum, OnlyAlgorithm(tc.want), time.Now())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if rsa, ed := strings.Count(string(signed), "a=rsa-sha256;"), strings.Count(string(signed), "a=ed25519-sha256;"); rsa != tc.rsa || ed != tc.ed {
+			t.Errorf("%q: %d RSA and %d Ed25519 signatures, want %d and %d", tc.want, rsa, ed, tc.rsa, tc.ed)
+		}
+	}
 }

@@ -170,7 +170,11 @@ type Provider struct {
 	MXExamples []string `toml:"mx_examples"` // real host names; each suffix must match one
 	TLS        TLSMode  `toml:"tls"`
 	Family     string   `toml:"family"` // "any", "ipv4", "ipv4-first", "ipv6-first"
-	Limits     []Limit  `toml:"limit"`
+	// SignAlgorithms are those of the DKIM signatures that the provider gets, for
+	// one that refuses mail with several; empty: of every key of the domain. A
+	// domain without a key of any of them signs with every key it has.
+	SignAlgorithms []string `toml:"sign_algorithms"`
+	Limits         []Limit  `toml:"limit"`
 }
 
 // TLSMode says how much TLS a provider needs.

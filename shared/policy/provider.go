@@ -3,6 +3,7 @@ package policy
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"time"
 
@@ -40,6 +41,8 @@ type Profile struct {
 	TLS    TLSMode
 	Family string
 
+	onlySignature string // the one algorithm of signatures that the provider gets; empty: any
+
 	connections              [scopes]int
 	messageRate              [scopes]Rate
 	connectionRate           [scopes]Rate
@@ -63,6 +66,10 @@ func (p *Profile) Connections(s Scope) int { return p.connections[scopeIndex(s)]
 // MessagesPerConnection returns how many transactions one connection may
 // carry; 0 is no limit.
 func (p *Profile) MessagesPerConnection() int { return p.messagesPerConnection }
+
+// OnlySignature returns the one algorithm of the DKIM signatures that the
+// provider gets, empty if it gets one of every key.
+func (p *Profile) OnlySignature() string { return p.onlySignature }
 
 // RecipientsPerTransaction returns how many RCPT commands one transaction may
 // hold; 0 is no limit.
@@ -236,6 +243,13 @@ func (t *ProviderTable) add(pr *Provider, at string, p *problems) []string {
 	}
 	p.oneOf(at+".tls", string(profile.TLS), string(TLSOpportunistic), string(TLSRequired), string(TLSOff))
 	p.oneOf(at+".family", profile.Family, FamilyAny, FamilyIPv4, FamilyIPv4First, FamilyIPv6First)
+	for _, a := range pr.SignAlgorithms {
+		p.oneOf(at+".sign_algorithms", a, AlgorithmRSA, AlgorithmEd25519)
+	}
+	profile.onlySignature = ""
+	if wanted := slices.Compact(slices.Sorted(slices.Values(pr.SignAlgorithms))); len(wanted) == 1 {
+		profile.onlySignature = wanted[0]
+	}
 	t.byName[pr.Name] = &profile
 	t.limits(&profile, at+".limit", pr.Limits, p)
 	return t.suffixes(&profile, pr, at, p)
