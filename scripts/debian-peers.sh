@@ -12,9 +12,10 @@ set -eu
 
 # swaks, curl, python3: clients of another make    opendkim: checks our signatures
 # python3-dkim, python3-nacl: check Ed25519 signatures
+# unbound, nsd, ldnsutils: name servers, one that validates, and signed zones
 # e2fsprogs, mount, util-linux: loop file systems for the full-disk and
 # power-cut tests                            iproute2: source addresses
-default="swaks libnet-ssleay-perl python3 python3-dkim python3-nacl e2fsprogs mount util-linux iproute2 opendkim opendkim-tools curl"
+default="swaks libnet-ssleay-perl python3 python3-dkim python3-nacl e2fsprogs mount util-linux iproute2 opendkim opendkim-tools curl unbound nsd ldnsutils"
 
 # What other targets ask for by name.
 known="$default postfix postgresql chromium mmdebstrap systemd-container lintian procps"
