@@ -72,7 +72,7 @@ func TestPeersTakeCorpora(t *testing.T) {
 	if err != nil || len(paths) < 40 {
 		t.Fatalf("%d mails in %s, %v: run scripts/more-peers.sh as root", len(paths), peers.Folder(), err)
 	}
-	f := start(t, fleet.Config{Open: true})
+	f := startSigning(t)
 	const domain, host = "corpus.test", "mx.corpus.test"
 	server, err := peers.Postfix(t.Context(), peers.Config{Dir: filepath.Join(t.TempDir(), "postfix"), Addr: f.PeerAddr(0), Host: host, Domain: domain})
 	if err != nil {

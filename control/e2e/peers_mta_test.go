@@ -87,7 +87,7 @@ func letters() []outgoing {
 // TestPeersTakeMail sends the corners to Debian's Postfix, Exim and OpenSMTPD,
 // also to ones that lack extensions, and reads what they stored.
 func TestPeersTakeMail(t *testing.T) {
-	f := start(t, fleet.Config{Open: true})
+	f := startSigning(t)
 	all := destinations(t, f)
 	c := submitter(t, f)
 	sent := letters()
