@@ -8,20 +8,22 @@ import (
 	"net/http"
 	"path/filepath"
 	"strconv"
+	"time"
 
 	"github.com/relais-mta/relais/shared/fault"
 )
 
 // Event is one event of a relay, as its admin socket tells it.
 type Event struct {
-	Seq       uint64 `json:"seq"`
-	Type      string `json:"type"`
-	Message   string `json:"message"`
-	Recipient uint16 `json:"recipient"`
-	Address   string `json:"address"`
-	Provider  string `json:"provider"`
-	Class     string `json:"class"`
-	Reply     string `json:"reply"`
+	Seq       uint64    `json:"seq"`
+	Type      string    `json:"type"`
+	At        time.Time `json:"at"`
+	Message   string    `json:"message"`
+	Recipient uint16    `json:"recipient"`
+	Address   string    `json:"address"`
+	Provider  string    `json:"provider"`
+	Class     string    `json:"class"`
+	Reply     string    `json:"reply"`
 }
 
 // Final reports whether the event ends its recipient.
