@@ -261,3 +261,49 @@ func TestManyRecipientsGetSeveralReports(t *testing.T) {
 		t.Errorf("%d reports, want two", len(mail))
 	}
 }
+
+// TestDelayIsToldByMail defers four messages again and again: one sender hears
+// of it, once; the others asked for something else, or are nobody.
+func TestDelayIsToldByMail(t *testing.T) {
+	w := newWorld(t, nil, first)
+	w.hostSender()
+	w.view(func(d *policy.Document) {
+		d.Queue.DelayNotice, d.Queue.RetryMax = policy.Duration(time.Second), policy.Duration(time.Second)
+	}, first)
+	if err := w.lab.SetBehaviour(lab.Yahoo, lab.Behaviour{Answer: lab.At(lab.PhaseRcpt, lab.Answer{Reply: "451 4.3.0 later"})}); err != nil {
+		t.Fatal(err)
+	}
+	to := w.at(lab.Yahoo, 0, lab.Accept)
+	told := w.accept(func(e *relay.Envelope) { e.RetFull = true }, to)
+	silent := []*relay.Envelope{
+		w.accept(func(e *relay.Envelope) { e.Recipients[0].Notify = relay.NotifyFailure }, to),
+		w.accept(func(e *relay.Envelope) { e.Sender = mailaddr.Address{} }, to),
+		w.accept(func(e *relay.Envelope) { e.Internal = true }, to),
+	}
+	count := func(env *relay.Envelope, kind outbox.Type) (n int) {
+		for _, e := range w.events() {
+			if e.Message == env.ID && e.Type == kind {
+				n++
+			}
+		}
+		return n
+	}
+	for _, env := range append(silent, told) {
+		w.until("four attempts", func() bool { return count(env, outbox.Deferred) >= 4 })
+	}
+	for i, env := range silent {
+		if n := count(env, outbox.Delayed); n != 0 {
+			t.Errorf("the sender of message %d was told", i)
+		}
+	}
+	w.until("the report", func() bool { return len(w.reports()) > 0 })
+	all := w.reports()
+	if n := count(told, outbox.Delayed); n != 1 || len(all) != 1 {
+		t.Errorf("told %d times, %d reports, want one", n, len(all))
+	}
+	for _, want := range []string{"Action: delayed\r\n", "\r\nStatus: 4.3.0\r\n", "\r\nWill-Retry-Until: ", "\r\nLast-Attempt-Date: ", "\r\nContent-Type: text/rfc822-headers\r\n"} {
+		if !strings.Contains(all[0], want) {
+			t.Errorf("the report lacks %q:\n%s", want, all[0])
+		}
+	}
+}
