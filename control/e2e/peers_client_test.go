@@ -18,15 +18,15 @@ import (
 // clientBench is a relay whose mail goes to an Exim, and what its clients need
 // to know.
 type clientBench struct {
-	t                         *testing.T
-	fleet                     *fleet.Fleet
-	exim                      *peers.Server
-	host, starttls, tls       string
-	to                        string
-	sent                      int
-	textFile                  string
-	text                      []byte // of textFile, as it must arrive
-	user, secret, ca, program string
+	t                   *testing.T
+	fleet               *fleet.Fleet
+	exim                *peers.Server
+	host, starttls, tls string
+	to                  string
+	sent                int
+	textFile            string
+	text                []byte // of textFile, as it must arrive
+	user, secret, ca    string
 }
 
 // TestPeersSubmit lets clients that others wrote submit, and reads what Exim

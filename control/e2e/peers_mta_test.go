@@ -27,6 +27,8 @@ type destination struct {
 	without  []string
 	eightBit bool // it offers 8BITMIME
 	utf8     bool // it offers SMTPUTF8
+	// received is in the field that it puts on top: whether TLS was used.
+	received string
 	server   *peers.Server
 	domain   string
 }
@@ -35,11 +37,12 @@ type destination struct {
 func destinations(t *testing.T, f *fleet.Fleet) []*destination {
 	t.Helper()
 	all := []*destination{
-		{name: "postfix", start: peers.Postfix, eightBit: true, utf8: true},
-		{name: "postfix-plain", start: peers.Postfix, without: []string{"8BITMIME", "SMTPUTF8", "CHUNKING", "PIPELINING", "DSN"}},
-		{name: "exim", start: peers.Exim, eightBit: true, utf8: true},
-		{name: "exim-plain", start: peers.Exim, without: []string{"8BITMIME", "SMTPUTF8", "CHUNKING", "PIPELINING", "STARTTLS"}},
-		{name: "opensmtpd", start: peers.OpenSMTPD, eightBit: true},
+		{name: "postfix", start: peers.Postfix, eightBit: true, utf8: true, received: "SMTPS id "},
+		{name: "postfix-plain", start: peers.Postfix, without: []string{"8BITMIME", "SMTPUTF8", "CHUNKING", "PIPELINING", "DSN"}, received: "SMTPS id "},
+		{name: "exim", start: peers.Exim, eightBit: true, utf8: true, received: "(TLS1.3)"},
+		{name: "exim-plain", start: peers.Exim, without: []string{"8BITMIME", "SMTPUTF8", "CHUNKING", "PIPELINING", "STARTTLS"}, received: "with esmtp "},
+		// Its STARTTLS fails, or not, as its version has it.
+		{name: "opensmtpd", start: peers.OpenSMTPD, eightBit: true, received: "with ESMTP"},
 	}
 	for i, d := range all {
 		d.domain = d.name + ".test"
@@ -217,6 +220,9 @@ func (d *destination) compare(t *testing.T, m *outgoing, arrived []peers.Mail, s
 		}
 		if got++; got == 1 || got == want {
 			signed.add(a)
+		}
+		if r := a.Field("Received"); !strings.Contains(r, d.received) {
+			t.Errorf("%s: it came as %q, want %q", m.name, r, d.received)
 		}
 		switch downgraded := m.body == "8BITMIME" && !d.eightBit; {
 		case downgraded && slices.ContainsFunc(a.Body, func(c byte) bool { return c > 0x7f }):
