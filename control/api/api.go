@@ -111,7 +111,7 @@ func (s *server) actor(header string) (service.Actor, error) {
 	if header == "" && s.local != nil {
 		return *s.local, nil
 	}
-	scheme, key, ok := strings.Cut(header, " ")
+	scheme, key, ok := strings.Cut(header, " ") // RFC 6750 section 2.1
 	if !ok || !strings.EqualFold(scheme, "Bearer") {
 		return service.Actor{}, fault.New(fault.Unauthenticated, "api", "an API key is needed: send it as `Authorization: Bearer rk1.…`")
 	}
