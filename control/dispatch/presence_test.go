@@ -356,3 +356,22 @@ func TestManySessionsArePaged(t *testing.T) {
 		return reg.count == 0
 	})
 }
+
+// TestAReportBegunBeforeAClaim: a report that was gathered before a relay linked
+// arrives after the claim of its session, and must not make the leader forget
+// it: a copy would be let in meanwhile.
+func TestAReportBegunBeforeAClaim(t *testing.T) {
+	var r registry
+	r.begin(1)
+	now := time.Now()
+	server, node := pkitest.NewNode(), pkitest.NewNode()
+	r.put(server, Claim{Node: node, Nonce: []byte("x"), Incarnation: 1}, 0, now)
+	r.settle(server, 7, now.Add(claimGrace-time.Millisecond))
+	if r.count != 1 {
+		t.Error("the claim is forgotten for a report that cannot know of it")
+	}
+	r.settle(server, 8, now.Add(claimGrace))
+	if r.count != 0 {
+		t.Error("a claim that no report has ever named is still held")
+	}
+}

@@ -14,6 +14,7 @@ const (
 	maxContests        = 1 << 12 // nodes that two machines claim, remembered by the leader
 	maxProbesPerReport = 16      // conflicts that one report settles; the next settles more
 	beganSlack         = time.Second
+	claimGrace         = presenceTimeout // for a session that was claimed to be in its server's report
 )
 
 // Claim is one live session, as its server tells the leader. Times are told as
@@ -33,7 +34,7 @@ type standing struct {
 	server ids.Node
 	began  time.Time // on this server's monotonic clock, as the next
 	heard  time.Time
-	round  uint64 // of its server's reports
+	round  uint64 // of its server's reports; 0: claimed, in no report yet
 }
 
 func (s *standing) same(o *standing) bool { return bytes.Equal(s.Nonce, o.Nonce) && len(s.Nonce) > 0 }
@@ -97,12 +98,14 @@ func (r *registry) remove(node, from ids.Node) {
 	}
 }
 
-// settle ends a server's round of reports: what it did not name is gone. So is
-// what no server named for so long that its relay counts as silent.
+// settle ends a server's round of reports: what it did not name is gone, unless
+// it was claimed a moment ago, maybe after the report was begun. So is what no
+// server named for so long that its relay counts as silent.
 func (r *registry) settle(from ids.Node, round uint64, now time.Time) {
 	for node, at := range r.sessions {
 		for server, s := range at {
-			if server == from && s.round != round || now.Sub(s.heard) >= cloneSilence {
+			claimed := s.round == 0 && now.Sub(s.began) < claimGrace
+			if server == from && s.round != round && !claimed || now.Sub(s.heard) >= cloneSilence {
 				r.remove(node, server)
 			}
 		}
