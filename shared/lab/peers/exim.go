@@ -38,6 +38,7 @@ keep_environment =
 dkim_verify_signers =
 recipients_max = 0
 smtp_accept_max = 100
+smtp_accept_queue_per_connection = 0
 message_size_limit = %[4]d
 acl_smtp_rcpt = rcpt
 %[5]sbegin acl
