@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"log/slog"
 	"net"
+	"time"
 
 	"github.com/emersion/go-smtp"
 	"github.com/prometheus/client_golang/prometheus"
@@ -31,6 +32,7 @@ type Options struct {
 	Policy     func() *policy.Directory // the policy of the moment; may return nil before the first view
 	Closed     func() string            // why no mail is taken now, for the client; empty: it is; nil: it always is
 	Spool      Spool
+	MemoryOver func(percent int, now time.Time) bool // whether more than this part of the memory is held; nil: never
 	Logger     *slog.Logger
 	Registerer prometheus.Registerer // nil: metrics are not exported
 }
@@ -72,6 +74,7 @@ func New(opt Options) (*Server, error) {
 		Hostname:   opt.Hostname,
 		TLS:        opt.TLS,
 		Limits:     s.limits,
+		MemoryOver: opt.MemoryOver,
 		NewSession: func(c *smtpconn.Conn) smtp.Session { return &session{server: s, conn: c} },
 		Logger:     opt.Logger,
 		Registerer: opt.Registerer,
@@ -95,7 +98,7 @@ func (s *Server) limits() smtpconn.Limits {
 	if dir := s.opt.Policy(); dir != nil {
 		p = dir.Document().Inbound
 	}
-	return smtpconn.Limits{
+	limits := smtpconn.Limits{
 		MaxConnections:        p.MaxConnections,
 		MaxConnectionsPerIP:   p.MaxConnectionsPerIP,
 		MaxCommandsPerSession: maxCommandsPerSession,
@@ -106,5 +109,10 @@ func (s *Server) limits() smtpconn.Limits {
 		MaxLineBytes:          maxLineBytes,
 		CommandTimeout:        p.CommandTimeout.D(),
 		MinBytesPerSecond:     minBytesPerSecond,
+
+		ConnectionsPerMinute:      p.MaxConnectionsPerMinute,
+		ConnectionsPerMinutePerIP: p.MaxConnectionsPerMinutePerIP,
 	}
+	limits.SetRates(&p.ClientRates)
+	return limits
 }

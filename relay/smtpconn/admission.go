@@ -29,16 +29,23 @@ func ClientOf(ip netip.Addr) netip.Addr {
 func (s *Server) admit(raw net.Conn, security Security) *Conn {
 	c := newConn(s, raw, security, remoteIP(raw), s.cfg.Limits())
 	c.proxied = s.fromProxy(c.remote)
+	now := time.Now()
+	short := s.cfg.MemoryOver != nil && c.limits.MaxMemoryPercent > 0 && s.cfg.MemoryOver(c.limits.MaxMemoryPercent, now)
 	s.mu.Lock()
 	switch {
 	case s.draining.Load():
 		c.refusal = "draining"
+	case short:
+		c.refusal = "memory"
 	case len(s.conns) >= c.limits.MaxConnections:
 		c.refusal = "connections"
 	case !c.proxied:
-		c.refusal = s.overloaded(c.remote, c.limits, time.Now())
+		c.refusal = s.overloaded(c, now)
 	}
 	if c.refusal != "" && len(s.refusing) >= maxRefusing {
+		if c.network != nil {
+			s.networks.leave(c.network)
+		}
 		s.mu.Unlock()
 		s.Refused(c.refusal)
 		_ = raw.Close()
@@ -60,11 +67,14 @@ func (s *Server) admit(raw net.Conn, security Security) *Conn {
 
 // overloaded says which bound a further connection of a client breaks, "" if
 // none. s.mu is held.
-func (s *Server) overloaded(ip netip.Addr, limits Limits, now time.Time) string {
-	if s.clients[ClientOf(ip)] >= limits.MaxConnectionsPerIP {
+func (s *Server) overloaded(c *Conn, now time.Time) string {
+	if s.clients[ClientOf(c.remote)] >= c.limits.MaxConnectionsPerIP {
 		return "connections_per_ip"
 	}
-	return s.minute.take(ClientOf(ip), limits, now)
+	if reason := s.minute.take(ClientOf(c.remote), c.limits, now); reason != "" {
+		return reason
+	}
+	return s.enter(c, now)
 }
 
 // maxMinuteClients bounds the memory of a minute's clients, about 100 octets
@@ -106,6 +116,9 @@ func (s *Server) count(c *Conn) {
 func (s *Server) release(c *Conn) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if c.network != nil {
+		s.networks.leave(c.network)
+	}
 	if _, ok := s.refusing[c]; ok {
 		delete(s.refusing, c)
 		return

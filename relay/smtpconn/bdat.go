@@ -58,7 +58,7 @@ func (c *Conn) bdat(arg string) error {
 		if err := c.skip(size); err != nil {
 			return err
 		}
-		c.refuse("sequence", refusal)
+		c.refuseSequence(refusal)
 		return nil
 	}
 	c.pass("DATA", "")

@@ -77,8 +77,24 @@ func (c *Conn) failRead(err error) error {
 	return errEnded // never io.EOF, which says that a message is complete
 }
 
-// command reads a command line within the limits of the session.
+// command reads a command line within the limits and rates.
 func (c *Conn) command() (verb, arg string, err error) {
+	for {
+		if verb, arg, err = c.nextLine(); err != nil {
+			return "", "", err
+		}
+		reason, wait := c.overRate(time.Now())
+		if reason == "" {
+			return verb, arg, nil
+		}
+		if answered, err := c.held(verb, reason, wait); err != nil || !answered {
+			return verb, arg, err
+		}
+	}
+}
+
+// nextLine reads a command line within the limits of the session.
+func (c *Conn) nextLine() (verb, arg string, err error) {
 	line, err := c.readLine(!c.inMail)
 	if err != nil {
 		return "", "", err
@@ -88,6 +104,9 @@ func (c *Conn) command() (verb, arg string, err error) {
 	}
 	if c.errors >= c.limits.MaxErrorsPerSession {
 		return "", "", c.fail("errors", "421 4.7.0 Too many errors, closing the connection")
+	}
+	if c.errorRate != "" {
+		return "", "", c.fail(c.errorRate, "421 "+rateTexts[c.errorRate]+", closing the connection")
 	}
 	if c.server.draining.Load() && !c.inMail {
 		return "", "", c.fail("draining", "421 4.3.2 "+c.server.cfg.Hostname+" is shutting down, try again later")
@@ -164,9 +183,9 @@ func (c *Conn) outOfOrder(verb string) bool {
 	case verb == "MAIL" && c.messages >= c.limits.MaxMessagesPerSession:
 		_ = c.fail("messages", "421 4.7.0 Enough messages in one session, connect again") // the next read ends
 	case verb != "MAIL" && !c.inMail:
-		c.refuse("sequence", "503 5.5.1 MAIL comes first")
+		c.refuseSequence("503 5.5.1 MAIL comes first")
 	case verb == "DATA" && c.recipients == 0:
-		c.refuse("sequence", "554 5.5.1 There is no valid recipient")
+		c.refuseSequence("554 5.5.1 There is no valid recipient")
 	case verb == "DATA" && c.mailParams.Body == BodyBinary:
 		c.refuse("sequence", "503 5.5.1 A message of BINARYMIME comes by BDAT") // RFC 3030 section 3
 	default:

@@ -12,6 +12,8 @@ import (
 	"os"
 	"sync"
 	"time"
+
+	"github.com/relais-mta/relais/shared/throttle"
 )
 
 // Bounds of one connection.
@@ -47,6 +49,7 @@ type Conn struct {
 	refusal  string     // why it only gets a 421; empty for a session
 	proxied  bool       // begins with a PROXY header
 	client   netip.Addr // what it is counted by; guarded by server.mu; invalid: not counted
+	network  *network   // whose commands are counted with this one's; nil: not told yet
 
 	mu     sync.Mutex // guards raw's deadline together with idle, and nc's replacement
 	raw    net.Conn
@@ -81,7 +84,11 @@ type Conn struct {
 	commands   int
 	errors     int
 	messages   int
+	putOff     bool   // MAIL or RCPT got a 4xx, so that what was sent behind it is no error of the client's
+	errorRate  string // the rate that the client's errors broke; empty: none
 	data       dataState
+
+	commandBucket throttle.Bucket
 }
 
 func newConn(s *Server, raw net.Conn, security Security, ip netip.Addr, limits Limits) *Conn {
@@ -167,6 +174,10 @@ func (c *Conn) begin() {
 		c.fail(c.refusal, "421 4.7.0 Too many new connections from your address, try again in a minute")
 	case "connection_rate":
 		c.fail(c.refusal, "421 4.3.2 Too many new connections, try again in a minute")
+	case "memory":
+		c.fail(c.refusal, "421 4.3.2 "+c.server.cfg.Hostname+" is short of memory, try again later")
+	case "command_rate", "command_rate_network", "error_rate_network":
+		c.fail(c.refusal, "421 "+rateTexts[c.refusal]+", try again in a minute")
 	default:
 		c.fail(c.refusal, "421 4.3.2 Too many connections, try again later")
 	}
@@ -259,8 +270,13 @@ func (c *Conn) say(reply string) {
 		return
 	}
 	if reply[0] == '5' {
-		c.errors++
+		c.erred()
 	}
+	c.queue(reply)
+}
+
+// queue appends a reply line to those that wait to be sent.
+func (c *Conn) queue(reply string) {
 	c.out = append(c.out, reply...)
 	c.out = append(c.out, '\r', '\n')
 	if len(c.out) > maxHeldBytes {
@@ -271,6 +287,18 @@ func (c *Conn) say(reply string) {
 // refuse counts a refusal and says so; the session goes on.
 func (c *Conn) refuse(reason, reply string) {
 	c.server.Refused(reason)
+	c.say(reply)
+}
+
+// refuseSequence refuses a command that stands behind one that was not taken. A
+// client that pipelines has sent it before it could know (RFC 2920 section 3.1):
+// when the one before was put off, it is no error.
+func (c *Conn) refuseSequence(reply string) {
+	c.server.Refused("sequence")
+	if c.putOff && !c.dead {
+		c.queue(reply)
+		return
+	}
 	c.say(reply)
 }
 

@@ -63,7 +63,7 @@ func (s *Server) identify(c *Conn, client netip.Addr) {
 	if c.refusal != "" {
 		return
 	}
-	if c.refusal = s.overloaded(c.remote, c.limits, time.Now()); c.refusal == "" {
+	if c.refusal = s.overloaded(c, time.Now()); c.refusal == "" {
 		s.count(c)
 		return
 	}

@@ -40,6 +40,7 @@ func (c *Conn) serverLine(line []byte) {
 			c.recipients++
 			text = "2.1.5 Recipient accepted"
 		}
+		c.putOff = c.putOff || code/100 == 4
 		c.say(strconv.Itoa(code) + " " + text)
 	case "DATA":
 		c.replyToData(code, text)
@@ -58,7 +59,7 @@ func (c *Conn) serverLine(line []byte) {
 }
 
 func (c *Conn) endMail() {
-	c.inMail, c.recipients, c.mailParams = false, 0, MailParams{}
+	c.inMail, c.recipients, c.mailParams, c.putOff = false, 0, MailParams{}, false
 }
 
 func (c *Conn) replyToGreeting(code int, text string) {
@@ -104,9 +105,10 @@ func (c *Conn) replyToGreeting(code int, text string) {
 
 func (c *Conn) replyToMail(code int, text string) {
 	if code == 250 {
-		c.inMail, c.recipients = true, 0
+		c.inMail, c.recipients, c.putOff = true, 0, false
 		text = "2.1.0 Sender accepted"
 	}
+	c.putOff = c.putOff || code/100 == 4
 	c.say(strconv.Itoa(code) + " " + text)
 }
 

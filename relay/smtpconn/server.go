@@ -16,6 +16,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/relais-mta/relais/shared/fault"
+	"github.com/relais-mta/relais/shared/policy"
 )
 
 // Security says how the connections of a listener come to TLS.
@@ -34,6 +35,7 @@ type Limits struct {
 	MaxConnectionsPerIP       int           // at once, one IPv4 address or one IPv6 /64
 	ConnectionsPerMinute      int           // new ones, all clients; 0: any
 	ConnectionsPerMinutePerIP int           // new ones, one IPv4 address or one IPv6 /64; 0: any
+	MaxMemoryPercent          int           // of the memory of Config.MemoryOver, then 421 to new ones; 0: any
 	MaxCommandsPerSession     int           // then 421
 	MaxErrorsPerSession       int           // commands refused with 5xx, then 421
 	MaxMessagesPerSession     int           // then 421
@@ -42,6 +44,23 @@ type Limits struct {
 	MaxLineBytes              int           // of a line of the message, CRLF not counted
 	CommandTimeout            time.Duration // a client may take this long for a command or be silent within a message
 	MinBytesPerSecond         int64         // of message data, averaged over 30 s of waiting for it; 0: any
+
+	// Rates, 0: any. Those of networks and of all are the newest session's.
+	CommandsPerSecond           int // all clients
+	CommandsPerSecondPerNetwork int
+	CommandsPerSecondPerSession int
+	ErrorsPerMinute             int // commands refused with 5xx, all clients
+	ErrorsPerMinutePerNetwork   int
+	NetworkBitsIPv4             int // of a client's address that name its network; 0: all
+	NetworkBitsIPv6             int
+}
+
+// SetRates takes a section's rates.
+func (l *Limits) SetRates(r *policy.ClientRates) {
+	l.MaxMemoryPercent = r.MaxMemoryPercent
+	l.CommandsPerSecond, l.CommandsPerSecondPerNetwork, l.CommandsPerSecondPerSession = r.MaxCommandsPerSecond, r.MaxCommandsPerSecondPerNetwork, r.MaxCommandsPerSecondPerSession
+	l.ErrorsPerMinute, l.ErrorsPerMinutePerNetwork = r.MaxErrorsPerMinute, r.MaxErrorsPerMinutePerNetwork
+	l.NetworkBitsIPv4, l.NetworkBitsIPv6 = r.NetworkBitsIPv4, r.NetworkBitsIPv6
 }
 
 // Config says what a Server is for.
@@ -57,7 +76,8 @@ type Config struct {
 	MaxHold    time.Duration  // announce FUTURERELEASE up to so far ahead (RFC 4865); 0: do not
 	Proxies    []netip.Prefix // balancers that tell the client's address by the PROXY protocol, and must
 	Limits     func() Limits
-	NewSession func(*Conn) smtp.Session // called at the first EHLO or HELO of a connection
+	MemoryOver func(percent int, now time.Time) bool // whether more than this part of the memory is held; nil: never
+	NewSession func(*Conn) smtp.Session              // called at the first EHLO or HELO of a connection
 	Logger     *slog.Logger
 	Registerer prometheus.Registerer // nil: metrics are not exported
 }
@@ -74,6 +94,8 @@ type Server struct {
 	clients  map[netip.Addr]int // connections at once
 	refusing map[*Conn]struct{} // connections that only get their 421
 	minute   minute
+	networks networks
+	total    counter       // of all clients
 	empty    chan struct{} // closed when draining and the last connection ended
 	once     sync.Once     // closes empty
 }

@@ -24,8 +24,9 @@ type Options struct {
 	Closed     func() string            // why no mail is taken now, for the client; empty: it is; nil: it always is
 	Connected  func() bool              // whether control is reachable, so that an unknown credential is known to be wrong
 	Spool      Spool
-	Proxies    []netip.Prefix // balancers that tell the client's address by the PROXY protocol, and must
-	BinaryMIME bool           // announce BINARYMIME; only when delivery keeps such messages from hosts that lack it
+	Proxies    []netip.Prefix                        // balancers that tell the client's address by the PROXY protocol, and must
+	BinaryMIME bool                                  // announce BINARYMIME; only when delivery keeps such messages from hosts that lack it
+	MemoryOver func(percent int, now time.Time) bool // whether more than this part of the memory is held; nil: never
 	Logger     *slog.Logger
 	Registerer prometheus.Registerer // nil: metrics are not exported
 }
@@ -68,6 +69,7 @@ func New(opt Options) (*Server, error) {
 		MaxHold:    maxAhead,
 		Proxies:    opt.Proxies,
 		Limits:     s.limits,
+		MemoryOver: opt.MemoryOver,
 		NewSession: func(c *smtpconn.Conn) smtp.Session { return &session{server: s, conn: c} },
 		Logger:     opt.Logger,
 		Registerer: opt.Registerer,
@@ -97,7 +99,7 @@ func (s *Server) limits() smtpconn.Limits {
 	if dir := s.opt.Policy(); dir != nil {
 		p = dir.Document().Submission
 	}
-	return smtpconn.Limits{
+	limits := smtpconn.Limits{
 		MaxConnections:            p.MaxConnections,
 		MaxConnectionsPerIP:       p.MaxConnectionsPerIP,
 		ConnectionsPerMinute:      p.MaxConnectionsPerMinute,
@@ -111,6 +113,8 @@ func (s *Server) limits() smtpconn.Limits {
 		CommandTimeout:            p.CommandTimeout.D(),
 		MinBytesPerSecond:         p.MinBytesPerSecond,
 	}
+	limits.SetRates(&p.ClientRates)
+	return limits
 }
 
 // defaults hold until the first policy view, while nobody can log in anyway.

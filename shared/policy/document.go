@@ -62,6 +62,21 @@ type Submission struct {
 	MaxConnectionsPerMinutePerIP int `toml:"max_connections_per_minute_per_ip"` // new ones, one client address
 
 	RequireOwnership bool `toml:"require_ownership"` // mail from a domain whose ownership record was never seen is refused
+
+	ClientRates
+}
+
+// ClientRates bounds what clients may do in a time, and says when new sessions
+// are turned away because memory is short. Where a rate is 0 there is no bound.
+type ClientRates struct {
+	MaxCommandsPerSecond           int `toml:"max_commands_per_second"`             // all clients
+	MaxCommandsPerSecondPerNetwork int `toml:"max_commands_per_second_per_network"` // one client network
+	MaxCommandsPerSecondPerSession int `toml:"max_commands_per_second_per_session"`
+	MaxErrorsPerMinute             int `toml:"max_errors_per_minute"`             // commands refused with 5xx, all clients
+	MaxErrorsPerMinutePerNetwork   int `toml:"max_errors_per_minute_per_network"` // one client network
+	NetworkBitsIPv4                int `toml:"network_bits_ipv4"`                 // how much of an address names the client network
+	NetworkBitsIPv6                int `toml:"network_bits_ipv6"`
+	MaxMemoryPercent               int `toml:"max_memory_percent"` // of the memory the relay may use; 0: do not look
 }
 
 // Inbound bounds port 25, where only our own signed return paths are accepted.
@@ -74,6 +89,11 @@ type Inbound struct {
 	CommandTimeout      Duration `toml:"command_timeout"`
 	ReturnPathDays      int      `toml:"return_path_days"` // a signed return path is good this long
 	MaxStoredBytes      int64    `toml:"max_stored_bytes"` // of mail kept until it is read; more gets 452
+
+	MaxConnectionsPerMinute      int `toml:"max_connections_per_minute"`        // new ones, from everywhere
+	MaxConnectionsPerMinutePerIP int `toml:"max_connections_per_minute_per_ip"` // new ones, one address
+
+	ClientRates
 }
 
 // Queue holds retry schedule and expiry. Times are per stream kind.

@@ -78,6 +78,7 @@ func (s *Submission) validate(p *problems) {
 	p.lasts(in+"auth_lock_max", s.AuthLockMax, second, day)
 	p.between(in+"max_connections_per_minute", int64(s.MaxConnectionsPerMinute), 1, maxCount)
 	p.between(in+"max_connections_per_minute_per_ip", int64(s.MaxConnectionsPerMinutePerIP), 1, maxCount)
+	s.ClientRates.validate(in, p)
 	if s.MaxConnectionsPerIP > s.MaxConnections {
 		p.add(in+"max_connections_per_ip", "is %d, more than max_connections: write at most %d or raise that", s.MaxConnectionsPerIP, s.MaxConnections)
 	}
@@ -103,6 +104,28 @@ func (s *Inbound) validate(p *problems) {
 	p.lasts(in+"command_timeout", s.CommandTimeout, second, hour)
 	p.between(in+"return_path_days", int64(s.ReturnPathDays), 1, 366)
 	p.between(in+"max_stored_bytes", s.MaxStoredBytes, 1<<20, maxStorageBytes)
+	p.between(in+"max_connections_per_minute", int64(s.MaxConnectionsPerMinute), 1, maxCount)
+	p.between(in+"max_connections_per_minute_per_ip", int64(s.MaxConnectionsPerMinutePerIP), 1, maxCount)
+	s.ClientRates.validate(in, p)
+}
+
+// Bounds of ClientRates: what the token buckets of a relay can count.
+const (
+	maxCommandsPerSecond = 200_000
+	maxErrorsPerMinute   = 1_000_000
+)
+
+func (r *ClientRates) validate(in string, p *problems) {
+	p.between(in+"max_commands_per_second", int64(r.MaxCommandsPerSecond), 0, maxCommandsPerSecond)
+	p.between(in+"max_commands_per_second_per_network", int64(r.MaxCommandsPerSecondPerNetwork), 0, maxCommandsPerSecond)
+	p.between(in+"max_commands_per_second_per_session", int64(r.MaxCommandsPerSecondPerSession), 0, maxCommandsPerSecond)
+	p.between(in+"max_errors_per_minute", int64(r.MaxErrorsPerMinute), 0, maxErrorsPerMinute)
+	p.between(in+"max_errors_per_minute_per_network", int64(r.MaxErrorsPerMinutePerNetwork), 0, maxErrorsPerMinute)
+	p.between(in+"network_bits_ipv4", int64(r.NetworkBitsIPv4), 8, 32)
+	p.between(in+"network_bits_ipv6", int64(r.NetworkBitsIPv6), 16, 64) // a host owns a /64 at least
+	if r.MaxMemoryPercent != 0 {
+		p.between(in+"max_memory_percent", int64(r.MaxMemoryPercent), 10, 95)
+	}
 }
 
 func (s *Queue) validate(p *problems) {

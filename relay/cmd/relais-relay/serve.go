@@ -68,6 +68,7 @@ type node struct {
 	dir      string
 	log      *slog.Logger
 	health   *telemetry.Health
+	memory   *memlimit.Gauge
 	registry *prometheus.Registry
 
 	agent      *agent.Agent
@@ -98,6 +99,7 @@ func newNode(ctx context.Context, dir string, cfg *config.Config) (_ *node, err 
 	}
 	n := &node{cfg: cfg, dir: dir, log: telemetry.NewLogger(os.Stderr, level), health: telemetry.NewHealth(time.Now), failed: make(chan error, 16)}
 	memlimit.Apply(os.DirFS("/"), os.Getenv, n.log)
+	n.memory = memlimit.NewGauge(os.DirFS("/"))
 	n.supervisor = telemetry.NewSupervisor(os.Getenv, n.log)
 	n.registry = telemetry.NewRegistry("relay", n.health)
 	n.health.SetReady(false, "the relay is starting")
@@ -169,13 +171,13 @@ func (n *node) openServers(context.Context) (err error) {
 	name := hostname(n.cfg)
 	n.submission, err = submission.New(submission.Options{
 		Hostname: name, TLS: serverTLS, Policy: n.agent.Directory, Connected: n.agent.Connected, Closed: n.closed,
-		Spool: submission.NewSpool(n.store, n.queue), Proxies: n.cfg.Listen.Proxies, BinaryMIME: true, Logger: n.log, Registerer: n.registry,
+		Spool: submission.NewSpool(n.store, n.queue), Proxies: n.cfg.Listen.Proxies, BinaryMIME: true, MemoryOver: n.memory.Over, Logger: n.log, Registerer: n.registry,
 	})
 	if err != nil {
 		return err
 	}
 	n.inbound, err = inbound.New(inbound.Options{
-		Hostname: name, TLS: serverTLS, Policy: n.agent.Directory, Closed: n.closed, Spool: inbound.NewSpool(n.store, n.queue), Logger: n.log, Registerer: n.registry,
+		Hostname: name, TLS: serverTLS, Policy: n.agent.Directory, Closed: n.closed, Spool: inbound.NewSpool(n.store, n.queue), MemoryOver: n.memory.Over, Logger: n.log, Registerer: n.registry,
 	})
 	if err != nil {
 		return err

@@ -196,6 +196,12 @@ func (n *node) watchHealth() {
 		}
 		return telemetry.OK, ""
 	})
+	n.health.Watch("memory", func() (telemetry.Severity, string) {
+		if most := n.document().Submission.MaxMemoryPercent; most > 0 && n.memory.Over(most, time.Now()) {
+			return telemetry.Warning, "more than submission.max_memory_percent of the memory is held: new SMTP connections get 421"
+		}
+		return telemetry.OK, ""
+	})
 	n.health.Watch("sources", func() (telemetry.Severity, string) {
 		for _, s := range n.egress.Sources() {
 			if s.State != egress.Usable {
