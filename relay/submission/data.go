@@ -184,6 +184,10 @@ func (s *session) store(env *relay.Envelope, h *header, body Body, rest []byte) 
 	// RFC 6531 section 3.4: the parameter alone says that the client can, not
 	// that the message must.
 	env.SMTPUTF8 = s.params.UTF8 && env.EightBit
+	scan := s.params.UTF8 && !env.EightBit
+	if scan {
+		s.parts.begin(s.header)
+	}
 	if s.hasher == nil {
 		s.hasher = sign.NewBodyHasher()
 	}
@@ -193,6 +197,9 @@ func (s *session) store(env *relay.Envelope, h *header, body Body, rest []byte) 
 		if len(chunk) > 0 {
 			_, _ = s.hasher.Write(chunk) // never returns an error
 			env.EightBit = env.EightBit || hasEightBit(chunk)
+			if scan {
+				s.parts.write(chunk)
+			}
 			if _, err := body.Write(chunk); err != nil {
 				return 0, s.conn.Drain(s.refuseStore(err))
 			}
@@ -204,6 +211,7 @@ func (s *session) store(env *relay.Envelope, h *header, body Body, rest []byte) 
 			return 0, err
 		}
 	}
+	env.SMTPUTF8 = env.SMTPUTF8 || scan && s.parts.finish()
 	env.BinaryMIME = s.conn.Binary()
 	if err := body.Seal(headerBytes, s.hasher.Sum()); err != nil {
 		return 0, s.refuseStore(err)

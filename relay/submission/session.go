@@ -46,6 +46,7 @@ type session struct {
 	fields []field
 	trace  []byte
 	hasher *sign.BodyHasher
+	parts  partScan
 }
 
 // Reset implements smtp.Session.
