@@ -93,12 +93,13 @@ type Store struct {
 	failed    atomic.Pointer[fault.Error]
 	diskError atomic.Pointer[diskTrouble]
 
-	stop        chan struct{}
-	reclaimWake chan struct{}
-	reclaimDone chan struct{}
-	scanned     chan struct{}
-	closeOnce   sync.Once
-	closeErr    error
+	stop         chan struct{}
+	reclaimWake  chan struct{}
+	reclaimDone  chan struct{}
+	residentDone chan struct{}
+	scanned      chan struct{}
+	closeOnce    sync.Once
+	closeErr     error
 }
 
 // Open opens or creates the data directory. Errors are faults: Invalid for a
@@ -120,6 +121,7 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 	go s.writeLoop()
 	go s.commitLoop()
 	go s.reclaimLoop(snap)
+	go s.residentLoop()
 	return s, nil
 }
 
@@ -130,7 +132,7 @@ func newStore(cfg Config) *Store {
 		memTableBytes: cfg.MemTableBytes,
 		room:          make(chan struct{}), wake: make(chan struct{}, 1),
 		groups: make(chan *group), freeGroups: make(chan *group, 2), committerDone: make(chan struct{}),
-		stop: make(chan struct{}), reclaimWake: make(chan struct{}, 1), reclaimDone: make(chan struct{}), scanned: make(chan struct{}),
+		stop: make(chan struct{}), reclaimWake: make(chan struct{}, 1), reclaimDone: make(chan struct{}), scanned: make(chan struct{}), residentDone: make(chan struct{}),
 	}
 	if s.fs == nil {
 		s.fs = osFS{}
@@ -253,6 +255,7 @@ func (s *Store) Close() error {
 		<-s.committerDone
 		close(s.stop)
 		<-s.reclaimDone
+		<-s.residentDone
 		s.sealSegment()
 		s.handles.close()
 		s.closeErr = s.closeFiles()

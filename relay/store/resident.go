@@ -1,0 +1,151 @@
+package store
+
+import (
+	"bufio"
+	"bytes"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/dgraph-io/badger/v4"
+	"golang.org/x/sys/unix"
+)
+
+// Badger maps its tables, and every page that a compaction, a count or an
+// iteration touched stays with the process until its table goes. With a deep
+// queue that would be the whole index, and count as the relay's memory. The
+// pages are in the page cache all the same: giving the mappings' pages back
+// leaves them there, and the next access finds them with a minor fault.
+const (
+	residentInterval = time.Second
+	maxMappedBytes   = 128 << 20 // resident pages of files, the program's own included
+	statmShared      = 2         // field of proc_pid_statm(5): resident pages of files
+)
+
+// residentLoop keeps the resident pages of mapped files near maxMappedBytes.
+func (s *Store) residentLoop() {
+	defer close(s.residentDone)
+	ticker := time.NewTicker(residentInterval)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-s.stop:
+			return
+		case <-ticker.C:
+		}
+		if mapped, err := mappedResident(); err != nil || mapped <= maxMappedBytes {
+			continue // without /proc nothing can be found out, and nothing is lost
+		}
+		if err := s.releaseTables(); err != nil {
+			s.log.Warn("pages of the index cannot be given back; the relay holds more memory", "error", err)
+		}
+	}
+}
+
+// mappedResident is how many bytes of files the process has in memory.
+func mappedResident() (int64, error) {
+	text, err := os.ReadFile("/proc/self/statm")
+	if err != nil {
+		return 0, err
+	}
+	fields := bytes.Fields(text)
+	if len(fields) <= statmShared {
+		return 0, nil
+	}
+	pages, err := strconv.ParseInt(string(fields[statmShared]), 10, 64)
+	return pages * int64(os.Getpagesize()), err
+}
+
+// releaseTables gives the resident pages of Badger's tables back.
+//
+// A range may only be named while nothing can unmap it: another mapping, such
+// as the heap, could take its place, and its pages would be gone. An iterator
+// over everything holds all tables that were there when it was made. Numbers
+// of tables are never used again, so one that was there before and after was
+// there in between.
+func (s *Store) releaseTables() error {
+	before := s.db.Tables()
+	txn := s.db.NewTransaction(false)
+	defer txn.Discard()
+	opt := badger.DefaultIteratorOptions
+	opt.PrefetchValues = false
+	it := txn.NewIterator(opt)
+	defer it.Close()
+	there := make(map[uint64]bool, len(before))
+	for _, t := range before {
+		there[t.ID] = false
+	}
+	for _, t := range s.db.Tables() {
+		if _, ok := there[t.ID]; ok {
+			there[t.ID] = true
+		}
+	}
+	maps, err := s.tableMaps()
+	if err != nil {
+		return err
+	}
+	for _, m := range maps {
+		if !there[m.id] {
+			continue
+		}
+		// By address, because the mapping is Badger's and not in our hands.
+		if _, _, errno := unix.Syscall(unix.SYS_MADVISE, m.at, m.length, unix.MADV_DONTNEED); errno != 0 {
+			return errno
+		}
+	}
+	return nil
+}
+
+// tableMap is where a table of Badger's is mapped.
+type tableMap struct {
+	id         uint64
+	at, length uintptr
+}
+
+// tableMaps finds them in the lines of proc_pid_maps(5).
+func (s *Store) tableMaps() ([]tableMap, error) {
+	dir, err := filepath.Abs(s.indexDir)
+	if err != nil {
+		return nil, err
+	}
+	if dir, err = filepath.EvalSymlinks(dir); err != nil {
+		return nil, err
+	}
+	f, err := os.Open("/proc/self/maps")
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	var out []tableMap
+	lines := bufio.NewScanner(f)
+	for lines.Scan() {
+		line := lines.Text()
+		digits, ok := strings.CutSuffix(line, ".sst")
+		if !ok {
+			continue
+		}
+		at := strings.LastIndexByte(digits, '/')
+		id, err := strconv.ParseUint(digits[at+1:], 10, 64)
+		if at < 0 || err != nil || !strings.HasSuffix(digits[:at], dir) {
+			continue
+		}
+		if from, to, ok := parseRange(line); ok {
+			out = append(out, tableMap{id, from, to - from})
+		}
+	}
+	return out, lines.Err()
+}
+
+// parseRange reads the addresses of a line, "7f5c2a000000-7f5c2c000000 r--s ...".
+func parseRange(line string) (from, to uintptr, ok bool) {
+	first, rest, _ := strings.Cut(line, "-")
+	last, _, _ := strings.Cut(rest, " ")
+	a, err := strconv.ParseUint(first, 16, strconv.IntSize)
+	if err != nil {
+		return 0, 0, false
+	}
+	b, err := strconv.ParseUint(last, 16, strconv.IntSize)
+	return uintptr(a), uintptr(b), err == nil && b > a
+}
