@@ -50,7 +50,7 @@ func (s *server) registerTenants(a huma.API) {
 	handle(s, a, route{method: http.MethodGet, path: "/tenants", id: "list-tenants", summary: "List tenants"},
 		func(ctx context.Context, _ *struct{}) (*List[Tenant], error) {
 			rows, err := s.svc.Tenants(actorOf(ctx))
-			return list(rows, tenantOf), err
+			return list(rows, s.tenantOf), err
 		})
 	handle(s, a, route{method: http.MethodPost, path: "/tenants", id: "add-tenant", summary: "Add a tenant and its default project", status: http.StatusCreated},
 		func(ctx context.Context, in *struct {
@@ -63,7 +63,7 @@ func (s *server) registerTenants(a huma.API) {
 			if err != nil {
 				return nil, err
 			}
-			return out(tenantOf(row), row.Revision), nil
+			return out(s.tenantOf(row), row.Revision), nil
 		})
 	handle(s, a, route{method: http.MethodGet, path: "/tenants/{tenant}", id: "get-tenant", summary: "Show a tenant"},
 		func(ctx context.Context, in *tenantPath) (*Out[Tenant], error) {
@@ -71,7 +71,7 @@ func (s *server) registerTenants(a huma.API) {
 			if err != nil {
 				return nil, err
 			}
-			return out(tenantOf(row), row.Revision), nil
+			return out(s.tenantOf(row), row.Revision), nil
 		})
 	handle(s, a, route{method: http.MethodPut, path: "/tenants/{tenant}/suspended", id: "suspend-tenant", summary: "Suspend or resume a tenant"},
 		func(ctx context.Context, in *struct {
@@ -89,7 +89,7 @@ func (s *server) registerTenants(a huma.API) {
 			if err != nil {
 				return nil, err
 			}
-			return out(tenantOf(row), row.Revision), nil
+			return out(s.tenantOf(row), row.Revision), nil
 		})
 	handle(s, a, route{method: http.MethodGet, path: "/projects", id: "list-projects", summary: "List projects"},
 		func(ctx context.Context, in *byTenant) (*List[Project], error) {

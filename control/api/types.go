@@ -106,6 +106,7 @@ type Tenant struct {
 	Name           string    `json:"name"`
 	Suspended      bool      `json:"suspended" doc:"Its credentials are refused; its queue goes on"`
 	OwnershipToken string    `json:"ownership_token" doc:"Published in DNS to prove that a domain is its own"`
+	FeedbackName   string    `json:"feedback_name,omitempty" doc:"What {tenant} of the policy's section feedback becomes in a Feedback-ID"`
 	CreatedAt      time.Time `json:"created_at"`
 	Revision       uint64    `json:"revision"`
 }
@@ -338,8 +339,8 @@ func nodeOf(n service.NodeView) Node {
 	return out
 }
 
-func tenantOf(t *control.Tenant) Tenant {
-	return Tenant{ID: t.ID.String(), Name: t.Name, Suspended: t.Suspended, OwnershipToken: t.OwnershipToken, CreatedAt: t.CreatedAt, Revision: t.Revision}
+func (s *server) tenantOf(t *control.Tenant) Tenant {
+	return Tenant{ID: t.ID.String(), Name: t.Name, Suspended: t.Suspended, OwnershipToken: t.OwnershipToken, FeedbackName: s.svc.FeedbackName(t.ID), CreatedAt: t.CreatedAt, Revision: t.Revision}
 }
 
 func projectOf(p *control.Project) Project {

@@ -224,6 +224,9 @@ func (d *destination) compare(t *testing.T, m *outgoing, arrived []peers.Mail, s
 		if r := a.Field("Received"); !strings.Contains(r, d.received) {
 			t.Errorf("%s: it came as %q, want %q", m.name, r, d.received)
 		}
+		if id, cfbl := a.Field("Feedback-ID"), a.Field("CFBL-Address"); !strings.HasSuffix(id, ":examplecorp") || !strings.HasSuffix(cfbl, "; report=arf") {
+			t.Errorf("%s: Feedback-ID is %q, CFBL-Address %q", m.name, id, cfbl)
+		}
 		switch downgraded := m.body == "8BITMIME" && !d.eightBit; {
 		case downgraded && slices.ContainsFunc(a.Body, func(c byte) bool { return c > 0x7f }):
 			t.Errorf("%s: 8-bit text went to a server that does not take it", m.name)

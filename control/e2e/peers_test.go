@@ -42,7 +42,8 @@ func (m *outgoing) content() []byte {
 	return body
 }
 
-// startSigning brings up a fleet whose relays sign with keys of both kinds.
+// startSigning brings up a fleet whose relays sign with keys of both kinds, and
+// put fields for feedback in front, which the signatures cover.
 func startSigning(t *testing.T) *fleet.Fleet {
 	t.Helper()
 	f := start(t, fleet.Config{Open: true, Policy: map[string]string{"delivery": `connect_timeout = "3s"
@@ -52,6 +53,11 @@ min_dns_ttl = "1s"
 idle_session = "3s"
 sign_dkim = true
 dkim_publish_hold = "0s"
+`, "feedback": `[[rule]]
+domain = "*"
+stream = "*"
+feedback_id = "{tag}:{stream}:{tenant}:examplecorp"
+cfbl = "return-path"
 `}})
 	eventually(t, 40*time.Second, "both kinds of keys sign", func() bool {
 		var domain struct {

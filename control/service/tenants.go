@@ -9,6 +9,7 @@ import (
 	"github.com/relais-mta/relais/control/state"
 	"github.com/relais-mta/relais/shared/fault"
 	"github.com/relais-mta/relais/shared/ids"
+	"github.com/relais-mta/relais/shared/policy"
 )
 
 // AddTenant makes a tenant and its default project.
@@ -57,6 +58,16 @@ func (s *Service) Tenant(a Actor, ref string) (*control.Tenant, error) {
 		return nil, err
 	}
 	return tenantByRef(s.state.Read(), ref)
+}
+
+// FeedbackName returns what a tenant is called in a Feedback-ID; empty while the
+// relays' view cannot be built.
+func (s *Service) FeedbackName(id ids.Tenant) string {
+	view, err := s.baseView()
+	if err != nil {
+		return ""
+	}
+	return policy.FeedbackTenant(view.CredentialKey, id)
 }
 
 func tenantByRef(r *state.Reader, ref string) (*control.Tenant, error) {

@@ -126,7 +126,7 @@ func (w *worker) prepare(work *queue.Work, dir *policy.Directory) (io.Closer, er
 	tx.UTF8, tx.Binary = env.SMTPUTF8, env.BinaryMIME
 	tx.Commit = w.commit
 	tx.Sign, tx.SignatureBytes = nil, 0
-	w.signer = signJob{env: env}
+	w.signer = signJob{env: env, added: w.signer.added[:0]}
 	if known && dir.Document().Delivery.SignDKIM && len(domain.DKIM) > 0 {
 		if w.signer.signer, err = w.engine.signers.Signer(domain); err != nil {
 			return nil, err
@@ -136,7 +136,11 @@ func (w *worker) prepare(work *queue.Work, dir *policy.Directory) (io.Closer, er
 			w.signer.want = sign.OnlyAlgorithm(p.OnlySignature())
 		}
 	}
-	return w.content(env)
+	closer, err := w.content(env)
+	if err == nil && tx.Sign != nil {
+		w.feedback(work, dir, domain)
+	}
+	return closer, err
 }
 
 // content points the transaction at the message's bytes.
@@ -188,12 +192,7 @@ func (w *worker) returnPath(work *queue.Work, dir *policy.Directory, domain *pol
 		return mailaddr.Address{}, fault.New(fault.Unavailable, "engine.returnPath",
 			"the sending domain %s is no longer in the view of this relay", env.From)
 	}
-	index := sign.NoRecipient
-	if len(work.Recipients) == 1 && singleRecipient(dir, work.Key.Stream, work.Key.Kind) {
-		index = int(work.Recipients[0].Index)
-	}
-	days := dir.Document().Inbound.ReturnPathDays
-	local, err := sign.EncodeReturnPath(dir.ReturnPathKeys(), env.ID, index, env.AcceptedAt.AddDate(0, 0, days))
+	local, err := w.token(work, dir)
 	if err != nil {
 		return mailaddr.Address{}, err
 	}
@@ -216,9 +215,11 @@ type signJob struct {
 	signer *sign.Signer
 	want   sign.Algorithms // of the provider
 	header []byte
+	added  []byte // fields in front of the message; the buffer is kept
 }
 
-// sign makes the DKIM signatures, after the last change to the message.
+// sign makes the DKIM signatures, after the last change to the message, and
+// returns them with the fields that were added to it.
 func (w *worker) sign(converted []byte) ([]byte, error) {
 	header, hash := w.signer.header, w.signer.env.Body.BodyHash
 	if converted != nil {
@@ -233,6 +234,9 @@ func (w *worker) sign(converted []byte) ([]byte, error) {
 		header, hash = converted[:n], h.Sum()
 	}
 	var err error
-	w.signature, err = w.signer.signer.Sign(w.signature[:0], header, hash, w.signer.want, w.engine.cfg.Now())
+	w.signature, err = w.signer.signer.Sign(w.signature[:0], w.signer.added, header, hash, w.signer.want, w.engine.cfg.Now())
+	if err == nil {
+		w.signature = append(w.signature, w.signer.added...)
+	}
 	return w.signature, err
 }

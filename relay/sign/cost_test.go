@@ -36,7 +36,7 @@ func costs(tb testing.TB, s *Signer, header, body []byte) (bare, whole time.Dura
 	h := NewBodyHasher()
 	start = time.Now()
 	_, _ = h.Write(body)
-	if _, err := s.Sign(nil, header, h.Sum(), 0, start); err != nil {
+	if _, err := s.Sign(nil, nil, header, h.Sum(), 0, start); err != nil {
 		tb.Fatal(err)
 	}
 	return bare, time.Since(start)

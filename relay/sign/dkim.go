@@ -158,22 +158,24 @@ const maxKeptScratchBytes = 64 << 10
 
 // Sign appends one DKIM-Signature field per key of a wanted algorithm, or per
 // key if there is none of those, to dst, each with its CRLF, to
-// stand in front of the message. header is the header section as it will be
-// sent; bodyHash is the BodyHasher's sum of the body as it will be sent. now is
+// stand in front of added and the message. added are fields that go in front of
+// the message too, and are signed like its own, each with its CRLF; header is the
+// header section as it will be sent; bodyHash is the BodyHasher's sum of the body as it will be sent. now is
 // the time of signing (t=). An error is fault.Internal; dst is then unchanged.
-func (s *Signer) Sign(dst, header []byte, bodyHash [sha256.Size]byte, want Algorithms, now time.Time) ([]byte, error) {
+func (s *Signer) Sign(dst, added, header []byte, bodyHash [sha256.Size]byte, want Algorithms, now time.Time) ([]byte, error) {
 	if want &= s.kinds; want == 0 {
 		want = s.kinds // a signature that the provider does not like beats none
 	}
 	w := scratches.Get().(*scratch)
 	defer func() {
 		if cap(w.canon) <= maxKeptScratchBytes {
+			clear(w.found) // they point into the message
 			scratches.Put(w)
 		}
 	}()
 	// All signatures cover the same fields, in one canonical form.
-	w.found, w.canon = findFields(w.found[:0], header), w.canon[:0]
-	w.names = w.appendNames(w.names[:0], header)
+	w.found, w.canon = findFields(findFields(w.found[:0], added), header), w.canon[:0]
+	w.names = w.appendNames(w.names[:0])
 	covered := len(w.canon)
 	out := dst
 	for i := range s.keys {
@@ -219,18 +221,18 @@ func (k *signingKey) sign(w *scratch, dst []byte, bodyHash [sha256.Size]byte, no
 // appendNames appends the value of h= and gathers the fields it names, in
 // canonical form, in w.canon. Of several fields with one name the last comes
 // first (RFC 6376 section 5.4.2).
-func (w *scratch) appendNames(dst, header []byte) []byte {
+func (w *scratch) appendNames(dst []byte) []byte {
 	column := len("\th=")
 	for which := range signedFields {
 		f := &signedFields[which]
 		times := 0
 		for i := len(w.found) - 1; i >= 0; i-- {
 			if w.found[i].which == which {
-				w.canon = appendRelaxed(w.canon, header[w.found[i].start:w.found[i].end])
+				w.canon = appendRelaxed(w.canon, w.found[i].text)
 				times++
 			}
 		}
-		if f.oversign {
+		if f.oversign == always || f.oversign == whenPresent && times > 0 {
 			times++
 		}
 		for ; times > 0; times-- {

@@ -74,7 +74,7 @@ func split(message []byte) (header, body []byte) {
 func signMessage(t testing.TB, s *Signer, message []byte) []byte {
 	t.Helper()
 	header, body := split(message)
-	signed, err := s.Sign(nil, header, hashInPieces(NewBodyHasher(), body, 1<<20), 0, time.Now())
+	signed, err := s.Sign(nil, nil, header, hashInPieces(NewBodyHasher(), body, 1<<20), 0, time.Now())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -278,7 +278,7 @@ func BenchmarkSign(b *testing.B) {
 	b.ReportAllocs()
 	for b.Loop() {
 		var err error
-		if dst, err = s.Sign(dst[:0], header, sum, 0, now); err != nil {
+		if dst, err = s.Sign(dst[:0], nil, header, sum, 0, now); err != nil {
 			b.Fatal(err)
 		}
 	}

@@ -5,72 +5,97 @@ import "bytes"
 // signedField is a header field name that a signature covers.
 type signedField struct {
 	name     string
-	oversign bool // h= names it once more than it occurs, so that none can be added (RFC 6376 section 8.15)
+	oversign oversigning
 }
+
+// oversigning says when h= names a field once more than it occurs, so that none
+// can be added (RFC 6376 section 8.15).
+type oversigning uint8
+
+const (
+	never oversigning = iota
+	always
+	whenPresent // forwarders that write one of their own leave mail without it alone
+)
 
 // signedFields lists what is signed, in the order of h=. Fields that a relay on
 // the way may rightly add or change (Received, Return-Path,
 // Authentication-Results) are not in it (RFC 6376 section 5.4.1).
 var signedFields = [...]signedField{
-	{"From", true},
-	{"To", true},
-	{"Subject", true},
-	{"Date", true},
-	{"Message-ID", true},
-	{"List-Unsubscribe", true},      // RFC 8058 section 4
-	{"List-Unsubscribe-Post", true}, // RFC 8058 section 4
-	{"Sender", false},
-	{"Reply-To", false},
-	{"Cc", false},
-	{"In-Reply-To", false},
-	{"References", false},
-	{"MIME-Version", false},
-	{"Content-Type", false},
-	{"Content-Transfer-Encoding", false},
-	{"Content-Language", false},
-	{"List-Id", false},   // RFC 2919
-	{"List-Help", false}, // RFC 2369 section 3
-	{"List-Owner", false},
-	{"List-Post", false},
-	{"List-Subscribe", false},
-	{"List-Archive", false},
-	{"Feedback-ID", false},
-	{"CFBL-Address", false},     // RFC 9477 section 3.1
-	{"CFBL-Feedback-ID", false}, // RFC 9477 section 3.1
-	{"Auto-Submitted", false},
-	{"Resent-From", false},
-	{"Resent-To", false},
-	{"Resent-Date", false},
-	{"Resent-Message-ID", false},
+	{"From", always},
+	{"To", always},
+	{"Subject", always},
+	{"Date", always},
+	{"Message-ID", always},
+	{"List-Unsubscribe", always},      // RFC 8058 section 4
+	{"List-Unsubscribe-Post", always}, // RFC 8058 section 4
+	{"Sender", never},
+	{"Reply-To", never},
+	{"Cc", never},
+	{"In-Reply-To", never},
+	{"References", never},
+	{"MIME-Version", never},
+	{"Content-Type", never},
+	{"Content-Transfer-Encoding", never},
+	{"Content-Language", never},
+	{"List-Id", never},   // RFC 2919
+	{"List-Help", never}, // RFC 2369 section 3
+	{"List-Owner", never},
+	{"List-Post", never},
+	{"List-Subscribe", never},
+	{"List-Archive", never},
+	{"Feedback-ID", whenPresent},
+	{"CFBL-Address", whenPresent},     // RFC 9477 section 3.1.4
+	{"CFBL-Feedback-ID", whenPresent}, // RFC 9477 section 3.1.4
+	{"Auto-Submitted", never},
+	{"Resent-From", never},
+	{"Resent-To", never},
+	{"Resent-Date", never},
+	{"Resent-Message-ID", never},
 }
 
 // foundField is one field of a message that will be signed.
 type foundField struct {
-	which      int // index into signedFields
-	start, end int // in the header section, CRLF included
+	which int    // index into signedFields
+	text  []byte // CRLF included
 }
 
 // findFields appends the fields of header that are to be signed, in the order
 // of the message. header ends with the empty line, or at the end of the bytes.
 func findFields(found []foundField, header []byte) []foundField {
-	for at := 0; at < len(header); {
-		end := fieldEnd(header, at)
-		field := header[at:end]
-		if colon := bytes.IndexByte(field, ':'); colon > 0 {
-			name := bytes.TrimRight(field[:colon], " \t")
-			for which := range signedFields {
-				if len(name) == len(signedFields[which].name) && equalFold(name, signedFields[which].name) {
-					found = append(found, foundField{which: which, start: at, end: end})
-					break
-				}
+	for at := 0; ; {
+		name, end, ok := NextField(header, at)
+		if !ok {
+			return found
+		}
+		for which := range signedFields {
+			if IsField(name, signedFields[which].name) {
+				found = append(found, foundField{which: which, text: header[at:end]})
+				break
 			}
-		} else if len(bytes.TrimRight(field, "\r\n")) == 0 {
-			return found // the empty line: the body begins
 		}
 		at = end
 	}
-	return found
 }
+
+// NextField returns the name of the field of a header section that begins at
+// the offset, and the offset behind its line end; the name is empty if the line
+// is no field. False: there is no further field, because header ends or the
+// empty line comes.
+func NextField(header []byte, at int) (name []byte, end int, ok bool) {
+	if at >= len(header) {
+		return nil, at, false
+	}
+	end = fieldEnd(header, at)
+	field := header[at:end]
+	if colon := bytes.IndexByte(field, ':'); colon > 0 {
+		return bytes.TrimRight(field[:colon], " \t"), end, true
+	}
+	return nil, end, len(bytes.TrimRight(field, "\r\n")) > 0
+}
+
+// IsField compares the name of a field, in which case does not matter.
+func IsField(name []byte, is string) bool { return len(name) == len(is) && equalFold(name, is) }
 
 // fieldEnd returns where the field that begins at start ends, its folded lines
 // included (RFC 5322 section 2.2.3).

@@ -100,6 +100,8 @@ func entryName(entry any) string {
 		return e.Name
 	case Provider:
 		return e.Name
+	case FeedbackRule:
+		return e.Domain + "/" + e.Stream
 	case Override:
 		return e.Provider + "/" + string(e.Kind) + "/" + string(e.Scope)
 	case Limit:

@@ -33,6 +33,9 @@ type Directory struct {
 	streams     map[streamKey]*ResolvedStream
 
 	certificates bool
+
+	feedback        map[feedbackKey]*FeedbackPlan
+	feedbackTenants map[ids.Tenant]string
 }
 
 // WeightedSource is a source with its share of new work.
@@ -102,6 +105,7 @@ func Compile(v *View) (*Directory, error) {
 		return nil, err
 	}
 	d.compileStreams()
+	d.compileFeedback()
 	return d, nil
 }
 

@@ -35,6 +35,7 @@ type Document struct {
 	Streams    Streams
 	Pools      Pools
 	Providers  Providers
+	Feedback   Feedback
 }
 
 // Submission bounds what clients may do on ports 465 and 587.

@@ -30,6 +30,7 @@ var sections = [...]struct {
 	{"streams", func(d *Document) any { return &d.Streams }},
 	{"pools", func(d *Document) any { return &d.Pools }},
 	{"providers", func(d *Document) any { return &d.Providers }},
+	{"feedback", func(d *Document) any { return &d.Feedback }},
 }
 
 // SectionNames returns the names of the document's sections.

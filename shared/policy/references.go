@@ -11,6 +11,7 @@ import (
 type References struct {
 	Projects map[string]map[string]bool // tenant's name → names of its projects
 	Pools    map[string]PoolReference   // by the pool's name
+	Domains  map[string]bool            // sending domains
 }
 
 // PoolReference is what the checks need to know of a pool.
@@ -21,7 +22,10 @@ type PoolReference struct {
 
 // ReferencesOf returns the objects that a view holds.
 func ReferencesOf(v *View) References {
-	refs := References{Projects: make(map[string]map[string]bool), Pools: make(map[string]PoolReference)}
+	refs := References{Projects: make(map[string]map[string]bool), Pools: make(map[string]PoolReference), Domains: make(map[string]bool)}
+	for _, d := range v.Domains {
+		refs.Domains[string(d.Name)] = true
+	}
 	tenants := make(map[ids.Tenant]string, len(v.Tenants))
 	for _, t := range v.Tenants {
 		tenants[t.ID] = t.Name
@@ -45,8 +49,8 @@ func ReferencesOf(v *View) References {
 	return refs
 }
 
-// CheckReferences checks that the tenants, projects, pools and source
-// addresses that a valid document names exist, and that no stream sends mail
+// CheckReferences checks that the tenants, projects, pools, source addresses and
+// sending domains that a valid document names exist, and that no stream sends mail
 // through a pool dedicated to another tenant. The error is fault.Invalid; it
 // names each field and its fix, up to 20 of them.
 func CheckReferences(doc *Document, refs References) error {
@@ -82,6 +86,11 @@ func CheckReferences(doc *Document, refs References) error {
 			if ip, err := netip.ParseAddr(text); err != nil || !pool.Sources[ip.Unmap()] {
 				p.add(at+"weights.\""+clip(text)+"\"", "is no source address of pool %q: correct it, or assign the address to the pool first", clip(w.Name))
 			}
+		}
+	}
+	for i := range doc.Feedback.Rule {
+		if name := doc.Feedback.Rule[i].Domain; name != everyone && !refs.Domains[name] {
+			p.add(fmt.Sprintf("feedback.rule[%d].domain", i), "there is no sending domain %q: correct the name or add the domain first", clip(name))
 		}
 	}
 	return p.err("policy.CheckReferences")

@@ -54,6 +54,7 @@ func (d *Document) Validate() error {
 	d.Streams.validate(&p)
 	d.Pools.validate(&p)
 	newProviderTable(&d.Providers, &p)
+	d.Feedback.validate(&p, &d.Streams)
 	return p.err("policy.Validate")
 }
 

@@ -175,7 +175,7 @@ func (a *app) nodeCommand() *cobra.Command {
 
 func (a *app) tenantCommand() *cobra.Command {
 	print := func(w io.Writer, t api.Tenant) error {
-		return printPairs(w, "Id", t.ID, "Name", t.Name, "Suspended", yes(t.Suspended), "Ownership token", t.OwnershipToken, "Created", when(t.CreatedAt), "Revision", fmt.Sprint(t.Revision))
+		return printPairs(w, "Id", t.ID, "Name", t.Name, "Suspended", yes(t.Suspended), "Ownership token", t.OwnershipToken, "Name in Feedback-ID", t.FeedbackName, "Created", when(t.CreatedAt), "Revision", fmt.Sprint(t.Revision))
 	}
 	add := &cobra.Command{Use: "add NAME", Short: "Add a tenant and its default project", Example: "  relais-control tenant add acme", Args: cobra.ExactArgs(1)}
 	reason := reasonFlag(add)
@@ -184,8 +184,8 @@ func (a *app) tenantCommand() *cobra.Command {
 	}
 	return group("tenant", "Add, list, show, suspend and resume tenants", add, a.tenantSuspend(true), a.tenantSuspend(false),
 		&cobra.Command{Use: "list", Short: "List tenants", Example: "  relais-control tenant list", Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error {
-			return list(a, cmd, "/tenants", nil, "ID NAME SUSPENDED CREATED", func(t api.Tenant) []string {
-				return []string{t.ID, t.Name, yes(t.Suspended), when(t.CreatedAt)}
+			return list(a, cmd, "/tenants", nil, "ID NAME SUSPENDED FEEDBACK-NAME CREATED", func(t api.Tenant) []string {
+				return []string{t.ID, t.Name, yes(t.Suspended), t.FeedbackName, when(t.CreatedAt)}
 			})
 		}},
 		&cobra.Command{Use: "show TENANT", Short: "Show a tenant, by id or name", Example: "  relais-control tenant show acme", Args: cobra.ExactArgs(1), RunE: func(cmd *cobra.Command, args []string) error {
