@@ -70,6 +70,9 @@ type DNS struct {
 type Lab struct {
 	SMTPPort     uint16 `toml:"smtp_port"`     // deliver to this port instead of 25
 	AllowPrivate bool   `toml:"allow_private"` // deliver to loopback and private addresses
+	// ClearSubmission lets clients of listen.submission log in and send without
+	// TLS, as measurements against servers without TLS need.
+	ClearSubmission bool `toml:"clear_submission"`
 }
 
 // Log sets the log on standard error.

@@ -11,11 +11,11 @@ import (
 )
 
 func TestParse(t *testing.T) {
-	c, err := Parse([]byte("[listen]\nsubmission = [\"127.0.0.1:1587\"]\n[lab]\nsmtp_port = 2525\nallow_private = true\n"))
+	c, err := Parse([]byte("[listen]\nsubmission = [\"127.0.0.1:1587\"]\n[lab]\nsmtp_port = 2525\nallow_private = true\nclear_submission = true\n"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	if c.Listen.Submission[0].Port() != 1587 || c.Lab.SMTPPort != 2525 || !c.Lab.AllowPrivate {
+	if c.Listen.Submission[0].Port() != 1587 || c.Lab.SMTPPort != 2525 || !c.Lab.AllowPrivate || !c.Lab.ClearSubmission {
 		t.Errorf("got %+v", c)
 	}
 	if len(c.Listen.Inbound) != 1 || c.Listen.Inbound[0].Port() != 25 {

@@ -278,7 +278,7 @@ func (c *Conn) auth(arg string) {
 		c.refuse("unknown_command", "502 5.5.1 AUTH is not offered here")
 	case c.helo == "":
 		c.refuse("sequence", "503 5.5.1 Say EHLO first")
-	case c.tls == nil:
+	case !c.mayAuth():
 		c.refuse("tls_required", "538 5.7.11 Encryption required for authentication, issue STARTTLS first")
 	case c.authed:
 		c.refuse("sequence", "503 5.5.1 You are authenticated already")
@@ -292,6 +292,9 @@ func (c *Conn) auth(arg string) {
 		c.pass("AUTH", arg)
 	}
 }
+
+// mayAuth reports whether the connection is one over which secrets may go.
+func (c *Conn) mayAuth() bool { return c.tls != nil || c.security == ClearText }
 
 func validBase64(s string) bool {
 	_, err := base64.StdEncoding.DecodeString(s)

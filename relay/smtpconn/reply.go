@@ -81,7 +81,7 @@ func (c *Conn) replyToGreeting(code int, text string) {
 	if c.server.cfg.TLS != nil && c.tls == nil {
 		c.say("250-STARTTLS") // RFC 3207
 	}
-	if len(c.server.cfg.Mechanisms) > 0 && c.tls != nil && !c.authed {
+	if len(c.server.cfg.Mechanisms) > 0 && c.mayAuth() && !c.authed {
 		c.say("250-AUTH " + strings.Join(c.server.cfg.Mechanisms, " ")) // RFC 4954
 	}
 	if c.server.cfg.DSN {

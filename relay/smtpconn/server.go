@@ -27,6 +27,7 @@ const (
 	ImplicitTLS     Security = iota // TLS from the first octet (RFC 8314 section 3.3): port 465
 	RequireSTARTTLS                 // no mail and no AUTH before STARTTLS: port 587
 	OfferSTARTTLS                   // STARTTLS if the client likes: port 25
+	ClearText                       // AUTH and mail without TLS too: in test networks only
 )
 
 // Limits bounds one session. A session keeps the limits it began with.

@@ -89,6 +89,10 @@ func (s *Server) ServeSTARTTLS(l net.Listener) error {
 	return s.smtp.Serve(l, smtpconn.RequireSTARTTLS)
 }
 
+// ServeClear accepts connections that may log in and send without TLS, until
+// Shutdown. It is for test networks.
+func (s *Server) ServeClear(l net.Listener) error { return s.smtp.Serve(l, smtpconn.ClearText) }
+
 // Shutdown lets mail transactions finish until ctx ends; see
 // smtpconn.Server.Shutdown.
 func (s *Server) Shutdown(ctx context.Context) error { return s.smtp.Shutdown(ctx) }

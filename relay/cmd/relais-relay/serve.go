@@ -273,7 +273,11 @@ func (n *node) serveSMTP() {
 		}
 	}
 	serve("submissions", n.listeners.submissions, n.submission.ServeTLS)
-	serve("submission", n.listeners.submission, n.submission.ServeSTARTTLS)
+	submit := n.submission.ServeSTARTTLS
+	if n.cfg.Lab.ClearSubmission {
+		submit = n.submission.ServeClear
+	}
+	serve("submission", n.listeners.submission, submit)
 	serve("inbound", n.listeners.inbound, n.inbound.Serve)
 }
 

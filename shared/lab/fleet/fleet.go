@@ -35,6 +35,12 @@ type Config struct {
 	Seed    uint64
 	Open    bool // providers and policy without limits, faults and rates
 	NoDKIM  bool
+	// DNS is where the lab's name server listens, and SMTPPort the port to which
+	// relays deliver, when it is not the farm's but another's; 0: the block's own.
+	DNS      netip.AddrPort
+	SMTPPort uint16
+	// Clear lets clients log in and send without TLS on the submission port.
+	Clear bool
 	// Policy adds to or replaces sections of the lab's policy.
 	Policy map[string]string
 	// Dirs overrides the data directory of relay i, e.g. with a small disk.
@@ -91,6 +97,9 @@ func Start(ctx context.Context, cfg Config) (_ *Fleet, err error) {
 	if cfg.Relays < 1 || cfg.Relays > 16 || cfg.Sources < 1 || cfg.Sources > 64 {
 		return nil, fault.Field("fleet.Start", "relays, sources", "want 1 to 16 relays with 1 to 64 sources, got %d and %d", cfg.Relays, cfg.Sources)
 	}
+	if cfg.SMTPPort == 0 {
+		cfg.SMTPPort = portSMTP
+	}
 	if cfg.Log == nil {
 		cfg.Log = io.Discard
 	}
@@ -125,8 +134,12 @@ func (f *Fleet) startLab(ctx context.Context) (err error) {
 	if f.cfg.Open {
 		mode = lab.Open
 	}
+	dns := f.cfg.DNS
+	if !dns.IsValid() {
+		dns = netip.AddrPortFrom(f.block.Addr(placeDNS), portDNS)
+	}
 	f.Lab, err = lab.Start(ctx, lab.Config{
-		Seed: f.cfg.Seed, Mode: mode, DNSAddr: netip.AddrPortFrom(f.block.Addr(placeDNS), portDNS),
+		Seed: f.cfg.Seed, Mode: mode, DNSAddr: dns,
 		FarmAddrs: func(i int) netip.Addr { return f.block.Addr(placeFarm + i) }, SMTPPort: portSMTP,
 		HTTPAddr: f.addrPort(placeHTTP, portHTTP), Dir: filepath.Join(f.cfg.Dir, "lab"), Small: 100, SkipDKIM: f.cfg.NoDKIM,
 		SlowDelay: time.Second, Tune: f.cfg.Tune, Logger: slog.New(slog.NewTextHandler(io.Discard, nil)),
@@ -279,7 +292,10 @@ func (f *Fleet) joinRelay(ctx context.Context, i int, token string) (*Relay, err
 	}
 	listen := func(port uint16) string { return netip.AddrPortFrom(r.Addr, port).String() }
 	text := fmt.Sprintf("hostname = %q\n[listen]\nsubmissions = [%q]\nsubmission = [%q]\ninbound = [%q]\nmetrics = %q\n[dns]\nresolvers = [%q]\n[lab]\nsmtp_port = %d\nallow_private = true\n",
-		name+".relais.test", listen(portSubmissions), listen(portSubmission), listen(portSMTP), listen(portMetrics), f.Lab.DNSAddr(), portSMTP)
+		name+".relais.test", listen(portSubmissions), listen(portSubmission), listen(portSMTP), listen(portMetrics), f.Lab.DNSAddr(), f.cfg.SMTPPort)
+	if f.cfg.Clear { // a release before does not know the key
+		text += "clear_submission = true\n"
+	}
 	if err := writeSynced(r.Dir, "relay.toml", text); err != nil {
 		return nil, err
 	}
