@@ -13,7 +13,7 @@ export CGO_ENABLED := 0
 # A test run must not depend on what an earlier one left in the cache.
 TESTFLAGS := -count=1
 
-.PHONY: all build run check generate test unit e2e test-race fuzz deb test-deb peers clean
+.PHONY: all build run bench check generate test unit e2e test-race fuzz deb test-deb peers clean
 
 all: build
 
@@ -23,6 +23,11 @@ build:
 # make run [N=200] [EXIT=1] [SIZE=10k] [DKIM=off] [LAB=open] [SEED=1]
 run: build
 	@$(GO) run ./scripts/run -bin $(BIN) -n '$(N)' -exit '$(EXIT)' -size '$(SIZE)' -dkim '$(DKIM)' -lab '$(LAB)' -seed '$(SEED)'
+
+# make bench [QUICK=1] [CASES=1k,10k,100k] [SYSTEMS=postfix,haraka,null,relais,relais-dkim] [ROUNDS=3] [SECONDS=8] [DIR=…] [DOC=…] [PROFILE=…]
+bench: build
+	@scripts/bench-peers.sh '$(SYSTEMS)'
+	@$(GO) run ./scripts/bench -bin $(BIN) -quick '$(QUICK)' -cases '$(CASES)' -systems '$(SYSTEMS)' -rounds '$(ROUNDS)' -seconds '$(SECONDS)' -dir '$(DIR)' -doc '$(DOC)' -profile '$(PROFILE)'
 
 check:
 	@test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { echo "gofmt: $$(gofmt -l $$(git ls-files '*.go'))"; exit 1; }
