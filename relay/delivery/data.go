@@ -15,6 +15,7 @@ import (
 const (
 	blockBytes = 64 << 10
 	readBytes  = 32 << 10
+	smallBytes = 16 << 10 // of a block for a message that fits
 )
 
 // lateReplyWait is how long a host that broke off during the data may take to
@@ -31,16 +32,30 @@ var blocks = sync.Pool{New: func() any {
 	return &block{out: make([]byte, 0, blockBytes+readBytes+readBytes/2)}
 }}
 
+// smallBlocks are for most mail: thousands of sessions may wait for the record
+// of their attempt at once, each with a block in hand.
+var smallBlocks = sync.Pool{New: func() any { return &block{out: make([]byte, 0, smallBytes)} }}
+
+// blocksFor returns the pool of blocks in which a message of that size fits,
+// with some room for the dots that are put before its lines.
+func blocksFor(size int64) *sync.Pool {
+	if size <= smallBytes-smallBytes/16 {
+		return &smallBlocks
+	}
+	return &blocks
+}
+
 // sendData sends the message and reads the reply to its end.
 func (s *Session) sendData(t *transfer) {
 	if t.accepted == 0 {
 		s.sendNothing(t)
 		return
 	}
-	b := blocks.Get().(*block)
+	pool := blocksFor(t.content.Size() + int64(t.tx.SignatureBytes))
+	b := pool.Get().(*block)
 	sent := s.writeContent(t, b) && s.writeEnd(t, b)
 	b.out = b.out[:0]
-	blocks.Put(b) // the reply may take minutes
+	pool.Put(b) // the reply may take minutes
 	if sent {
 		s.readVerdict(t)
 	}
