@@ -8,6 +8,7 @@ package relay
 
 import (
 	"net/netip"
+	"strconv"
 	"time"
 
 	"github.com/relais-mta/relais/shared/ids"
@@ -96,12 +97,13 @@ const (
 	StateBounced   State = 4 // final: refused for good
 	StateExpired   State = 5 // final: its deadline passed
 	StateUnknown   State = 6 // final: may or may not have arrived, asked twice
+	StatePurged    State = 7 // final: an operator removed it, nobody was told
 )
 
 // Final reports whether nothing more will happen to the recipient.
 func (s State) Final() bool { return s >= StateDelivered }
 
-var stateNames = [...]string{"", "waiting", "held", "delivered", "bounced", "expired", "unknown"}
+var stateNames = [...]string{"", "waiting", "held", "delivered", "bounced", "expired", "unknown", "purged"}
 
 // String returns the name that commands and events use.
 func (s State) String() string {
@@ -123,6 +125,18 @@ type RecipientState struct {
 	LastMX      string     // host name of the last attempt
 	Sticky      netip.Addr // source address to keep for a greylisting peer; zero otherwise
 	DelayTold   bool       // its delay was due to be told to the sender, which happens once
+	Source      netip.Addr // source address of the last attempt
+	Provider    string     // provider of the last attempt
+	Held        *Held      // of a held recipient: who holds it; nil otherwise
+}
+
+// Held says who holds a recipient and why. It is never changed, so recipients
+// share it.
+type Held struct {
+	Rule  ids.Hold // the rule that holds it; zero: held by hand
+	By    string   // who asked for it
+	Why   string   // words for people
+	Since time.Time
 }
 
 // Phase is the point in an SMTP transaction at which something happened.
@@ -157,6 +171,19 @@ type Reply struct {
 	Code     uint16 // three digits; 0: there was no reply (connection failed, DNS, local)
 	Enhanced string // "5.1.1" (RFC 3463), empty if none was given
 	Text     string // lines joined by a space, enhanced code removed, at most MaxReplyTextBytes
+}
+
+// String is the reply as it was said. What the relay decided itself has no code
+// of SMTP's, but it may have an enhanced one.
+func (r *Reply) String() string {
+	text := r.Text
+	if r.Enhanced != "" {
+		text = r.Enhanced + " " + text
+	}
+	if r.Code != 0 {
+		text = strconv.Itoa(int(r.Code)) + " " + text
+	}
+	return text
 }
 
 // MaxReplyTextBytes bounds the text kept of a remote reply.

@@ -195,7 +195,7 @@ func (s *Server) message(m *queue.MessageInfo, why bool) Message {
 		r := Recipient{
 			ID: ids.Recipient{Message: env.ID, Index: uint16(i)}.String(), Address: env.Recipients[i].Address.String(),
 			State: st.State.String(), Attempts: st.Attempts, Next: st.Next, LastTry: st.LastAttempt,
-			LastReply: replyText(&st.LastReply), LastClass: st.LastClass, LastMX: st.LastMX, InDoubt: st.InDoubt,
+			LastReply: st.LastReply.String(), LastClass: st.LastClass, LastMX: st.LastMX, InDoubt: st.InDoubt,
 		}
 		if why && !st.State.Final() {
 			x := s.cfg.Engine.Explain(env, i, st)
@@ -204,19 +204,6 @@ func (s *Server) message(m *queue.MessageInfo, why bool) Message {
 		out.Recipients = append(out.Recipients, r)
 	}
 	return out
-}
-
-// replyText is a reply as it was said. What the relay decided itself has no
-// code of SMTP's, but it has an enhanced one.
-func replyText(r *relay.Reply) string {
-	text := r.Text
-	if r.Enhanced != "" {
-		text = r.Enhanced + " " + text
-	}
-	if r.Code != 0 {
-		text = strconv.Itoa(int(r.Code)) + " " + text
-	}
-	return text
 }
 
 func (s *Server) show(r *http.Request) (any, error) {
@@ -239,7 +226,7 @@ var stateNames = map[string]relay.State{"": 0, "waiting": relay.StateWaiting, "h
 func (s *Server) list(r *http.Request) (any, error) {
 	const op = "admin.list"
 	v := r.URL.Query()
-	f := queue.Filter{Stream: v.Get("stream")}
+	f := queue.Filter{Match: queue.Match{Stream: v.Get("stream")}}
 	limit := defaultListed
 	var err error
 	if t := v.Get("tenant"); t != "" {
@@ -310,7 +297,7 @@ func (s *Server) events(r *http.Request) (any, error) {
 		ev := &events[i]
 		e := Event{
 			Seq: ev.Seq, Type: ev.Type.String(), At: ev.At, Message: ev.Message.String(), Recipient: ev.Index, Address: ev.Address, Tag: ev.Tag,
-			Provider: ev.Provider, MX: ev.MX, Phase: ev.Phase.String(), Class: ev.Class, Reply: replyText(&ev.Reply), Attempts: ev.Attempts,
+			Provider: ev.Provider, MX: ev.MX, Phase: ev.Phase.String(), Class: ev.Class, Reply: ev.Reply.String(), Attempts: ev.Attempts,
 		}
 		if ev.SourceIP.IsValid() {
 			e.Source = ev.SourceIP.String()

@@ -272,6 +272,17 @@ func (e *Engine) act(f schedule.Effect, now time.Time) {
 // take gets the next work of a queue, which may still have to be loaded, and
 // tells the scheduler what is left. e.mu is held.
 func (e *Engine) take(n schedule.Queue, lane schedule.Lane, now time.Time) *queue.Work {
+	for range maxHeldPerTake {
+		w := e.takeNext(n, lane, now)
+		if w == nil || !w.Loaded() || !e.held(w, lane) {
+			return w
+		}
+	}
+	return nil // the head was reported: the scheduler asks again
+}
+
+// takeNext is take without regard to the rules that hold mail.
+func (e *Engine) takeNext(n schedule.Queue, lane schedule.Lane, now time.Time) *queue.Work {
 	if p := e.pinned[n]; p != nil {
 		return e.takePinned(n, p, now)
 	}

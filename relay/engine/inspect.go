@@ -17,6 +17,7 @@ type Explanation struct {
 	Until    time.Time `json:"until,omitzero"` // when it ends, if that is known
 	Source   string    `json:"source,omitempty"`
 	Provider string    `json:"provider,omitempty"`
+	Rule     string    `json:"rule,omitempty"` // of held: the rule that holds it
 }
 
 var whyTexts = map[string]string{
@@ -37,7 +38,7 @@ func (e *Engine) Explain(env *relay.Envelope, index int, st relay.RecipientState
 	now := e.cfg.Now()
 	switch {
 	case st.State == relay.StateHeld:
-		return Explanation{Reason: "held", Text: "an operator holds it", Until: env.ExpiresAt}
+		return e.explainHeld(env, st.Held)
 	case st.State.Final():
 		return Explanation{Reason: st.State.String(), Text: "nothing more will happen to it"}
 	case st.Next.After(now):

@@ -160,6 +160,9 @@ func (e *Engine) refuse(n schedule.Queue) {
 		if w == nil || !e.queue.Load(w) {
 			return
 		}
+		if e.held(w, schedule.Lane{}) {
+			continue
+		}
 		if route == nil || route.Failure == nil || route.Failure.Status != relay.Failed {
 			e.queue.Return(w)
 			break
@@ -182,6 +185,9 @@ func (e *Engine) deferDomain(domain mailaddr.Domain, route *resolve.Route) {
 			e.mu.Unlock()
 			if w == nil || !e.queue.Load(w) {
 				break
+			}
+			if e.held(w, schedule.Lane{}) {
+				continue
 			}
 			e.settleWithout(w, route.Failure, now)
 		}

@@ -68,6 +68,7 @@ func (s *settlement) add(env *relay.Envelope, a *relay.Attempt, st relay.Recipie
 	st.LastAttempt = a.EndedAt
 	st.LastReply = o.Reply
 	st.LastMX = a.MX
+	st.Source, st.Provider = a.SourceIP, a.Provider
 	st.Sticky = netip.Addr{}
 	r := queue.Result{Index: o.Index, Phase: o.Phase}
 	switch o.Status {
@@ -238,7 +239,7 @@ func (e *Engine) expireWork(works []*queue.Work, now time.Time, dir *policy.Dire
 		for _, wr := range w.Recipients {
 			st := wr.State
 			if st.LastReply.Text == "" && st.LastReply.Code == 0 {
-				st.LastReply = e.whyNotTried(w, now)
+				st.LastReply = e.whyNotTried(w, &wr.State, now)
 			}
 			st.State = relay.StateExpired
 			s.results = append(s.results, queue.Result{Index: wr.Index, State: st, Event: outbox.Expired, Phase: relay.PhaseLocal})
@@ -273,7 +274,10 @@ func (e *Engine) finishExpired(works []*queue.Work, settlements []*settlement, m
 }
 
 // whyNotTried words the reason for mail that expired before any attempt.
-func (e *Engine) whyNotTried(w *queue.Work, now time.Time) relay.Reply {
+func (e *Engine) whyNotTried(w *queue.Work, st *relay.RecipientState, now time.Time) relay.Reply {
+	if st.State == relay.StateHeld {
+		return relay.Reply{Enhanced: "4.4.7", Text: "the message was held here until it expired"}
+	}
 	text := "no attempt was possible before the message expired"
 	e.mu.Lock()
 	if route := e.routes[w.Key.Domain]; route != nil && route.Failure != nil {

@@ -96,6 +96,9 @@ func (w *worker) ready(work *queue.Work) bool {
 	if !e.queue.Load(work) {
 		return false // Notify was told
 	}
+	if e.held(work, w.lane) {
+		return false
+	}
 	e.mu.Lock()
 	ok := e.begins(w.id, w.lane, work, e.cfg.Now())
 	e.mu.Unlock()

@@ -35,11 +35,13 @@ const (
 	Delayed   Type = 12 // the sender was told about a delay
 	Gap       Type = 13 // made by Read: the Count events up to and including Seq were dropped
 	Untold    Type = 14 // a notification about the recipient was kept back: its sender had as many as policy allows
-	types          = 15
+	Purged    Type = 15 // final: an operator removed it, nobody was told
+	Hastened  Type = 16 // an operator made its next attempt due at once
+	types          = 17
 )
 
 var typeNames = [types]string{"none", "accepted", "deferred", "delivered", "bounced", "expired", "in-doubt",
-	"unknown", "inbound", "dsn", "held", "released", "delayed", "gap", "untold"}
+	"unknown", "inbound", "dsn", "held", "released", "delayed", "gap", "untold", "purged", "hastened"}
 
 // String returns the name that metrics and reports use.
 func (t Type) String() string {
@@ -84,6 +86,7 @@ type Event struct {
 	Next       time.Time // of the next attempt
 	Attempts   uint32
 	Revision   uint64 // policy revision
+	Actor      string // who asked for it; empty: the relay by itself
 
 	Count uint64 // of a Gap: events dropped
 }
@@ -119,6 +122,7 @@ const (
 	fieldAttempts   protowire.Number = 26
 	fieldRevision   protowire.Number = 27
 	fieldTag        protowire.Number = 28
+	fieldActor      protowire.Number = 29
 )
 
 // eventHeaderBytes are in front of the fields: schema and type.
@@ -154,7 +158,8 @@ func (e *Event) Append(b []byte) []byte {
 	b = appendTime(b, fieldNext, e.Next)
 	b = appendUint(b, fieldAttempts, uint64(e.Attempts))
 	b = appendUint(b, fieldRevision, e.Revision)
-	return appendString(b, fieldTag, e.Tag)
+	b = appendString(b, fieldTag, e.Tag)
+	return appendString(b, fieldActor, e.Actor)
 }
 
 func appendUint(b []byte, n protowire.Number, v uint64) []byte {
@@ -284,6 +289,8 @@ func (e *Event) setBytes(n protowire.Number, v []byte) {
 		e.Stream = string(v)
 	case fieldTag:
 		e.Tag = string(v)
+	case fieldActor:
+		e.Actor = string(v)
 	case fieldAddress:
 		e.Address = string(v)
 	case fieldSourceIP:

@@ -24,7 +24,8 @@ type placedMail struct {
 	env      *relay.Envelope
 	body     *store.Body
 	firstDue int64
-	queues   []*workQueue // by recipient
+	queues   []*workQueue  // by recipient
+	rules    []*activeRule // by recipient, those that hold it from the start; nil: none is held
 }
 
 // scratch holds buffers for encoding, reused between calls.
@@ -105,6 +106,7 @@ func (q *Queue) place(b *store.Batch, env *relay.Envelope, body *store.Body) (*p
 		due = env.NotBefore
 	}
 	mail.firstDue = max(store.Milliseconds(due), store.Milliseconds(now.Add(-maxClockLag)))
+	mail.rules = q.heldAtOnce(env)
 
 	q.mu.Lock()
 	if err := q.begin(); err != nil {
@@ -121,9 +123,14 @@ func (q *Queue) place(b *store.Batch, env *relay.Envelope, body *store.Body) (*p
 		mail.queues[i].pins++
 	}
 	q.lowerFloor(b, q.deadlines, store.Milliseconds(env.ExpiresAt), sc)
+	mail.rules = q.pinRules(mail.rules)
 	q.mu.Unlock()
 
 	for i := range env.Recipients {
+		if rule := mail.heldBy(i); rule != nil {
+			q.placeHeld(b, env, uint16(i), rule, sc)
+			continue
+		}
 		sc.key = store.AppendWaitingKey(sc.key[:0], uint32(mail.queues[i].number), mail.firstDue, env.ID, uint16(i))
 		b.Set(sc.key, nil)
 	}
@@ -147,6 +154,11 @@ func (q *Queue) place(b *store.Batch, env *relay.Envelope, body *store.Body) (*p
 			sc.ev.Type = outbox.DSN
 		}
 		sc.event = q.ob.Add(b, &sc.ev, sc.event)
+		if rule := mail.heldBy(i); rule != nil {
+			sc.ev.Type, sc.ev.Next = outbox.Held, time.Time{}
+			fillNote(&sc.ev, rule.note)
+			sc.event = q.ob.Add(b, &sc.ev, sc.event)
+		}
 	}
 	return mail, nil
 }
@@ -192,6 +204,7 @@ func (q *Queue) accepted(mail *placedMail, err error) {
 	for _, wq := range mail.queues {
 		wq.pins--
 	}
+	q.unpinRules(mail.rules)
 	if err != nil {
 		q.mu.Unlock()
 		return
@@ -202,10 +215,14 @@ func (q *Queue) accepted(mail *placedMail, err error) {
 	m.known = true // nothing is final yet
 	for i, wq := range mail.queues {
 		wq.stored = true
+		if rule := mail.heldBy(i); rule != nil {
+			q.heldBy[rule.ID]++
+			continue
+		}
 		m.refs++
+		q.waiting++
 		q.enqueue(wq, item{pos: pos{mail.firstDue, env.ID, uint16(i)}, fresh: true, msg: m})
 	}
-	q.waiting += int64(len(mail.queues))
 	soonest := q.addDeadline(env)
 	q.unref(m, 1)
 	q.trim()

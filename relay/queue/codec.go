@@ -318,11 +318,23 @@ const (
 	stMX        protowire.Number = 10
 	stSticky    protowire.Number = 11
 	stDelayTold protowire.Number = 12
+	stSource    protowire.Number = 13
+	stProvider  protowire.Number = 14
+	stHeldRule  protowire.Number = 15
+	stHeldBy    protowire.Number = 16
+	stHeldWhy   protowire.Number = 17
+	stHeldSince protowire.Number = 18
+	stPurged    protowire.Number = 19
 )
 
 func appendState(b []byte, s *relay.RecipientState) []byte {
 	b = append(b, stateVersion)
-	b = putUint(b, stState, uint64(s.State))
+	state := s.State
+	if state == relay.StatePurged {
+		// Releases that do not know the state read one that they know.
+		state = relay.StateBounced
+	}
+	b = putUint(b, stState, uint64(state))
 	b = putUint(b, stAttempts, uint64(s.Attempts))
 	b = putTime(b, stNext, s.Next)
 	b = putTime(b, stLast, s.LastAttempt)
@@ -336,6 +348,17 @@ func appendState(b []byte, s *relay.RecipientState) []byte {
 	if s.DelayTold {
 		b = putUint(b, stDelayTold, 1)
 	}
+	b = putAddr(b, stSource, s.Source)
+	b = putString(b, stProvider, s.Provider)
+	if h := s.Held; h != nil && s.State == relay.StateHeld {
+		b = putID(b, stHeldRule, h.Rule)
+		b = putString(b, stHeldBy, h.By)
+		b = putString(b, stHeldWhy, h.Why)
+		b = putTime(b, stHeldSince, h.Since)
+	}
+	if s.State == relay.StatePurged {
+		b = putUint(b, stPurged, 1)
+	}
 	return b
 }
 
@@ -344,6 +367,8 @@ func parseState(b []byte) (s relay.RecipientState, err error) {
 	if len(b) < 1 || b[0] != stateVersion {
 		return s, fault.New(fault.Invalid, op, "a recipient's state is damaged or of a newer version")
 	}
+	var held relay.Held
+	purged := false
 	err = fields(b[1:], func(n protowire.Number, v uint64, text []byte) {
 		switch n {
 		case stState:
@@ -370,9 +395,29 @@ func parseState(b []byte) (s relay.RecipientState, err error) {
 			s.Sticky = toAddr(text)
 		case stDelayTold:
 			s.DelayTold = v != 0
+		case stSource:
+			s.Source = toAddr(text)
+		case stProvider:
+			s.Provider = string(text)
+		case stHeldRule:
+			copy(held.Rule[:], text)
+		case stHeldBy:
+			held.By = string(text)
+		case stHeldWhy:
+			held.Why = string(text)
+		case stHeldSince:
+			held.Since = fromMS(v)
+		case stPurged:
+			purged = v != 0
 		}
 	})
-	if err == nil && (s.State < relay.StateWaiting || s.State > relay.StateUnknown) {
+	switch {
+	case s.State == relay.StateHeld:
+		s.Held = &held
+	case s.State == relay.StateBounced && purged:
+		s.State = relay.StatePurged
+	}
+	if err == nil && (s.State < relay.StateWaiting || s.State > relay.StatePurged) {
 		err = fault.New(fault.Invalid, op, "state %d does not exist", s.State)
 	}
 	return s, fault.Wrap(err, fault.Invalid, op, "a recipient's state is damaged")

@@ -96,7 +96,7 @@ func (q *Queue) expire(m *message, deadline item) []*Work {
 			continue
 		}
 		q.learn(m, read)
-		work := q.takeOpen(m, read)
+		work := q.takeOpen(m, read, nil)
 		if len(work) == 0 {
 			q.cleanUp(m)
 		}
@@ -112,11 +112,14 @@ func (q *Queue) expire(m *message, deadline item) []*Work {
 	return nil
 }
 
-// takeOpen moves all recipients that nobody owns and that are not final into
-// the caller's hands. Call with the lock held.
-func (q *Queue) takeOpen(m *message, read readMessage) []*Work {
+// takeOpen moves all recipients that nobody owns, that are not final and that
+// are wanted (nil: all) into the caller's hands. Call with the lock held.
+func (q *Queue) takeOpen(m *message, read readMessage, wanted func(index uint16, s *relay.RecipientState) bool) []*Work {
 	var out []*Work
-	byQueue := make(map[*workQueue]*Work)
+	var byQueue map[*workQueue]*Work
+	if m.total > 1 {
+		byQueue = make(map[*workQueue]*Work)
+	}
 	for i := range m.env.Recipients {
 		index := uint16(i)
 		s, stored := read.states[index]
@@ -126,16 +129,23 @@ func (q *Queue) takeOpen(m *message, read readMessage) []*Work {
 		if !stored {
 			s = relay.RecipientState{State: relay.StateWaiting, Next: time.UnixMilli(m.firstDue)}
 		}
+		if wanted != nil && !wanted(index, &s) {
+			continue
+		}
 		wq := q.queueFor(keyOf(m.env, i))
-		h := heldItem{due: store.Milliseconds(s.Next), waits: s.State == relay.StateWaiting, stored: stored}
+		h := heldItem{due: store.Milliseconds(s.Next), waits: s.State == relay.StateWaiting, stored: stored, hold: s.Held}
 		if h.waits {
 			q.leave(wq, pos{h.due, m.id, index})
 		}
-		w := byQueue[wq]
-		if w == nil {
+		var w *Work
+		if n := len(out); n > 0 && out[n-1].wq == wq {
+			w = out[n-1] // recipients of one domain stand together
+		} else if w = byQueue[wq]; w == nil {
 			w = &Work{Queue: wq.number, Key: wq.key, Env: m.env, msg: m, wq: wq}
-			byQueue[wq] = w
 			out = append(out, w)
+			if m.total > 1 {
+				byQueue[wq] = w
+			}
 		}
 		w.Recipients = append(w.Recipients, WorkRecipient{Index: index, State: s})
 		w.held = append(w.held, h)

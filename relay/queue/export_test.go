@@ -44,7 +44,13 @@ func (f *fixture) content(id ids.Message) string {
 	}
 	env := *info.Env
 	env.Body = relay.BodyRef{Length: env.Body.Length, HeaderBytes: env.Body.HeaderBytes, BodyHash: env.Body.BodyHash, CRC32C: env.Body.CRC32C}
-	return fmt.Sprintf("%+v\n%+v\n%s", env, info.States, body)
+	states := ""
+	for _, s := range info.States {
+		held := s.Held
+		s.Held = nil
+		states += fmt.Sprintf("%+v %+v\n", s, held)
+	}
+	return fmt.Sprintf("%+v\n%s\n%s", env, states, body)
 }
 
 // mixed fills a queue with mail in every state and returns the ids.

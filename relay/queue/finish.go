@@ -136,7 +136,7 @@ func (q *Queue) checkResults(end *ending) error {
 		}
 		end.at[i] = at
 		switch {
-		case r.State.State < relay.StateWaiting || r.State.State > relay.StateUnknown:
+		case r.State.State < relay.StateWaiting || r.State.State > relay.StatePurged:
 			return q.violation("a result has no state", "message", w.Env.ID, "index", r.Index)
 		case r.State.State == relay.StateWaiting && r.State.Next.IsZero():
 			return q.violation("a waiting result has no next time", "message", w.Env.ID, "index", r.Index)
@@ -161,12 +161,23 @@ func (q *Queue) writeEvents(b *store.Batch, end *ending, a *relay.Attempt, sc *s
 		if r.State.State == relay.StateWaiting {
 			e.Next = r.State.Next
 		}
+		fillNote(e, r.Note)
 		fillAttempt(e, a)
 		for _, e.Type = range [...]outbox.Type{r.Event, r.Told} {
 			if e.Type != outbox.None {
 				sc.event = q.ob.Add(b, e, sc.event)
 			}
 		}
+	}
+}
+
+func fillNote(e *outbox.Event, n *Note) {
+	if n == nil {
+		return
+	}
+	e.Actor, e.Class = n.Actor, n.Class
+	if n.Text != "" {
+		e.Reply = relay.Reply{Text: n.Text}
 	}
 }
 
@@ -196,6 +207,7 @@ func (q *Queue) writeStates(b *store.Batch, end *ending, sc *scratch) {
 			b.Delete(sc.key)
 			end.deleted++
 		}
+		q.writeHeld(b, id, r, h.hold, sc)
 		if !end.removes {
 			sc.key = store.AppendStateKey(sc.key[:0], id, r.Index)
 			sc.value = appendState(sc.value[:0], &r.State)
@@ -297,7 +309,8 @@ func (q *Queue) finished(end *ending, err error) {
 		if h := w.held[i]; h.waits {
 			q.keyGone(w.wq, pos{h.due, m.id, r.Index})
 		}
-		q.metrics.results[min(r.State.State, relay.StateUnknown)].Inc()
+		q.bookHeld(w.held[i].hold, &r.State)
+		q.metrics.results[min(r.State.State, relay.StatePurged)].Inc()
 		switch {
 		case r.State.State.Final():
 			m.setFinal(r.Index)

@@ -13,6 +13,7 @@ import (
 	"github.com/relais-mta/relais/relay/outbox"
 	"github.com/relais-mta/relais/relay/store"
 	"github.com/relais-mta/relais/shared/fault"
+	"github.com/relais-mta/relais/shared/ids"
 )
 
 // classImported is the class of the accepted events of imported mail.
@@ -155,6 +156,13 @@ func (q *Queue) placeImported(b *store.Batch, m *exported, body *store.Body) (*i
 			s.Next = time.UnixMilli(mail.due[i]).UTC() // the waiting key is found by it
 			m.states[uint16(i)] = s
 		}
+		if stored && s.State == relay.StateHeld {
+			// The rule is another relay's: from here on it is held by hand.
+			byHand := *s.Held
+			byHand.Rule = ids.Hold{}
+			s.Held = &byHand
+			m.states[uint16(i)] = s
+		}
 		wq := q.intern(b, keyOf(env, i), mail.due[i], sc)
 		wq.pins++
 		mail.queues = append(mail.queues, wq)
@@ -167,6 +175,10 @@ func (q *Queue) placeImported(b *store.Batch, m *exported, body *store.Body) (*i
 			sc.key = store.AppendStateKey(sc.key[:0], env.ID, uint16(i))
 			sc.value = appendState(sc.value[:0], &s)
 			b.Set(sc.key, sc.value)
+			if s.State == relay.StateHeld {
+				sc.key = store.AppendHeldKey(sc.key[:0], s.Held.Rule, env.ID, uint16(i))
+				b.Set(sc.key, nil)
+			}
 		}
 		if mail.waits[i] {
 			sc.key = store.AppendWaitingKey(sc.key[:0], uint32(mail.queues[i].number), mail.due[i], env.ID, uint16(i))
@@ -216,6 +228,9 @@ func (q *Queue) imported(mail *importedMail, err error) {
 	}
 	for i, wq := range mail.queues {
 		wq.stored = true
+		if mail.states[uint16(i)].State == relay.StateHeld {
+			q.heldBy[ids.Hold{}]++
+		}
 		if mail.waits[i] {
 			q.waiting++
 			q.enqueue(wq, item{pos: pos{mail.due[i], mail.env.ID, uint16(i)}})

@@ -1,12 +1,12 @@
 package queue
 
 import (
+	"slices"
 	"time"
 
 	"github.com/relais-mta/relais/relay"
 	"github.com/relais-mta/relais/relay/store"
 	"github.com/relais-mta/relais/shared/ids"
-	"github.com/relais-mta/relais/shared/mailaddr"
 )
 
 // QueueInfo describes one work queue.
@@ -112,17 +112,6 @@ func (q *Queue) Show(id ids.Message) (*MessageInfo, error) {
 	return info, nil
 }
 
-// Filter selects messages; zero fields match all. A message matches when one
-// of its recipients does.
-type Filter struct {
-	Tenant ids.Tenant
-	Stream string
-	Pool   ids.Pool
-	Domain mailaddr.Domain
-	State  relay.State
-	After  ids.Message // continue behind this message
-}
-
 // maxListed bounds one call of List, and maxLooked the messages it reads for it.
 const (
 	maxListed = 10_000
@@ -134,16 +123,46 @@ const (
 // messages were read and few matched.
 func (q *Queue) List(f Filter, limit int) (found []MessageInfo, next ids.Message, err error) {
 	limit = min(max(limit, 1), maxListed)
-	var candidates []*relay.Envelope
-	looked := 0
+	var candidates []*target
+	end := false
 	snap := q.st.Snapshot()
+	if f.Chosen != nil {
+		var s step
+		s, err = q.readChosen(snap, &f, f.After)
+		candidates, next, end = s.targets, s.last, s.end
+	} else {
+		candidates, next, end, err = listStep(snap, &f, limit)
+	}
+	snap.Close()
+	if err != nil {
+		return nil, next, err
+	}
+	if end {
+		next = ids.Message{}
+	}
+	for _, t := range candidates {
+		info, err := q.Show(t.env.ID)
+		if err != nil {
+			continue // it ended while the list was made
+		}
+		if q.shows(&f, t, info) {
+			found = append(found, *info)
+		}
+	}
+	return found, next, nil
+}
+
+func listStep(snap *store.Snapshot, f *Filter, limit int) (found []*target, next ids.Message, end bool, err error) {
+	looked := 0
+	end = true
 	var inner error
 	err = snap.Iterate([]byte{store.SpaceMessage}, store.AppendMessageKey(nil, nextID(f.After)), false, func(k, v []byte) bool {
 		id, ok := store.ParseMessageKey(k)
 		if !ok {
 			return true
 		}
-		if len(candidates) == limit || looked == maxLooked {
+		if len(found) == limit || looked == maxLooked {
+			end = false
 			return false
 		}
 		looked++
@@ -152,51 +171,21 @@ func (q *Queue) List(f Filter, limit int) (found []MessageInfo, next ids.Message
 		if env, _, inner = parseEnvelope(id, v); inner != nil {
 			return false
 		}
-		if f.matches(env) {
-			candidates = append(candidates, env)
+		if f.message(env) && slices.ContainsFunc(env.Recipients, func(r relay.Recipient) bool { return f.Match.domain(r.Address.Domain) }) {
+			found = append(found, &target{env: env})
 		}
 		return true
 	})
-	snap.Close()
 	if err == nil {
 		err = inner
 	}
-	if err != nil {
-		return nil, next, err
-	}
-	if looked < maxLooked && len(candidates) < limit {
-		next = ids.Message{}
-	}
-	for _, env := range candidates {
-		info, err := q.Show(env.ID)
-		if err != nil {
-			continue // it ended while the list was made
-		}
-		if f.State == 0 || f.matchesState(info) {
-			found = append(found, *info)
-		}
-	}
-	return found, next, nil
+	return found, next, end, err
 }
 
-func (f *Filter) matches(env *relay.Envelope) bool {
-	if !f.Tenant.IsZero() && f.Tenant != env.Tenant || f.Stream != "" && f.Stream != env.Stream || !f.Pool.IsZero() && f.Pool != env.Pool {
-		return false
-	}
-	if f.Domain == "" {
-		return true
-	}
-	for i := range env.Recipients {
-		if env.Recipients[i].Address.Domain == f.Domain {
-			return true
-		}
-	}
-	return false
-}
-
-func (f *Filter) matchesState(info *MessageInfo) bool {
+// shows reports whether one recipient of a message matches by its state.
+func (q *Queue) shows(f *Filter, t *target, info *MessageInfo) bool {
 	for i := range info.States {
-		if info.States[i].State == f.State && (f.Domain == "" || info.Env.Recipients[i].Address.Domain == f.Domain) {
+		if t.wants(uint16(i)) && f.state(&info.States[i], info.Env.Recipients[i].Address.Domain, q.provider) {
 			return true
 		}
 	}

@@ -26,6 +26,7 @@ type modelRecipient struct {
 	owned   bool
 	journal bool
 	doubts  int
+	rule    ids.Hold // that holds it
 }
 
 // model is the queue as a plain map, which is what the real one must equal.
@@ -35,6 +36,7 @@ type model struct {
 	envelopes  map[ids.Message]*relay.Envelope
 	works      []*Work
 	events     int
+	rules      map[string]ids.Hold // by the domain that they hold
 }
 
 func (m *model) open(id ids.Message) (n int) {
@@ -82,6 +84,7 @@ func (m *model) accept(t *rapid.T) {
 	for i, r := range env.Recipients {
 		id := ids.Recipient{Message: env.ID, Index: uint16(i)}
 		m.recipients[id] = &modelRecipient{msg: env.ID, index: uint16(i), domain: string(r.Address.Domain), due: due.UnixMilli(), state: relay.StateWaiting}
+		m.holdAtOnce(m.recipients[id])
 	}
 }
 
@@ -372,7 +375,7 @@ func runModel(outer *testing.T, t *rapid.T, sz sizes) {
 	f.sizes = sz
 	f.policy.MaxMemoryRecipients = sz.minMemory
 	f.open()
-	m := &model{f: f, recipients: map[ids.Recipient]*modelRecipient{}, envelopes: map[ids.Message]*relay.Envelope{}}
+	m := &model{f: f, recipients: map[ids.Recipient]*modelRecipient{}, envelopes: map[ids.Message]*relay.Envelope{}, rules: map[string]ids.Hold{}}
 	t.Repeat(map[string]func(*rapid.T){
 		"accept":  m.accept,
 		"accept2": m.accept,
@@ -383,6 +386,7 @@ func runModel(outer *testing.T, t *rapid.T, sz sizes) {
 		"finish2": m.finish,
 		"return":  m.giveBack,
 		"expire":  m.expire,
+		"rule":    m.rule,
 		"restart": m.restart,
 		"pass": func(t *rapid.T) {
 			f.clock.Add(time.Duration(rapid.IntRange(1, 900).Draw(t, "seconds")) * time.Second)

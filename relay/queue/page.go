@@ -24,6 +24,7 @@ type sizes struct {
 	maxPage      int
 	maxDeadlines int
 	floorEvery   int // keys deleted before a floor is stored again
+	stepMessages int // read at once by an action on many messages; 0: maxStepMessages
 }
 
 var defaultSizes = sizes{minMemory: 1_000, minPage: 32, maxPage: 1024, maxDeadlines: 32_768, floorEvery: 4096}
@@ -426,7 +427,14 @@ func (q *Queue) countWaiting(snap *store.Snapshot) {
 	if err != nil || stopped {
 		return
 	}
+	held, err := countHeld(snap)
+	if err != nil {
+		return
+	}
 	q.mu.Lock()
+	for rule, n := range held {
+		q.heldBy[rule] += n
+	}
 	q.base, q.counted = n, true
 	q.mu.Unlock()
 }

@@ -45,15 +45,16 @@ type Key struct {
 
 // Config gives the queue its clock, its policy and its listeners.
 type Config struct {
-	Now          func() time.Time      // required
-	ClockTrusted func() bool           // while it returns false nothing expires; nil: always trusted
-	Notify       func(Number)          // called, from any goroutine and holding no lock, when a queue may have got earlier work, and with 0 when the earliest deadline may have changed; must not block; nil: nobody cares
-	Dropped      func(Number)          // called when an empty queue's number ceases to exist; nil: nobody cares
-	Policy       policy.Queue          // SetPolicy changes it later
-	MaxInbound   int64                 // bytes of inbound mail kept (policy.Inbound.MaxStoredBytes); 0: none
-	Logger       *slog.Logger          // required
-	Registerer   prometheus.Registerer // nil: metrics are not exported
-	Strict       bool                  // panic on a broken invariant instead of refusing that work (tests)
+	Now          func() time.Time             // required
+	ClockTrusted func() bool                  // while it returns false nothing expires; nil: always trusted
+	Notify       func(Number)                 // called, from any goroutine and holding no lock, when a queue may have got earlier work, and with 0 when the earliest deadline may have changed; must not block; nil: nobody cares
+	Dropped      func(Number)                 // called when an empty queue's number ceases to exist; nil: nobody cares
+	Provider     func(mailaddr.Domain) string // names the provider of a recipient domain, "" if it is not known; called without a lock held; nil: none is known
+	Policy       policy.Queue                 // SetPolicy changes it later
+	MaxInbound   int64                        // bytes of inbound mail kept (policy.Inbound.MaxStoredBytes); 0: none
+	Logger       *slog.Logger                 // required
+	Registerer   prometheus.Registerer        // nil: metrics are not exported
+	Strict       bool                         // panic on a broken invariant instead of refusing that work (tests)
 
 	sizes sizes // zero: defaultSizes
 }
@@ -85,9 +86,10 @@ type Work struct {
 func (w *Work) Loaded() bool { return w.Env != nil }
 
 type heldItem struct {
-	due    int64 // of its waiting key
-	waits  bool  // it has a waiting key
-	stored bool  // it has a stored state
+	due    int64       // of its waiting key
+	waits  bool        // it has a waiting key
+	stored bool        // it has a stored state
+	hold   *relay.Held // it is held, and stands in the index of held recipients
 }
 
 type workState uint8
@@ -105,6 +107,14 @@ type Result struct {
 	Event outbox.Type          // event to write; None for none
 	Told  outbox.Type          // event about telling the sender, behind Event; None for none
 	Phase relay.Phase
+	Note  *Note // what the event says of an action that an operator or a rule asked for; nil otherwise
+}
+
+// Note is what the events of an action say about it.
+type Note struct {
+	Actor string // who asked for it
+	Class string
+	Text  string // stands in the place of the reply; empty: the last reply does
 }
 
 // Mail is a message with its sealed body, ready to be accepted.
@@ -193,6 +203,13 @@ type Queue struct {
 	waiting    int64 // waiting keys written minus deleted since start
 	base       int64 // waiting keys at start
 	counted    bool
+	rules      map[ids.Hold]*activeRule // rules that hold mail, those being undone included
+	heldBy     map[ids.Hold]int64       // recipients by the rule that holds them; the zero rule: by hand
+
+	active   atomic.Pointer[ruleSet] // what matches; nil: no rule
+	ruleWake chan struct{}
+
+	ruleChange sync.Mutex // one change of a rule's record at a time; taken before mu
 
 	pageWake chan struct{}
 	pageList []*workQueue
@@ -320,6 +337,7 @@ func Open(ctx context.Context, st *store.Store, ob *outbox.Outbox, cfg Config) (
 		policy: cfg.Policy, maxInbound: cfg.MaxInbound,
 		byKey: make(map[Key]*workQueue), byNumber: make(map[Number]*workQueue), nextNumber: 1,
 		deadlines: &workQueue{}, live: make(map[ids.Message]*message), flights: make(map[*Work]struct{}), leaving: make(map[ids.Message]int64),
+		rules: make(map[ids.Hold]*activeRule), heldBy: make(map[ids.Hold]int64), ruleWake: make(chan struct{}, 1),
 		pageWake: make(chan struct{}, 1), stop: make(chan struct{}),
 	}
 	if q.sizes == (sizes{}) {
@@ -329,6 +347,9 @@ func Open(ctx context.Context, st *store.Store, ob *outbox.Outbox, cfg Config) (
 	err := q.loadTable(snap)
 	if err == nil {
 		err = q.loadInbound(snap)
+	}
+	if err == nil {
+		err = q.loadRules(snap)
 	}
 	snap.Close()
 	if err == nil {
@@ -347,8 +368,9 @@ func Open(ctx context.Context, st *store.Store, ob *outbox.Outbox, cfg Config) (
 	q.wantPage(q.deadlines)
 	count := st.Snapshot()
 	q.mu.Unlock()
-	q.done.Add(2)
+	q.done.Add(3)
 	go q.pageLoop()
+	go q.ruleLoop()
 	go q.countWaiting(count)
 	return q, nil
 }

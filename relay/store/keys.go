@@ -11,7 +11,9 @@ import (
 // Key spaces: the first octet of every key.
 const (
 	SpaceMeta     = 0x00
+	SpaceRule     = 'H' // rules that hold mail
 	SpaceAttempt  = 'a'
+	SpaceHeld     = 'h' // held recipients by rule
 	SpaceInbound  = 'i'
 	SpaceMessage  = 'm'
 	SpaceOutbox   = 'o'
@@ -37,6 +39,8 @@ const (
 	DeadlineKeyBytes = 1 + 8 + ids.Size
 	QueueKeyBytes    = 1 + 4
 	OutboxKeyBytes   = 1 + 8
+	RuleKeyBytes     = 1 + ids.Size
+	HeldKeyBytes     = 1 + 2*ids.Size + 2
 )
 
 // AppendMessageKey appends the key of an envelope.
@@ -98,6 +102,41 @@ func AppendQueueKey(b []byte, queue uint32) []byte {
 // AppendOutboxKey appends the key of a run of events.
 func AppendOutboxKey(b []byte, seq uint64) []byte {
 	return binary.BigEndian.AppendUint64(append(b, SpaceOutbox), seq)
+}
+
+// AppendRuleKey appends the key of a rule that holds mail.
+func AppendRuleKey(b []byte, rule ids.Hold) []byte {
+	return append(append(b, SpaceRule), rule[:]...)
+}
+
+// AppendHeldPrefix appends what the keys of the recipients that a rule holds
+// begin with; the zero rule stands for those held by hand.
+func AppendHeldPrefix(b []byte, rule ids.Hold) []byte {
+	return append(append(b, SpaceHeld), rule[:]...)
+}
+
+// AppendHeldKey appends the key of a recipient that a rule holds.
+func AppendHeldKey(b []byte, rule ids.Hold, id ids.Message, index uint16) []byte {
+	return binary.BigEndian.AppendUint16(append(AppendHeldPrefix(b, rule), id[:]...), index)
+}
+
+// ParseRuleKey takes the key of a rule apart.
+func ParseRuleKey(k []byte) (rule ids.Hold, ok bool) {
+	if len(k) != RuleKeyBytes || k[0] != SpaceRule {
+		return rule, false
+	}
+	copy(rule[:], k[1:])
+	return rule, true
+}
+
+// ParseHeldKey takes the key of a held recipient apart.
+func ParseHeldKey(k []byte) (rule ids.Hold, id ids.Message, index uint16, ok bool) {
+	if len(k) != HeldKeyBytes || k[0] != SpaceHeld {
+		return rule, id, 0, false
+	}
+	copy(rule[:], k[1:])
+	copy(id[:], k[1+ids.Size:])
+	return rule, id, binary.BigEndian.Uint16(k[1+2*ids.Size:]), true
 }
 
 // ParseWaitingKey takes a waiting recipient's key apart.

@@ -56,6 +56,7 @@ type (
 	tokenKind      struct{}
 	operatorKind   struct{}
 	keyKind        struct{}
+	holdKind       struct{}
 )
 
 func (messageKind) prefix() string    { return "msg" }
@@ -69,6 +70,7 @@ func (clusterKind) prefix() string    { return "cls" }
 func (tokenKind) prefix() string      { return "tok" }
 func (operatorKind) prefix() string   { return "opr" }
 func (keyKind) prefix() string        { return "key" }
+func (holdKind) prefix() string       { return "hld" }
 
 // The kinds of ids.
 type (
@@ -83,6 +85,7 @@ type (
 	Token      = ID[tokenKind]
 	Operator   = ID[operatorKind]
 	Key        = ID[keyKind]
+	Hold       = ID[holdKind]
 )
 
 // New returns a fresh id stamped with now. Its random part comes from the
@@ -254,6 +257,12 @@ func NewMessage(now time.Time) Message { return New[messageKind](now) }
 
 // ParseMessage reads the text form of a message id.
 func ParseMessage(text string) (Message, error) { return Parse[messageKind](text) }
+
+// NewHold returns a fresh id of a rule that holds mail.
+func NewHold(now time.Time) Hold { return New[holdKind](now) }
+
+// ParseHold reads the text form of the id of a rule that holds mail.
+func ParseHold(text string) (Hold, error) { return Parse[holdKind](text) }
 
 // Short returns the prefix and the last eight digits, for tables where whole
 // ids do not fit; it is not unique enough to look things up.

@@ -1,0 +1,368 @@
+package queue
+
+import (
+	"context"
+	"slices"
+	"time"
+
+	"github.com/relais-mta/relais/relay"
+	"github.com/relais-mta/relais/relay/store"
+	"github.com/relais-mta/relais/shared/fault"
+	"github.com/relais-mta/relais/shared/ids"
+)
+
+// Bounds of one step of an action on many messages: what it reads into memory,
+// and what one transaction changes.
+const (
+	maxStepMessages    = 4096
+	maxStepRecipients  = 16_384
+	maxBatchRecipients = 1024
+	maxLockedMessages  = 64 // handled without letting go of the queue's lock
+)
+
+// target is a message that an action may concern.
+type target struct {
+	env      *relay.Envelope
+	firstDue int64
+	only     []uint16 // these recipients; nil: all
+
+	msg     *message
+	version uint64
+	states  map[uint16]relay.RecipientState
+	match   []uint16 // recipients that match, in order
+	gone    bool
+}
+
+// step is one part of the way through the messages.
+type step struct {
+	targets []*target
+	looked  int         // recipients
+	last    ids.Message // what was looked at up to here
+	end     bool        // nothing is left
+}
+
+// settledSnapshot is a snapshot in which every message's books are kept: none is
+// on its way between the disk and the windows.
+func (q *Queue) settledSnapshot() (*store.Snapshot, error) {
+	var snap *store.Snapshot
+	err := q.st.Barrier(func() { snap = q.st.Snapshot() })
+	return snap, err
+}
+
+// readStep reads the next messages that match by what their recipients share.
+func (q *Queue) readStep(f *Filter, after ids.Message) (s step, err error) {
+	snap, err := q.settledSnapshot()
+	if err != nil {
+		return s, err
+	}
+	defer snap.Close()
+	if f.Chosen != nil {
+		return q.readChosen(snap, f, after)
+	}
+	s.end = true
+	var inner error
+	err = snap.Iterate([]byte{store.SpaceMessage}, store.AppendMessageKey(nil, nextID(after)), false, func(k, v []byte) bool {
+		id, ok := store.ParseMessageKey(k)
+		if !ok {
+			return true
+		}
+		if len(s.targets) >= q.stepMessages() || s.looked >= maxStepRecipients {
+			s.end = false
+			return false
+		}
+		var env *relay.Envelope
+		var due int64
+		if env, due, inner = parseEnvelope(id, v); inner != nil {
+			return false
+		}
+		s.last = id
+		s.looked += len(env.Recipients)
+		if f.message(env) {
+			s.targets = append(s.targets, &target{env: env, firstDue: due})
+		}
+		return true
+	})
+	if err == nil {
+		err = inner
+	}
+	return s, err
+}
+
+func (q *Queue) stepMessages() int {
+	if q.sizes.stepMessages > 0 {
+		return q.sizes.stepMessages
+	}
+	return maxStepMessages
+}
+
+// readChosen reads the next messages that were named. One that is not in the
+// queue is passed over.
+func (q *Queue) readChosen(snap *store.Snapshot, f *Filter, after ids.Message) (s step, err error) {
+	at, _ := slices.BinarySearchFunc(f.Chosen, nextID(after), func(c Chosen, id ids.Message) int { return slices.Compare(c.Message[:], id[:]) })
+	for at < len(f.Chosen) && len(s.targets) < q.stepMessages() && s.looked < maxStepRecipients {
+		id := f.Chosen[at].Message
+		t := &target{only: []uint16{}}
+		for ; at < len(f.Chosen) && f.Chosen[at].Message == id; at++ {
+			if c := f.Chosen[at]; c.Index == AllRecipients {
+				t.only = nil
+			} else if t.only != nil {
+				t.only = append(t.only, uint16(c.Index))
+			}
+		}
+		s.last = id
+		found, err := t.read(snap, id)
+		if err != nil {
+			return s, err
+		}
+		if !found {
+			continue
+		}
+		s.looked += len(t.env.Recipients)
+		if f.message(t.env) {
+			s.targets = append(s.targets, t)
+		}
+	}
+	s.end = at == len(f.Chosen)
+	return s, nil
+}
+
+// wants reports whether the action may concern a recipient.
+func (t *target) wants(index uint16) bool { return t.only == nil || slices.Contains(t.only, index) }
+
+// read gets a target's envelope and reports whether the message exists.
+func (t *target) read(snap *store.Snapshot, id ids.Message) (bool, error) {
+	value, err := snap.Get(store.AppendMessageKey(nil, id), nil)
+	if fault.Is(err, fault.NotFound) {
+		return false, nil
+	}
+	if err == nil {
+		t.env, t.firstDue, err = parseEnvelope(id, value)
+	}
+	return err == nil, err
+}
+
+// seize takes those recipients of the targets that match by their states into
+// the caller's hands, each message's works one behind the other. What is in
+// other hands is counted and left alone.
+func (q *Queue) seize(f *Filter, targets []*target) (works []*Work, inFlight int, err error) {
+	q.mu.Lock()
+	for _, t := range targets {
+		t.msg = q.messageFor(t.env.ID)
+	}
+	q.mu.Unlock()
+	left := targets
+	for range maxRereads {
+		if left, works, inFlight, err = q.seizeRound(f, left, works, inFlight); err != nil || len(left) == 0 {
+			break
+		}
+	}
+	for _, t := range left {
+		inFlight += len(t.match) // it changes hands all the time
+	}
+	q.mu.Lock()
+	for _, t := range targets {
+		q.unref(t.msg, 1)
+	}
+	q.mu.Unlock()
+	if err != nil {
+		q.returnAll(works)
+		return nil, 0, err
+	}
+	return works, inFlight, nil
+}
+
+// seizeRound reads the states and takes what did not change hands meanwhile.
+func (q *Queue) seizeRound(f *Filter, targets []*target, works []*Work, inFlight int) (again []*target, _ []*Work, _ int, err error) {
+	for group := range slices.Chunk(targets, maxLockedMessages) {
+		q.mu.Lock()
+		for _, t := range group {
+			t.version = t.msg.version
+		}
+		q.mu.Unlock()
+	}
+	if err := q.readStates(f, targets); err != nil {
+		return targets, works, inFlight, err
+	}
+	for group := range slices.Chunk(targets, maxLockedMessages) {
+		q.mu.Lock()
+		for _, t := range group {
+			m := t.msg
+			switch {
+			case t.gone || m.gone || m.removing || len(t.match) == 0:
+				continue
+			case m.version != t.version:
+				again = append(again, t)
+				continue
+			}
+			q.learn(m, readMessage{env: t.env, firstDue: t.firstDue, states: t.states})
+			for _, index := range t.match {
+				if m.isAloft(index) {
+					inFlight++
+				}
+			}
+			works = append(works, q.takeOpen(m, readMessage{states: t.states}, func(index uint16, _ *relay.RecipientState) bool {
+				_, found := slices.BinarySearch(t.match, index)
+				return found
+			})...)
+		}
+		q.mu.Unlock()
+	}
+	return again, works, inFlight, nil
+}
+
+// readStates reads the states of the targets' recipients and finds those that
+// match. Call without the lock: the provider of a domain is asked for.
+func (q *Queue) readStates(f *Filter, targets []*target) error {
+	snap := q.st.Snapshot()
+	defer snap.Close()
+	var key, value []byte
+	var err error
+	for _, t := range targets {
+		t.states, t.match = nil, t.match[:0]
+		key = store.AppendMessageKey(key[:0], t.env.ID)
+		if value, err = snap.Get(key, value[:0]); fault.Is(err, fault.NotFound) {
+			t.gone = true
+			continue
+		} else if err != nil {
+			return err
+		}
+		if err = t.readStates(snap); err != nil {
+			return err
+		}
+		for i := range t.env.Recipients {
+			index := uint16(i)
+			s, stored := t.states[index]
+			if !stored {
+				s = relay.RecipientState{State: relay.StateWaiting, Next: time.UnixMilli(t.firstDue)}
+			}
+			if t.wants(index) && f.state(&s, t.env.Recipients[i].Address.Domain, q.provider) {
+				t.match = append(t.match, index)
+			}
+		}
+	}
+	return nil
+}
+
+func (t *target) readStates(snap *store.Snapshot) error {
+	if len(t.env.Recipients) == 1 {
+		value, err := snap.Get(store.AppendStateKey(nil, t.env.ID, 0), nil)
+		if fault.Is(err, fault.NotFound) {
+			return nil
+		}
+		var s relay.RecipientState
+		if err == nil {
+			s, err = parseState(value)
+		}
+		t.states = map[uint16]relay.RecipientState{0: s}
+		return err
+	}
+	t.states = make(map[uint16]relay.RecipientState)
+	var inner error
+	err := snap.Iterate(store.AppendStatePrefix(nil, t.env.ID), nil, false, func(k, v []byte) bool {
+		_, index, ok := store.ParseStateKey(k)
+		if ok && int(index) < len(t.env.Recipients) {
+			t.states[index], inner = parseState(v)
+		}
+		return inner == nil
+	})
+	if err == nil {
+		err = inner
+	}
+	return err
+}
+
+func (q *Queue) returnAll(works []*Work) {
+	for _, w := range works {
+		q.Return(w)
+	}
+}
+
+// endAll records results for many works, many in one transaction, and returns
+// when they are durable: how many recipients had a result, and what kept the
+// others from it; those are the queue's again.
+func (q *Queue) endAll(ctx context.Context, works []*Work, results func(*Work) []Result) (done int, err error) {
+	type batch struct {
+		works []*Work
+		ends  []*ending
+		n     int
+		err   chan error
+	}
+	var batches []*batch
+	var last *batch
+	for _, w := range works {
+		r := results(w)
+		if len(r) == 0 {
+			q.Return(w)
+			continue
+		}
+		if last == nil || last.n+len(r) > maxBatchRecipients {
+			last = &batch{err: make(chan error, 1)}
+			batches = append(batches, last)
+		}
+		last.works, last.ends, last.n = append(last.works, w), append(last.ends, &ending{w: w, results: r}), last.n+len(r)
+	}
+	for _, b := range batches {
+		q.commitEndings(ctx, b.ends, func(err error) { b.err <- err })
+	}
+	for _, b := range batches {
+		failed := <-b.err
+		if failed == nil {
+			done += b.n
+			continue
+		}
+		if fault.Is(failed, fault.TooLarge) && len(b.works) > 1 {
+			half := len(b.works) / 2
+			for _, part := range [][]*Work{b.works[:half], b.works[half:]} {
+				n, failed := q.endAll(ctx, part, results)
+				if done += n; failed != nil {
+					err = failed
+				}
+			}
+			continue
+		}
+		err = failed
+		q.returnAll(b.works)
+	}
+	return done, err
+}
+
+// commitEndings is Finish for several works in one transaction, without
+// attempts and without mail that follows. done runs on the commit goroutine.
+func (q *Queue) commitEndings(ctx context.Context, ends []*ending, done func(error)) {
+	for _, end := range ends {
+		if err := q.checkResults(end); err != nil {
+			done(err)
+			return
+		}
+	}
+	b := q.st.NewBatch()
+	sc := scratchPool.Get().(*scratch)
+	for _, end := range ends {
+		q.writeEvents(b, end, nil, sc)
+	}
+	q.mu.Lock()
+	if err := q.begin(); err != nil {
+		q.mu.Unlock()
+		scratchPool.Put(sc)
+		b.Abandon()
+		done(err)
+		return
+	}
+	for i, end := range ends {
+		end.w.state = workEnding
+		q.writeStates(b, end, sc)
+		if i%maxLockedMessages == maxLockedMessages-1 {
+			q.mu.Unlock() // for those who deliver meanwhile
+			q.mu.Lock()
+		}
+	}
+	q.mu.Unlock()
+	scratchPool.Put(sc)
+	q.st.Submit(ctx, b, func(err error) {
+		for _, end := range ends {
+			q.finished(end, err)
+		}
+		q.pending.Done()
+		done(err)
+	})
+}
