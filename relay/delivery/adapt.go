@@ -1,6 +1,9 @@
 package delivery
 
-import "github.com/relais-mta/relais/relay"
+import (
+	"github.com/relais-mta/relais/relay"
+	"github.com/relais-mta/relais/shared/policy"
+)
 
 // takesUTF8 reports whether a host takes internationalized mail. RFC 6531
 // section 3.1 makes 8BITMIME a part of that.
@@ -23,7 +26,11 @@ func (s *Session) adapt(t *transfer) bool {
 		return false
 	}
 	t.utf8 = tx.UTF8
-	if tx.Binary {
+	if t.chunked = tx.Binary; tx.Binary {
+		if t.chunking() == policy.ChunkOff {
+			t.settle(relay.Failed, relay.PhaseLocal, relay.Reply{Enhanced: "5.6.3", Text: "the message is binary (BINARYMIME), and the policy for the host allows no chunks"})
+			return false
+		}
 		if !s.ext.Binary || !s.ext.Chunking {
 			// RFC 3030 section 3: the content would have to be encoded anew,
 			// which is not done behind the sender's back.

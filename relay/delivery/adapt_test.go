@@ -272,6 +272,7 @@ func TestChunkReplies(t *testing.T) {
 	} {
 		for _, pipelining := range []bool{true, false} {
 			t.Run(fmt.Sprintf("%s/%v", tc.name, pipelining), func(t *testing.T) {
+				t.Parallel()
 				f := newFixture(t, chunkPeer(t, pipelining, tc.rcpt, tc.chunks...))
 				s, failure := f.dialer.Dial(t.Context(), target("", hostsAt("127.0.0.1")...))
 				if failure != nil {

@@ -67,6 +67,7 @@ var wireReplies = []wireReply{
 // is in the first transaction, or in the second one for "rset" and "between".
 type faulty struct {
 	pipelining bool
+	chunking   bool // mail goes in two chunks
 	phase      string
 	at         func(i int) bool // which RCPT
 	reply      wireReply
@@ -77,9 +78,16 @@ type faulty struct {
 
 // right is what a host says where nothing is wrong.
 var right = map[string]string{"connect": "220 hi", "mail": "250 2.1.0 ok", "rcpt": "250 2.1.5 ok", "data": "354 go", "dot": "250 2.0.0 ok",
+	"chunk": "250 2.0.0 ok", "last": "250 2.0.0 ok",
 	"rset": "250 2.0.0 ok", "starttls": "454 4.7.0 not now", "quit": "221 2.0.0 bye"}
 
 func (p *faulty) ehlo() string {
+	if p.chunking && p.pipelining {
+		return "250-hi\r\n250-STARTTLS\r\n250-CHUNKING\r\n250 PIPELINING"
+	}
+	if p.chunking {
+		return "250-hi\r\n250-STARTTLS\r\n250 CHUNKING"
+	}
 	if p.pipelining {
 		return "250-hi\r\n250-STARTTLS\r\n250 PIPELINING"
 	}
@@ -141,6 +149,18 @@ func (p *faulty) serve(c net.Conn) {
 			p.quits.Add(1)
 			p.say(c, phase, 0)
 			return
+		}
+		if phase == "bdat" {
+			size, last := 0, ""
+			if _, err := fmt.Sscan(strings.TrimPrefix(line, "BDAT ")+" more", &size, &last); err != nil {
+				return
+			}
+			if _, err := io.CopyN(io.Discard, r, int64(size)); err != nil {
+				return
+			}
+			if phase = "chunk"; last == "LAST" {
+				phase = "last"
+			}
 		}
 		said, ok := p.say(c, phase, rcpts-1)
 		if !ok {
@@ -221,8 +241,11 @@ func opening(phase string, r *wireReply, n int) expectation {
 // about all recipients; after the dot, silence means doubt.
 func command(phase string, r *wireReply, n int, pipelining bool) expectation {
 	name, lost := phase, "deferred/"
-	if phase == "dot" {
-		name, lost = "final-dot", "doubt/"
+	switch phase {
+	case "dot", "last":
+		name, lost, phase = "final-dot", "doubt/", "dot"
+	case "chunk":
+		name = "data"
 	}
 	switch r.effect {
 	case positive:
@@ -320,14 +343,14 @@ func between(phase string, r *wireReply, n int, pipelining bool) expectation {
 
 func TestEveryPhaseAndReply(t *testing.T) {
 	everyone := func(int) bool { return true }
-	for _, phase := range []string{"connect", "ehlo", "starttls", "mail", "rcpt", "data", "dot", "rset", "between", "quit"} {
+	for _, phase := range []string{"connect", "ehlo", "starttls", "mail", "rcpt", "data", "dot", "chunk", "last", "rset", "between", "quit"} {
 		t.Run(phase, func(t *testing.T) {
 			t.Parallel()
 			for _, r := range wireReplies {
 				for _, n := range []int{1, 2, 100} {
 					for _, pipelining := range []bool{true, false} {
 						name := fmt.Sprintf("%s/%d/pipelining=%v", r.name, n, pipelining)
-						p := &faulty{pipelining: pipelining, phase: phase, at: everyone, reply: r}
+						p := &faulty{pipelining: pipelining, phase: phase, at: everyone, reply: r, chunking: phase == "chunk" || phase == "last"}
 						switch phase {
 						case "connect", "ehlo", "starttls":
 							if phase == "ehlo" && r.name == "odd 2yz" {
@@ -374,8 +397,10 @@ func hurry(p *policy.Delivery, phase string) {
 		p.RcptTimeout = soon
 	case "data":
 		p.DataTimeout = soon
-	case "dot":
+	case "dot", "last":
 		p.FinalDotTimeout = soon
+	case "chunk":
+		p.BlockTimeout = 5 * soon // also what a busy machine may take to write one
 	}
 }
 
@@ -412,13 +437,17 @@ func (p *faulty) check(t *testing.T, name string, n int, want expectation) {
 				hurry(f.policy, p.phase)
 			}
 		}
-		for i, o := range s.Send(transaction(n)) {
+		tx := transaction(n)
+		if p.chunking {
+			tx.Chunking, tx.Content.Bytes = policy.ChunkAuto, twoChunks()
+		}
+		for i, o := range s.Send(tx) {
 			if got := brief([]relay.Outcome{o}); got != want.sent[i] || o.Reply.Text == "" {
 				t.Errorf("recipient %d: %s with %q, want %s", i, got, o.Reply.Text, want.sent[i])
 				break
 			}
 		}
-		if p.reply.effect == twice && p.phase == "dot" {
+		if p.reply.effect == twice && (p.phase == "dot" || p.phase == "last") {
 			s.waitForTalk(t)
 			want.alive = s.Alive()
 			if want.alive {
@@ -440,6 +469,9 @@ func (p *faulty) check(t *testing.T, name string, n int, want expectation) {
 		}
 	})
 }
+
+// twoChunks is text that goes in two chunks.
+var twoChunks = sync.OnceValue(func() []byte { return chunkedText(maxChunkBytes + 1000) })
 
 // waitForTalk waits until the host has said something unasked or closed.
 func (s *Session) waitForTalk(t *testing.T) {

@@ -44,6 +44,9 @@ func FuzzSession(f *testing.F) {
 		s := newSession(client, func() *policy.Delivery { return p }, Peer{MX: "mx.example"})
 		tx := transaction(2)
 		tx.Binary = binary
+		if !binary {
+			tx.Chunking = policy.ChunkAuto // with ChunkFromBytes 0, whatever the size
+		}
 		tx.Recipients[1] = utf8Recipient(11)
 		var outcomes []relay.Outcome
 		if failure := s.begin("out.sender.example", tlspolicy.Clear, nil); failure != nil {

@@ -45,6 +45,9 @@ type Transaction struct {
 	// Binary is content that is not in text lines and goes out as BINARYMIME
 	// in chunks (RFC 3030) or not at all.
 	Binary bool
+	// Chunking is the policy of the provider: policy.ChunkAuto and the others;
+	// empty: that of the delivery section.
+	Chunking string
 	// SignatureBytes is about how long Sign's result will be, for SIZE.
 	SignatureBytes int
 	// Sign returns header fields to put in front of the content, each ending

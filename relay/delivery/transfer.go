@@ -37,6 +37,7 @@ type transfer struct {
 
 	mailRefused bool
 	utf8        bool // MAIL says SMTPUTF8
+	chunked     bool // goes out by BDAT
 	accepted    int  // recipients
 	proceed     bool // 354 was said
 	over        bool // nothing more may be sent
@@ -64,7 +65,7 @@ func (s *Session) Send(tx *Transaction) []relay.Outcome {
 		s.started++
 		switch s.offerEnvelope(t); {
 		case s.Dead():
-		case tx.Binary && t.accepted > 0:
+		case t.chunked && t.accepted > 0:
 			s.sendChunks(t)
 		case t.proceed:
 			s.sendData(t)
@@ -94,6 +95,13 @@ func (s *Session) prepare(t *transfer) bool {
 	}
 	if !s.adapt(t) {
 		return false
+	}
+	if !t.chunked {
+		var err error
+		if t.chunked, err = s.chunks(t); err != nil {
+			t.settleLocal(err, "5.6.0")
+			return false
+		}
 	}
 	size := t.content.Size() + int64(t.tx.SignatureBytes)
 	if s.ext.MaxBytes > 0 && size > s.ext.MaxBytes {
@@ -190,7 +198,7 @@ func (s *Session) offerEnvelope(t *transfer) {
 		s.drain(t)
 		return
 	}
-	if !t.tx.Binary { // RFC 3030 section 2: BDAT stands in place of DATA
+	if !t.chunked { // RFC 3030 section 2: BDAT stands in place of DATA
 		s.out = append(s.out, "DATA\r\n"...)
 		t.awaiting++
 	}

@@ -136,6 +136,10 @@ func (w *worker) prepare(work *queue.Work, dir *policy.Directory) (io.Closer, er
 			w.signer.want = sign.OnlyAlgorithm(p.OnlySignature())
 		}
 	}
+	tx.Chunking = ""
+	if p, ok := dir.Providers().Named(w.lane.Provider); ok {
+		tx.Chunking = p.Chunking()
+	}
 	closer, err := w.content(env)
 	if err == nil && tx.Sign != nil {
 		w.feedback(work, dir, domain)

@@ -131,7 +131,9 @@ type Delivery struct {
 	MaxResolvesInFlight int      `toml:"max_resolves_in_flight"`
 	MinDNSTTL           Duration `toml:"min_dns_ttl"`
 	MaxDNSTTL           Duration `toml:"max_dns_ttl"`
-	HostBackoff         Duration `toml:"host_backoff"` // a host that refused a connection is not tried again for this long
+	HostBackoff         Duration `toml:"host_backoff"`     // a host that refused a connection is not tried again for this long
+	Chunking            string   `toml:"chunking"`         // "auto", "binary-only", "off": mail by BDAT (RFC 3030) to hosts that take it
+	ChunkFromBytes      int64    `toml:"chunk_from_bytes"` // text as large as this goes by BDAT with "auto"
 	SignDKIM            bool     `toml:"sign_dkim"`
 	DKIMPublishHold     Duration `toml:"dkim_publish_hold"` // a new key signs once DNS has shown its record for so long
 	DKIMRotateEvery     Duration `toml:"dkim_rotate_every"` // keys that have signed for so long get successors; 0: never by itself
@@ -190,7 +192,8 @@ type Provider struct {
 	MXSuffixes []string `toml:"mx_suffixes"` // host names equal to or below one of these
 	MXExamples []string `toml:"mx_examples"` // real host names; each suffix must match one
 	TLS        TLSMode  `toml:"tls"`
-	Family     string   `toml:"family"` // "any", "ipv4", "ipv4-first", "ipv6-first"
+	Family     string   `toml:"family"`   // "any", "ipv4", "ipv4-first", "ipv6-first"
+	Chunking   string   `toml:"chunking"` // "auto", "binary-only", "off"; empty: as section delivery says
 	// SignAlgorithms are those of the DKIM signatures that the provider gets, for
 	// one that refuses mail with several; empty: of every key of the domain. A
 	// domain without a key of any of them signs with every key it has.

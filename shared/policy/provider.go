@@ -20,6 +20,13 @@ const (
 	FamilyIPv6First = "ipv6-first"
 )
 
+// The values of Provider.Chunking and Delivery.Chunking.
+const (
+	ChunkAuto       = "auto"        // binary mail, and large mail
+	ChunkBinaryOnly = "binary-only" // what cannot go otherwise
+	ChunkOff        = "off"         // never
+)
+
 // UnlistedPrefix begins the names of providers without a profile.
 const UnlistedPrefix = "mx:"
 
@@ -41,6 +48,7 @@ type Profile struct {
 	TLS    TLSMode
 	Family string
 
+	chunking      string // empty: as section delivery says
 	onlySignature string // the one algorithm of signatures that the provider gets; empty: any
 
 	connections              [scopes]int
@@ -66,6 +74,10 @@ func (p *Profile) Connections(s Scope) int { return p.connections[scopeIndex(s)]
 // MessagesPerConnection returns how many transactions one connection may
 // carry; 0 is no limit.
 func (p *Profile) MessagesPerConnection() int { return p.messagesPerConnection }
+
+// Chunking returns how mail goes to the provider by BDAT; empty: as section
+// delivery says.
+func (p *Profile) Chunking() string { return p.chunking }
 
 // OnlySignature returns the one algorithm of the DKIM signatures that the
 // provider gets, empty if it gets one of every key.
@@ -243,6 +255,9 @@ func (t *ProviderTable) add(pr *Provider, at string, p *problems) []string {
 	}
 	p.oneOf(at+".tls", string(profile.TLS), string(TLSOpportunistic), string(TLSRequired), string(TLSOff))
 	p.oneOf(at+".family", profile.Family, FamilyAny, FamilyIPv4, FamilyIPv4First, FamilyIPv6First)
+	if profile.chunking = pr.Chunking; pr.Chunking != "" {
+		p.oneOf(at+".chunking", pr.Chunking, ChunkAuto, ChunkBinaryOnly, ChunkOff)
+	}
 	for _, a := range pr.SignAlgorithms {
 		p.oneOf(at+".sign_algorithms", a, AlgorithmRSA, AlgorithmEd25519)
 	}

@@ -180,6 +180,8 @@ func (s *Delivery) validate(p *problems) {
 		p.add(in+"min_dns_ttl", "is %q, longer than max_dns_ttl: write at most \"%v\"", s.MinDNSTTL, s.MaxDNSTTL)
 	}
 	p.lasts(in+"host_backoff", s.HostBackoff, 0, day)
+	p.oneOf(in+"chunking", s.Chunking, ChunkAuto, ChunkBinaryOnly, ChunkOff)
+	p.between(in+"chunk_from_bytes", s.ChunkFromBytes, 0, maxMessageBytes)
 	p.lasts(in+"dkim_publish_hold", s.DKIMPublishHold, 0, 7*day)
 	if s.DKIMRotateEvery != 0 {
 		p.lasts(in+"dkim_rotate_every", s.DKIMRotateEvery, 30*day, 3650*day)
