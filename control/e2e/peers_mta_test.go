@@ -12,6 +12,7 @@ import (
 	"net/mail"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -29,6 +30,7 @@ type destination struct {
 	utf8     bool // it offers SMTPUTF8
 	// received is in the field that it puts on top: whether TLS was used.
 	received string
+	chunking bool // it offers CHUNKING
 	server   *peers.Server
 	domain   string
 }
@@ -37,9 +39,9 @@ type destination struct {
 func destinations(t *testing.T, f *fleet.Fleet) []*destination {
 	t.Helper()
 	all := []*destination{
-		{name: "postfix", start: peers.Postfix, eightBit: true, utf8: true, received: "SMTPS id "},
+		{name: "postfix", start: peers.Postfix, eightBit: true, utf8: true, chunking: true, received: "SMTPS id "},
 		{name: "postfix-plain", start: peers.Postfix, without: []string{"8BITMIME", "SMTPUTF8", "CHUNKING", "PIPELINING", "DSN"}, received: "SMTPS id "},
-		{name: "exim", start: peers.Exim, eightBit: true, utf8: true, received: "(TLS1.3)"},
+		{name: "exim", start: peers.Exim, eightBit: true, utf8: true, chunking: true, received: "(TLS1.3)"},
 		{name: "exim-plain", start: peers.Exim, without: []string{"8BITMIME", "SMTPUTF8", "CHUNKING", "PIPELINING", "STARTTLS"}, received: "with esmtp "},
 		// Its STARTTLS fails, or not, as its version has it.
 		{name: "opensmtpd", start: peers.OpenSMTPD, eightBit: true, received: "with ESMTP"},
@@ -75,6 +77,8 @@ func letters() []outgoing {
 	parts.body = "8BITMIME"
 	chunked := letter("chunked", plainUTF8, strings.Repeat("čtyři řádky\r\n.\r\n..\r\n\r\n", 400))
 	chunked.body, chunked.bdat = "8BITMIME", 777
+	wide := letter("large eight bit", plainUTF8, strings.Repeat("žluťoučký kůň\r\n.\r\n..\r\n", 1<<20/32))
+	wide.body = "8BITMIME"
 	return []outgoing{
 		letter("dots", plain7Bit, ".\r\n..\r\n...\r\n.a\r\n \r\n\t.\r\n\r\n.\r\n"),
 		letter("only dots", plain7Bit, ".\r\n"),
@@ -83,7 +87,7 @@ func letters() []outgoing {
 		letter("long line", plain7Bit, strings.Repeat("x", 998)+"\r\n."+strings.Repeat("y", 997)+"\r\n"),
 		letter("long header", plain7Bit+"X-Long: "+strings.Repeat("z", 990)+"\r\nX-Folded: a\r\n  b\r\n\tc\r\n", "folded\r\n"),
 		letter("large", plain7Bit, strings.Repeat(strings.Repeat("0123456789", 7)+"\r\n", 10<<20/72)),
-		eight, parts, chunked,
+		eight, parts, chunked, wide,
 	}
 }
 
@@ -134,9 +138,47 @@ func TestPeersTakeMail(t *testing.T) {
 			}
 		})
 	}
+	for _, d := range all {
+		d.checkChunks(t)
+	}
 	signed.check(f)
 	settle(t, f, nil)
 	checkRefused(t, f, refused)
+}
+
+// checkChunks has the server say which mail came in chunks. Exim notes the
+// command that ended a mail, Postfix counts the commands of each session.
+func (d *destination) checkChunks(t *testing.T) {
+	t.Helper()
+	if !strings.HasPrefix(d.name, "postfix") {
+		return
+	}
+	want := 0
+	if d.chunking {
+		want = 11 + 1 // the large mail has 10 MiB and its header, the other less than 1 MiB
+	}
+	eventually(t, 30*time.Second, fmt.Sprintf("%s has counted %d chunks", d.name, want), func() bool {
+		data, chunks := 0, 0
+		lines, err := d.server.Logged("disconnect from ")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, line := range lines {
+			for _, word := range strings.Fields(line) {
+				verb, count, _ := strings.Cut(word, "=")
+				n, _, _ := strings.Cut(count, "/")
+				said, err := strconv.Atoi(n)
+				switch {
+				case err != nil:
+				case verb == "data":
+					data += said
+				case verb == "bdat":
+					chunks += said
+				}
+			}
+		}
+		return data > 0 && chunks == want
+	})
 }
 
 // offerInternational submits mail that not every server can be given. It
@@ -220,6 +262,10 @@ func (d *destination) compare(t *testing.T, m *outgoing, arrived []peers.Mail, s
 		}
 		if got++; got == 1 || got == want {
 			signed.add(a)
+		}
+		large := len(m.text) > 256<<10
+		if command := a.Field("X-Peer-Command"); strings.HasPrefix(d.name, "exim") && strings.HasPrefix(command, "BDAT ") != (large && d.chunking) {
+			t.Errorf("%s: %d octets came by %q", m.name, len(m.text), command)
 		}
 		if r := a.Field("Received"); !strings.Contains(r, d.received) {
 			t.Errorf("%s: it came as %q, want %q", m.name, r, d.received)

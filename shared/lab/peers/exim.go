@@ -6,7 +6,8 @@ import (
 )
 
 // Exim starts an Exim. 8BITMIME, SMTPUTF8, CHUNKING, PIPELINING and STARTTLS
-// can be taken from it.
+// can be taken from it. The field X-Peer-Command holds the command that ended a
+// mail: DATA, or the last BDAT.
 func Exim(ctx context.Context, cfg Config) (*Server, error) {
 	options := map[string]string{
 		"8BITMIME": "accept_8bitmime = false\n", "SMTPUTF8": "smtputf8_advertise_hosts =\n", "CHUNKING": "chunking_advertise_hosts =\n",
@@ -41,7 +42,10 @@ smtp_accept_max = 100
 smtp_accept_queue_per_connection = 0
 message_size_limit = %[4]d
 acl_smtp_rcpt = rcpt
+acl_smtp_data = data
 %[5]sbegin acl
+data:
+  accept add_header = X-Peer-Command: $smtp_command
 rcpt:
   accept domains = %[6]s
 begin routers

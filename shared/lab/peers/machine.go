@@ -208,6 +208,21 @@ func (s *Server) Log() string {
 	return string(text[max(0, len(text)-maxLogTailBytes):])
 }
 
+// Logged returns the lines of the server's log that hold the text.
+func (s *Server) Logged(text string) ([]string, error) {
+	log, err := os.ReadFile(s.cfg.logFile())
+	if err != nil {
+		return nil, err
+	}
+	var found []string
+	for line := range strings.Lines(string(log)) {
+		if strings.Contains(line, text) {
+			found = append(found, strings.TrimSuffix(line, "\n"))
+		}
+	}
+	return found, nil
+}
+
 // Close ends the server at once, with all its processes.
 func (s *Server) Close() {
 	_ = s.cmd.Process.Kill()
