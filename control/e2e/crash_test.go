@@ -44,6 +44,7 @@ func TestKilledRelayLosesNothing(t *testing.T) {
 			time.AfterFunc(wait, func() { r.Kill(); close(dead) })
 		})...)
 		<-dead
+		checkQueue(t, r)
 		if err := f.Restart(within(t, time.Minute), r); err != nil {
 			t.Fatal(err)
 		}
@@ -59,6 +60,14 @@ func TestKilledRelayLosesNothing(t *testing.T) {
 	}
 	if rep.Duplicated > kills*crashSessions {
 		t.Errorf("%d duplicates, at most the %d in flight at each of %d kills are allowed", rep.Duplicated, crashSessions, kills)
+	}
+}
+
+// checkQueue checks the records of a relay that does not run.
+func checkQueue(t *testing.T, r *fleet.Relay) {
+	t.Helper()
+	if out, err := command(t, filepath.Join(binaries, "relais-relay"), "queue", "fsck", "--bodies", "--data", r.Dir); err != nil {
+		t.Errorf("the records of the queue disagree after a crash: %v\n%s", err, out)
 	}
 }
 
@@ -194,6 +203,7 @@ func TestPowerCutLosesNothing(t *testing.T) {
 		})...)
 		<-cut
 		d.replug()
+		checkQueue(t, r)
 		if err := f.Restart(within(t, time.Minute), r); err != nil {
 			t.Fatal(err)
 		}

@@ -283,7 +283,7 @@ func (o *Outbox) Read(after uint64, maxBytes int) ([]Event, error) {
 	var damaged error
 	size := 0
 	err = snap.Iterate(prefix, from, false, func(k, v []byte) bool {
-		seq, _, _, events, ok := parseRun(k, v)
+		seq, _, count, events, ok := parseRun(k, v)
 		if !ok {
 			damaged = fault.New(fault.Invalid, "outbox.Read", "a run of events is damaged")
 			return false
@@ -295,7 +295,11 @@ func (o *Outbox) Read(after uint64, maxBytes int) ([]Event, error) {
 				return false
 			}
 			events = rest
-			if seq <= after {
+			last := seq
+			if Type(event[1]) == Gap { // its run stands for events that were lost, see Check
+				last = seq + uint64(count) - 1
+			}
+			if last <= after {
 				continue
 			}
 			if size > 0 && size+len(event) > maxBytes {
@@ -306,7 +310,10 @@ func (o *Outbox) Read(after uint64, maxBytes int) ([]Event, error) {
 			if damaged = e.Parse(event); damaged != nil {
 				return false
 			}
-			e.Seq = seq
+			e.Seq = last
+			if e.Type == Gap {
+				e.Count = last - max(after, seq-1)
+			}
 			out = append(out, e)
 		}
 		return true

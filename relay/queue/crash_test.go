@@ -111,11 +111,21 @@ func TestNothingAcknowledgedIsLostWhenKilled(t *testing.T) {
 	for range 4 {
 		runAndKill(t, dir, time.Duration(100+rand.IntN(400))*time.Millisecond, accepted, tried, done)
 	}
+	checkRecords(t, dir)
 	f := newFixtureIn(t, dir)
 	f.clock.now = time.Now()
 	f.open()
 	defer f.close()
 	checkSurvivors(t, f, accepted, tried, done)
+}
+
+// checkRecords checks what a crash left, before anybody clears up.
+func checkRecords(t *testing.T, dir string) {
+	t.Helper()
+	w := &ward{fixture: newFixtureIn(t, dir)}
+	if count, found := w.fsck(false); !count.Clean {
+		t.Errorf("after a crash the records disagree: %+v", found)
+	}
 }
 
 // runAndKill runs the child, kills it some time after its first acknowledged

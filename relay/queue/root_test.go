@@ -131,6 +131,7 @@ func TestNothingAcknowledgedIsLostInAPowerCut(t *testing.T) {
 		}
 		disk.unmount()
 		disk.mount()
+		checkRecords(t, dir)
 	}
 	f := newFixtureIn(t, dir)
 	f.clock.now = time.Now()

@@ -32,7 +32,9 @@ func (s *Store) wakeReclaim() {
 // bodies die, and looks after the ballast.
 func (s *Store) reclaimLoop(snap *Snapshot) {
 	defer close(s.reclaimDone)
-	s.countBodies(snap)
+	if snap != nil {
+		s.countBodies(snap)
+	}
 	ticker := time.NewTicker(ballastInterval)
 	defer ticker.Stop()
 	nextPunch := time.Now().Add(punchInterval)
@@ -93,7 +95,7 @@ func (s *Store) findFiles() error {
 // crash between body and index left, or an interrupted removal.
 func (s *Store) countBodies(snap *Snapshot) {
 	defer snap.Close()
-	missing, stopped := 0, false
+	missing, unreadable, stopped := 0, 0, false
 	for _, space := range []byte{SpaceMessage, SpaceInbound} {
 		err := snap.Iterate([]byte{space}, nil, false, func(key, value []byte) bool {
 			select {
@@ -103,7 +105,11 @@ func (s *Store) countBodies(snap *Snapshot) {
 			default:
 			}
 			ref, ok := refOf(value)
-			if !ok || ref.Kind == relay.BodyNone {
+			if !ok {
+				unreadable++
+				return true
+			}
+			if ref.Kind == relay.BodyNone {
 				return true
 			}
 			if !s.ledger.scannedBody(ref) {
@@ -122,6 +128,12 @@ func (s *Store) countBodies(snap *Snapshot) {
 	if missing > 0 {
 		s.log.Error("messages whose body file is missing", "messages", missing)
 		s.metrics.missingBodies.Set(float64(missing))
+	}
+	if unreadable > 0 {
+		// Their bodies may be in any file, and are all that is left of the mail.
+		s.log.Error("records with a damaged body reference: no file found at start is removed; see relais-relay queue fsck", "records", unreadable)
+		close(s.scanned)
+		return
 	}
 	for number, end := range s.ledger.tails() {
 		s.cutTail(number, end)

@@ -31,6 +31,7 @@ type Config struct {
 	Registerer    prometheus.Registerer // nil: metrics are not exported
 	MemTableBytes int64                 // size of one of Badger's tables in memory; 0: 32 MiB; at least 8 MiB
 	FS            FileSystem            // of bodies and reserve; nil: the operating system's
+	Inspect       bool                  // nothing found at start is counted, swept or cut: somebody looks for damage first
 }
 
 // minMemTableBytes keeps the largest transaction above one message of 1,000
@@ -120,6 +121,10 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 	}
 	go s.writeLoop()
 	go s.commitLoop()
+	if cfg.Inspect {
+		snap.Close()
+		snap = nil
+	}
 	go s.reclaimLoop(snap)
 	go s.residentLoop()
 	return s, nil

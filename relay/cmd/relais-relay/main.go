@@ -77,7 +77,9 @@ func newRoot() *cobra.Command {
 	root.PersistentFlags().StringVar(&o.data, "data", config.DefaultDataDir, "data directory")
 	root.PersistentFlags().BoolVar(&o.json, "json", false, "print JSON")
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
-	root.AddCommand(newJoin(&o), newServe(&o), newQueue(&o), newLanes(&o), newStatus(&o), newEvents(&o), newClassify())
+	queue := newQueue(&o)
+	queue.AddCommand(newQueueFsck(&o))
+	root.AddCommand(newJoin(&o), newServe(&o), queue, newLanes(&o), newStatus(&o), newEvents(&o), newClassify())
 	return root
 }
 
