@@ -14,6 +14,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/testutil"
+
 	"github.com/relais-mta/relais/relay"
 	"github.com/relais-mta/relais/relay/outbox"
 	"github.com/relais-mta/relais/relay/store"
@@ -360,5 +363,39 @@ func TestFsckRepairsDamageOfManyKindsAtOnce(t *testing.T) {
 		if count, found := w.fsck(false); !count.Clean {
 			t.Errorf("after delivery: %+v %+v", count, found)
 		}
+	}
+}
+
+// TestTheCheckAfterAStartSaysWhatIsWrong damages a queue and starts it.
+func TestTheCheckAfterAStartSaysWhatIsWrong(t *testing.T) {
+	w := newWard(t, 900)
+	for _, damaged := range []bool{false, true} {
+		if damaged {
+			w.damage(func(w *ward) {
+				key, _ := w.pick(store.SpaceWaiting, nil)
+				w.b.Delete(key)
+				key, _ = w.pick(store.SpaceHeld, nil)
+				w.b.Delete(key)
+			})
+		}
+		w.open()
+		metrics := prometheus.NewRegistry()
+		check, err := w.q.CheckInBackground(metrics)
+		if err != nil {
+			t.Fatal(err)
+		}
+		w.accept("new@d0.example") // it goes on meanwhile
+		<-check.Done()
+		want := ""
+		if damaged {
+			want = "the records of the queue disagree in 2 places (held-missing 1, waiting-missing 1): stop the relay, run relais-relay queue fsck --repair, start it again"
+		}
+		if got := check.Problem(); got != want {
+			t.Errorf("damaged %v: %q", damaged, got)
+		}
+		if n := testutil.CollectAndCount(check.damage); (n == 2) != damaged {
+			t.Errorf("damaged %v: %d metrics", damaged, n)
+		}
+		w.close()
 	}
 }

@@ -67,6 +67,16 @@ func (n *node) openEngine(ctx context.Context) (err error) {
 		return err
 	}
 	n.engine.Attach(n.queue)
+	check, err := n.queue.CheckInBackground(n.registry)
+	if err != nil {
+		return err
+	}
+	n.health.Watch("queue", func() (telemetry.Severity, string) {
+		if p := check.Problem(); p != "" {
+			return telemetry.Warning, p
+		}
+		return telemetry.OK, ""
+	})
 	return nil
 }
 
