@@ -37,11 +37,13 @@ const (
 	Untold    Type = 14 // a notification about the recipient was kept back: its sender had as many as policy allows
 	Purged    Type = 15 // final: an operator removed it, nobody was told
 	Hastened  Type = 16 // an operator made its next attempt due at once
-	types          = 17
+	Locked    Type = 17 // logins are refused for a time after Attempts failures: from the network Address, of Credential if one is named; Next is the end
+	Unlocked  Type = 18 // that time is over; Attempts logins were refused meanwhile
+	types          = 19
 )
 
 var typeNames = [types]string{"none", "accepted", "deferred", "delivered", "bounced", "expired", "in-doubt",
-	"unknown", "inbound", "dsn", "held", "released", "delayed", "gap", "untold", "purged", "hastened"}
+	"unknown", "inbound", "dsn", "held", "released", "delayed", "gap", "untold", "purged", "hastened", "locked", "unlocked"}
 
 // String returns the name that metrics and reports use.
 func (t Type) String() string {
@@ -65,7 +67,7 @@ type Event struct {
 	Tag     string // of the client
 	Pool    ids.Pool
 
-	Address string // of the recipient
+	Address string // of the recipient; of a lock, the network
 	Size    int64  // bytes of the message
 
 	Source   ids.Source
@@ -85,8 +87,9 @@ type Event struct {
 	EndedAt    time.Time
 	Next       time.Time // of the next attempt
 	Attempts   uint32
-	Revision   uint64 // policy revision
-	Actor      string // who asked for it; empty: the relay by itself
+	Revision   uint64         // policy revision
+	Actor      string         // who asked for it; empty: the relay by itself
+	Credential ids.Credential // of a lock; zero: the lock is the network's
 
 	Count uint64 // of a Gap: events dropped
 }
@@ -123,6 +126,7 @@ const (
 	fieldRevision   protowire.Number = 27
 	fieldTag        protowire.Number = 28
 	fieldActor      protowire.Number = 29
+	fieldCredential protowire.Number = 30
 )
 
 // eventHeaderBytes are in front of the fields: schema and type.
@@ -159,7 +163,8 @@ func (e *Event) Append(b []byte) []byte {
 	b = appendUint(b, fieldAttempts, uint64(e.Attempts))
 	b = appendUint(b, fieldRevision, e.Revision)
 	b = appendString(b, fieldTag, e.Tag)
-	return appendString(b, fieldActor, e.Actor)
+	b = appendString(b, fieldActor, e.Actor)
+	return appendID(b, fieldCredential, e.Credential)
 }
 
 func appendUint(b []byte, n protowire.Number, v uint64) []byte {
@@ -285,6 +290,8 @@ func (e *Event) setBytes(n protowire.Number, v []byte) {
 		copy(e.Pool[:], v)
 	case fieldSource:
 		copy(e.Source[:], v)
+	case fieldCredential:
+		copy(e.Credential[:], v)
 	case fieldStream:
 		e.Stream = string(v)
 	case fieldTag:

@@ -152,10 +152,22 @@ func (s *session) locks() *lockLimits {
 	}
 }
 
+// tenantOf returns whose account is locked, zero if it is nobody's.
+func (s *session) tenantOf(account ids.Credential) ids.Tenant {
+	if dir := s.server.opt.Policy(); dir != nil && !account.IsZero() {
+		if c, ok := dir.Credential(account); ok {
+			return c.Tenant
+		}
+	}
+	return ids.Tenant{}
+}
+
 // loginFailed counts a failure. What the client sent is not logged: users type
 // secrets into the wrong field. A lock is, with what it holds.
 func (s *session) loginFailed(result, format string, args ...any) error {
-	for _, k := range s.server.logins.failed(s.loginKeys, s.locks(), time.Now()) {
+	now := time.Now()
+	for _, k := range s.server.logins.failed(s.loginKeys, s.locks(), now) {
+		s.server.tell.begin(k, s.conn.Remote(), s.tenantOf(k.account), now)
 		s.server.metrics.locks.WithLabelValues(lockNames[k.scope]).Inc()
 		attrs := []any{slog.String("scope", lockNames[k.scope]), slog.Any("network", k.network), slog.Any("client_ip", s.conn.Remote())}
 		if k.scope == lockAccount {

@@ -71,6 +71,7 @@ func lockKeys(ip netip.Addr, account ids.Credential) []lockKey {
 type lockEntry struct {
 	key    lockKey
 	count  int       // failures in the window
+	waits  uint32    // logins refused since it was locked last
 	until  time.Time // end of the window
 	locked time.Time // end of the lock; zero: never locked
 	locks  uint8     // so many locks one after the other
@@ -90,22 +91,45 @@ type lockout struct {
 	most    int                       // entries; 0: maxTracked
 }
 
-// locked returns how long the login must wait, and for the lock of which scope.
+// locked returns how long the login must wait, and for the lock of which scope;
+// it counts there as refused.
 func (o *lockout) locked(keys []lockKey, now time.Time) (wait time.Duration, scope lockScope) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
+	var longest *lockEntry
 	for _, k := range keys {
 		if at, ok := o.entries[k]; ok {
-			if w := at.Value.(*lockEntry).locked.Sub(now); w > wait {
-				wait, scope = w, k.scope
+			e := at.Value.(*lockEntry)
+			if w := e.locked.Sub(now); w > wait {
+				wait, scope, longest = w, k.scope, e
 			}
 		}
+	}
+	if longest != nil {
+		longest.waits++
 	}
 	return wait, scope
 }
 
-// failed counts a failure and returns the keys that it locked.
-func (o *lockout) failed(keys []lockKey, l *lockLimits, now time.Time) (locked []lockKey) {
+// refused returns how many logins a lock has refused since it began.
+func (o *lockout) refused(k lockKey) uint32 {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if at, ok := o.entries[k]; ok {
+		return at.Value.(*lockEntry).waits
+	}
+	return 0 // the table was full, and the lock was forgotten
+}
+
+// lock is one that a failure began.
+type lock struct {
+	lockKey
+	failures int // that led to it
+	until    time.Time
+}
+
+// failed counts a failure and returns the locks that it began.
+func (o *lockout) failed(keys []lockKey, l *lockLimits, now time.Time) (locked []lock) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	for _, k := range keys {
@@ -119,11 +143,12 @@ func (o *lockout) failed(keys []lockKey, l *lockLimits, now time.Time) (locked [
 				break
 			}
 		}
-		e.locked, e.count, e.until = now.Add(min(length, l.longest)), 0, now
+		failures := e.count
+		e.locked, e.count, e.until, e.waits = now.Add(min(length, l.longest)), 0, now, 0
 		if e.locks < 32 {
 			e.locks++
 		}
-		locked = append(locked, k)
+		locked = append(locked, lock{lockKey: k, failures: failures, until: e.locked})
 	}
 	return locked
 }

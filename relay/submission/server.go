@@ -11,6 +11,7 @@ import (
 	"github.com/emersion/go-smtp"
 	"github.com/prometheus/client_golang/prometheus"
 
+	"github.com/relais-mta/relais/relay/outbox"
 	"github.com/relais-mta/relais/relay/smtpconn"
 	"github.com/relais-mta/relais/shared/fault"
 	"github.com/relais-mta/relais/shared/policy"
@@ -24,9 +25,10 @@ type Options struct {
 	Closed     func() string            // why no mail is taken now, for the client; empty: it is; nil: it always is
 	Connected  func() bool              // whether control is reachable, so that an unknown credential is known to be wrong
 	Spool      Spool
-	Proxies    []netip.Prefix                        // balancers that tell the client's address by the PROXY protocol, and must
-	BinaryMIME bool                                  // announce BINARYMIME; only when delivery keeps such messages from hosts that lack it
-	MemoryOver func(percent int, now time.Time) bool // whether more than this part of the memory is held; nil: never
+	Proxies    []netip.Prefix                              // balancers that tell the client's address by the PROXY protocol, and must
+	BinaryMIME bool                                        // announce BINARYMIME; only when delivery keeps such messages from hosts that lack it
+	MemoryOver func(percent int, now time.Time) bool       // whether more than this part of the memory is held; nil: never
+	Events     func(context.Context, []outbox.Event) error // keeps events of locks, for Run; nil: there are none
 	Logger     *slog.Logger
 	Registerer prometheus.Registerer // nil: metrics are not exported
 }
@@ -37,6 +39,7 @@ type Server struct {
 	smtp    *smtpconn.Server
 	metrics *metrics
 	logins  lockout
+	tell    *lockTeller
 	rates   rates
 }
 
@@ -57,6 +60,7 @@ func New(opt Options) (*Server, error) {
 		return nil, err
 	}
 	s := &Server{opt: opt, metrics: m}
+	s.tell = newLockTeller(s.logins.refused, m.untold.Inc)
 	s.smtp, err = smtpconn.NewServer(smtpconn.Config{
 		Name:       "submission",
 		Hostname:   opt.Hostname,
@@ -78,6 +82,16 @@ func New(opt Options) (*Server, error) {
 		return nil, err
 	}
 	return s, nil
+}
+
+// Run writes the events of locks until ctx ends, which ends the locks too.
+func (s *Server) Run(ctx context.Context) error {
+	if s.opt.Events == nil {
+		<-ctx.Done()
+		return nil
+	}
+	s.tell.run(ctx, s.opt.Events, s.opt.Logger)
+	return nil
 }
 
 // ServeTLS accepts connections with implicit TLS (port 465) until Shutdown.
@@ -145,6 +159,7 @@ var defaults = policy.Submission{
 type metrics struct {
 	auth       *prometheus.CounterVec
 	locks      *prometheus.CounterVec
+	untold     prometheus.Counter
 	messages   prometheus.Counter
 	recipients prometheus.Counter
 	bytes      prometheus.Counter
@@ -156,6 +171,7 @@ func newMetrics(r prometheus.Registerer) (*metrics, error) {
 	m := &metrics{
 		auth:       prometheus.NewCounterVec(prometheus.CounterOpts{Name: prefix + "auth_total", Help: "Authentication attempts by result."}, []string{"result"}),
 		locks:      prometheus.NewCounterVec(prometheus.CounterOpts{Name: prefix + "auth_locks_total", Help: "Locks after too many failed logins, by what they hold: an address, a network, an account from an address."}, []string{"scope"}),
+		untold:     prometheus.NewCounter(prometheus.CounterOpts{Name: prefix + "auth_lock_events_dropped_total", Help: "Locks without events, because too many began at once."}),
 		messages:   prometheus.NewCounter(prometheus.CounterOpts{Name: prefix + "accepted_messages_total", Help: "Messages answered with 250."}),
 		recipients: prometheus.NewCounter(prometheus.CounterOpts{Name: prefix + "accepted_recipients_total", Help: "Recipients of the messages answered with 250."}),
 		bytes:      prometheus.NewCounter(prometheus.CounterOpts{Name: prefix + "accepted_bytes_total", Help: "Octets of the messages answered with 250, as stored."}),
@@ -165,7 +181,7 @@ func newMetrics(r prometheus.Registerer) (*metrics, error) {
 	if r == nil {
 		return m, nil
 	}
-	for _, c := range []prometheus.Collector{m.auth, m.locks, m.messages, m.recipients, m.bytes, m.accept} {
+	for _, c := range []prometheus.Collector{m.auth, m.locks, m.untold, m.messages, m.recipients, m.bytes, m.accept} {
 		if err := r.Register(c); err != nil {
 			return nil, fault.Wrap(err, fault.Internal, "submission.New", "the metrics cannot be registered")
 		}

@@ -171,7 +171,7 @@ func (n *node) openServers(context.Context) (err error) {
 	name := hostname(n.cfg)
 	n.submission, err = submission.New(submission.Options{
 		Hostname: name, TLS: serverTLS, Policy: n.agent.Directory, Connected: n.agent.Connected, Closed: n.closed,
-		Spool: submission.NewSpool(n.store, n.queue), Proxies: n.cfg.Listen.Proxies, BinaryMIME: true, MemoryOver: n.memory.Over, Logger: n.log, Registerer: n.registry,
+		Spool: submission.NewSpool(n.store, n.queue), Proxies: n.cfg.Listen.Proxies, BinaryMIME: true, MemoryOver: n.memory.Over, Events: n.outbox.Write, Logger: n.log, Registerer: n.registry,
 	})
 	if err != nil {
 		return err
@@ -204,6 +204,7 @@ func (n *node) run(ctx context.Context) error {
 	n.start("admin", n.admin.Serve)
 	n.start("link", func() error { return ignoreCanceled(n.agent.Run(linkCtx)) })
 	n.start("egress", func() error { n.egress.Run(linkCtx); return nil })
+	n.start("locks", func() error { return n.submission.Run(linkCtx) })
 	n.start("watch", func() error { n.watch(linkCtx); return nil })
 	engineCtx, stopEngine := context.WithCancel(linkCtx)
 	defer stopEngine()
