@@ -13,7 +13,10 @@
 // rounding can only make a limit tighter, by less than one part in a thousand
 // as long as Per / Limit is a microsecond or more.
 //
-// A Bucket does not lock: the one goroutine that schedules owns it.
+// A Bucket does not lock: the one goroutine that schedules owns it. A Gate joins
+// all limits of one scope (connections, how often they are opened, messages, and
+// messages of one session); Connect and Begin ask several gates at once and take
+// from all or none, and a refusal tells the one time at which to ask again.
 package throttle
 
 import (
@@ -111,13 +114,16 @@ func (b *Bucket) Peek(now time.Time, n int) (ok bool, wait time.Duration) {
 	if int64(n) > b.rate.burst {
 		return false, -1
 	}
-	at := now.UnixNano()
-	// The last of the n events would be due at due + (n-1) intervals; it may
-	// come early by slack.
-	if early := b.due(at) + int64(n-1)*b.rate.interval - b.rate.slack - at; early > 0 {
+	if early := b.early(now.UnixNano(), n); early > 0 {
 		return false, time.Duration(early)
 	}
 	return true, 0
+}
+
+// early is by how much n events would come too early. The last of them would be
+// due at due + (n-1) intervals; it may come early by slack.
+func (b *Bucket) early(at int64, n int) int64 {
+	return b.due(at) + int64(n-1)*b.rate.interval - b.rate.slack - at
 }
 
 // due is when an event at full speed would be due, seen at a time. What was

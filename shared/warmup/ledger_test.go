@@ -344,7 +344,7 @@ func TestSpenderNeverPassesItsMark(t *testing.T) {
 				}
 				_, reserved = s.Settle()
 			case 6:
-				if disk.Used > spent+step+step/2 {
+				if disk.Used > spent+step {
 					t.Fatalf("a restart takes %d for spent, %d are", disk.Used, spent)
 				}
 				s, flight = Resume(disk), nil
