@@ -3,6 +3,9 @@ package submission
 import (
 	"crypto/sha256"
 	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"slices"
 	"sync"
 	"time"
 
@@ -13,8 +16,9 @@ import (
 )
 
 // clientTLS makes the listeners ask for a client's certificate while a
-// credential needs one. It is not checked against any CA: a credential names
-// the very certificate, and TLS proves that the client holds its key.
+// credential needs one. TLS proves that the client holds its key; whether the
+// certificate is one that the credential names, or was issued by one, is found
+// out at login.
 func clientTLS(base *tls.Config, dir func() *policy.Directory) *tls.Config {
 	plain := base.Clone()
 	plain.MinVersion = max(plain.MinVersion, tls.VersionTLS12)
@@ -46,13 +50,50 @@ func (s *session) outOfScope(c *policy.Credential) string {
 	if state == nil || len(state.PeerCertificates) == 0 {
 		return "This credential needs a client certificate in TLS and none was shown"
 	}
-	shown := sha256.Sum256(state.PeerCertificates[0].Raw)
-	for i := range scope.Certificates {
-		if shown == scope.Certificates[i] {
-			return ""
+	shown := state.PeerCertificates
+	if slices.Contains(scope.Certificates, sha256.Sum256(shown[0].Raw)) {
+		return ""
+	}
+	for _, c := range shown[1:min(len(shown), maxChain)] {
+		if slices.Contains(scope.Certificates, sha256.Sum256(c.Raw)) {
+			return s.notIssuedBy(c, shown)
 		}
 	}
 	return "This credential needs another client certificate than the one that was shown"
+}
+
+// maxChain bounds the certificates of a client that are looked at, its own
+// included.
+const maxChain = 8
+
+// notIssuedBy says why the client's certificate, shown with those that lead to
+// the CA, is not one of the CA's now; empty: it is. A session finds it out once
+// for as long as both are valid.
+func (s *session) notIssuedBy(ca *x509.Certificate, shown []*x509.Certificate) string {
+	now := time.Now()
+	if s.issuer == ca && now.Before(s.issuerUntil) {
+		return ""
+	}
+	roots, between := x509.NewCertPool(), x509.NewCertPool()
+	roots.AddCert(ca)
+	for _, c := range shown[1:min(len(shown), maxChain)] {
+		between.AddCert(c)
+	}
+	chains, err := shown[0].Verify(x509.VerifyOptions{Roots: roots, Intermediates: between, CurrentTime: now, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}})
+	var invalid x509.CertificateInvalidError
+	switch {
+	case errors.As(err, &invalid) && invalid.Reason == x509.Expired:
+		return "The client certificate that was shown, or its CA, has expired or is not valid yet"
+	case err != nil:
+		return "The client certificate that was shown was not issued for clients by the CA that this credential needs"
+	}
+	s.issuer, s.issuerUntil = ca, chains[0][0].NotAfter
+	for _, c := range chains[0] {
+		if c.NotAfter.Before(s.issuerUntil) {
+			s.issuerUntil = c.NotAfter
+		}
+	}
+	return ""
 }
 
 // refuseRate answers for a credential that has sent what it may.

@@ -1,6 +1,7 @@
 package submission
 
 import (
+	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -215,5 +216,87 @@ func TestSwaksShowsItsCertificate(t *testing.T) {
 		if !strings.Contains(string(out), tt.want) {
 			t.Errorf("swaks %v: error %v, want %q in\n%s", tt.args, err, tt.want, out)
 		}
+	}
+}
+
+// issued makes a certificate with a serial number that an issuer signs, or that
+// signs itself.
+func issued(t *testing.T, issuer *tls.Certificate, change func(*x509.Certificate)) tls.Certificate {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{SerialNumber: big.NewInt(time.Now().UnixNano()), NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+		BasicConstraintsValid: true, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}}
+	if change != nil {
+		change(template)
+	}
+	template.Subject.CommonName = template.SerialNumber.String()
+	parent, signer, chain := template, crypto.PrivateKey(key), [][]byte(nil)
+	if issuer != nil {
+		if parent, err = x509.ParseCertificate(issuer.Certificate[0]); err != nil {
+			t.Fatal(err)
+		}
+		signer, chain = issuer.PrivateKey, issuer.Certificate
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, parent, &key.PublicKey, signer)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return tls.Certificate{Certificate: append([][]byte{der}, chain...), PrivateKey: key}
+}
+
+// A credential that names a CA takes what that CA issued for clients and what is
+// valid now.
+func TestClientCertificateByCA(t *testing.T) {
+	authority := func(c *x509.Certificate) { c.IsCA, c.KeyUsage, c.ExtKeyUsage = true, x509.KeyUsageCertSign, nil }
+	ca, other := issued(t, nil, authority), issued(t, nil, authority)
+	between := issued(t, &ca, authority)
+	expired := func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Minute) }
+	noCA := issued(t, nil, nil)
+	forged := issued(t, &other, nil)
+	forged.Certificate = append(forged.Certificate[:1:1], ca.Certificate[0]) // shows a CA that did not issue it
+	alone := issued(t, &ca, nil)
+	alone.Certificate = alone.Certificate[:1]
+	named := scoped(policy.CredentialScope{Certificates: [][32]byte{sha256.Sum256(ca.Certificate[0]), sha256.Sum256(noCA.Certificate[0])}})
+	w := newWorld(t, func(v *policy.View) {
+		named(v)
+		v.Document.Submission.AuthFailuresPerAccount, v.Document.Submission.AuthFailuresPerIP = 100, 100
+	})
+	_, base := testTLS()
+	const another, notIssued = "535 5.7.8 This credential needs another client certificate", "535 5.7.8 The client certificate that was shown was not issued"
+	for _, tt := range []struct {
+		name string
+		cert tls.Certificate
+		want string
+	}{
+		{"issued", issued(t, &ca, nil), "235"},
+		{"by an intermediate", issued(t, &between, nil), "235"},
+		{"the CA itself", ca, "235"},
+		{"for servers", issued(t, &ca, func(c *x509.Certificate) { c.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth} }), notIssued},
+		{"expired", issued(t, &ca, expired), "535 5.7.8 The client certificate that was shown, or its CA, has expired"},
+		{"of another CA", issued(t, &other, nil), another},
+		{"that shows a CA which is not its own", forged, notIssued},
+		{"without the CA", alone, another},
+		{"by one that is no CA", issued(t, &noCA, nil), notIssued},
+	} {
+		cfg := base.Clone()
+		cfg.Certificates = []tls.Certificate{tt.cert}
+		conn, err := tls.Dial("tcp", w.implicit, cfg)
+		if err != nil {
+			t.Fatal(err)
+		}
+		p := newPeerOn(t, conn)
+		p.expect("220 ")
+		p.do("EHLO client.example", "250-")
+		if p.do("AUTH PLAIN "+plain(w.user, testSecret), tt.want); t.Failed() {
+			t.Fatal(tt.name)
+		}
+		if tt.want == "235" {
+			p.mail(goodMessage, "250")
+			p.mail(goodMessage, "250")
+		}
+		_ = conn.Close()
 	}
 }

@@ -1,6 +1,7 @@
 package submission
 
 import (
+	"crypto/x509"
 	"time"
 
 	"github.com/emersion/go-smtp"
@@ -31,6 +32,9 @@ type session struct {
 	credential ids.Credential // zero: not authenticated
 	secretHash [32]byte       // of the secret that the client logged in with
 	loginKeys  []lockKey      // what failures of the login in progress count for
+
+	issuer      *x509.Certificate // the CA that the client's certificate was found to be of
+	issuerUntil time.Time
 
 	// The transaction.
 	dir        *policy.Directory // one policy for the whole transaction

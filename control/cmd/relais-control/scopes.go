@@ -21,7 +21,7 @@ func scopeFlags(cmd *cobra.Command, scope *api.CredentialScope) func() error {
 	cmd.Flags().StringSliceVar(&scope.Domains, "domain", nil, "sending domain that From must be at or below; may be repeated (default: all of the tenant)")
 	cmd.Flags().StringSliceVar(&scope.Networks, "cidr", nil, "network that clients must be in; may be repeated (default: all)")
 	cmd.Flags().Uint32Var(&scope.MessagesPerHour, "rate", 0, "messages that each relay takes in any 60 minutes (default: no limit)")
-	cmd.Flags().StringSliceVar(&certificates, "require-client-cert", nil, "certificate that the client must show in TLS: its SHA-256 fingerprint, or a PEM file; may be repeated, then one of them")
+	cmd.Flags().StringSliceVar(&certificates, "require-client-cert", nil, "certificate that the client must show in TLS, or of the CA that issued it and is shown with it: its SHA-256 fingerprint, or a PEM file; may be repeated, then one of them")
 	return func() error {
 		for _, text := range certificates {
 			fingerprint, err := fingerprintOf(text)
