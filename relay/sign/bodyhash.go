@@ -3,7 +3,9 @@ package sign
 import (
 	"bytes"
 	"crypto/sha256"
+	"encoding/binary"
 	"hash"
+	"math/bits"
 )
 
 // canonicalBufferBytes is how much canonical text is gathered before it is
@@ -39,35 +41,105 @@ func (h *BodyHasher) Reset() {
 func (h *BodyHasher) Write(p []byte) (int, error) {
 	n := len(p)
 	for len(p) > 0 {
-		// Most lines are canonical as they stand and are copied whole.
-		cr := bytes.IndexByte(p, '\r')
-		end := cr + 2
-		if cr < 0 || end > len(p) || p[cr+1] != '\n' {
-			end = len(p)
-			if cr >= 0 {
-				end = min(cr+2, end)
+		// Most lines are canonical as they stand and are hashed many at a time.
+		if !h.space && !h.cr {
+			end, regular := canonicalLines(p)
+			if !regular {
+				h.writeAny(p)
+				break
 			}
-			h.writeAny(p[:end])
-		} else if line := p[:cr]; h.space || h.cr || !isCanonical(line) {
-			h.writeAny(p[:end])
-		} else {
-			if cr > 0 {
-				h.writePending()
-				h.flushRun(line)
+			if end > 0 {
+				h.writeLines(p[:end])
+				p = p[end:]
+				continue
 			}
-			h.breaks++
 		}
+		end := bytes.IndexByte(p, '\n') + 1
+		if end == 0 {
+			end = len(p)
+		}
+		h.writeAny(p[:end])
 		p = p[end:]
 	}
 	return n, nil
 }
 
-var twoSpaces = []byte("  ")
-
-// isCanonical reports whether the relaxed form of a line is the line itself.
-func isCanonical(line []byte) bool {
-	return len(line) == 0 || line[len(line)-1] != ' ' && bytes.IndexByte(line, '\t') < 0 && !bytes.Contains(line, twoSpaces)
+// writeLines hashes whole lines that are their own relaxed form. The empty ones
+// at their end may turn out to be the body's last.
+func (h *BodyHasher) writeLines(p []byte) {
+	end := len(p)
+	for end >= 2 && p[end-1] == '\n' && (end == 2 || p[end-3] == '\n') {
+		end -= 2 // an empty line
+	}
+	empty := int64(len(p)-end) / 2
+	if end > 0 {
+		end, empty = end-2, empty+1 // the last line end is pending too
+		h.writePending()
+		if end < len(h.out) {
+			h.flushRun(p[:end])
+		} else {
+			h.drain()
+			_, _ = h.sum.Write(p[:end]) // hash.Hash never returns an error
+			h.written = true
+		}
+	}
+	h.breaks += empty
 }
+
+// Eight octets at a time.
+const (
+	each = 0x0101010101010101
+	low7 = 0x7f * each
+	high = 0x80 * each
+)
+
+// zeros has the high bit set of each octet of x that is 0.
+func zeros(x uint64) uint64 { return ^((x&low7 + low7) | x | low7) }
+
+// controls has the high bit set of each octet of x up to and including the space.
+func controls(x uint64) uint64 { return ^((x&low7 + (0x7f-' ')*each) | x) & high }
+
+// canonicalLines returns how many octets at the beginning of p are whole lines
+// that are their own relaxed form: no tab, no two spaces together, none before
+// the line end. It may be fewer than there are. What it looks for shows in two
+// octets up to the space that stand together, which are rare. regular is false
+// if there are line ends other than CRLF.
+func canonicalLines(p []byte) (end int, regular bool) {
+	end = len(p)
+	lineEnds := 0
+	before := uint64(0) // whether the octet before is a control, in the lowest octet
+	at := 0
+scan:
+	for ; at+8 <= len(p); at += 8 {
+		w := binary.LittleEndian.Uint64(p[at:])
+		c := controls(w)
+		if c == 0 {
+			before = 0
+			continue
+		}
+		hits := c&(c<<8|before) | zeros(w^'\t'*each)
+		before = c >> 56
+		for ; hits != 0; hits &= hits - 1 {
+			i := at + bits.TrailingZeros64(hits)/8
+			switch {
+			case i > 0 && p[i] == '\n' && p[i-1] == '\r':
+				lineEnds++
+			case i > 0 && p[i-1] == '\n' && (p[i] == '\r' || p[i] == ' '):
+			default:
+				end = i
+				break scan
+			}
+		}
+	}
+	if end == len(p) {
+		end = at // the last octets come with the next piece, or one by one
+	}
+	end = bytes.LastIndexByte(p[:end], '\n') + 1
+	// A CR or LF of its own has no neighbour that would show it.
+	return end, bytes.Count(p[:end], returnOctet) == lineEnds && bytes.Count(p[:end], newlineOctet) == lineEnds
+}
+
+var returnOctet, newlineOctet = []byte{'\r'}, []byte{'\n'}
 
 // writeAny hashes octets of any kind.
 func (h *BodyHasher) writeAny(p []byte) {

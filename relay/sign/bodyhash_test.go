@@ -82,6 +82,24 @@ func toWire(body []byte) []byte {
 	return bytes.ReplaceAll(body, []byte("\n"), []byte("\r\n"))
 }
 
+// Lines that are hashed many at a time give the hash of those hashed one octet
+// after the other, wherever the one thing that is not canonical stands.
+func TestBodyHasherManyLines(t *testing.T) {
+	lines := []byte(strings.Repeat("some words of text\r\n\r\n and more, caf\xc3\xa9\r\n", 60) + "\r\n\r\n")
+	h, slow := NewBodyHasher(), NewBodyHasher()
+	for _, odd := range []string{"", "\t", "  ", " ", "\r", "\n", "\x01", "\r\n\r\n\r\n", " \r\n", "\n\r", "\x00\x00"} {
+		for at := 0; at <= len(lines); at += 1 + at%7 {
+			body := append(append(append([]byte(nil), lines[:at]...), odd...), lines[at:]...)
+			want := hashInPieces(slow, body, 1)
+			for _, step := range []int{9, 100, 1500, 1 << 20} {
+				if got := hashInPieces(h, body, step); got != want {
+					t.Fatalf("%q at %d, pieces of %d: another hash than octet by octet", odd, at, step)
+				}
+			}
+		}
+	}
+}
+
 func FuzzBodyHasher(f *testing.F) {
 	f.Add([]byte("hello\n"), 3)
 	f.Add([]byte(" C \nD \t E\n\n\n"), 1)
