@@ -181,3 +181,11 @@ func TestProcessTree(t *testing.T) {
 		t.Error("this process uses memory, none is seen")
 	}
 }
+
+// Both signatures take time, and far less than a tenth of a second of it.
+func TestBareSigning(t *testing.T) {
+	d, err := bareSigning()
+	if err != nil || d <= 0 || d > 100*time.Millisecond {
+		t.Errorf("%v, %v", d, err)
+	}
+}

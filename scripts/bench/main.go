@@ -245,8 +245,8 @@ func run(ctx context.Context, o *options) (good bool, err error) {
 				if err != nil {
 					return false, fmt.Errorf("%s, %s: %w", name, c.name, err)
 				}
-				say("%d/%d  %-12s %-5s %6d messages: accepted %7.0f/s, delivered %7.0f/s, CPU %6.3f ms, %5.0f MiB, p50 %7.1f ms, p99 %8.1f ms, lost %d, twice %d  (%.0f s)",
-					round+1, o.rounds, name, c.name, cell.Messages, cell.AcceptedPerS, cell.DeliveredPerS, cell.CPU, cell.RSS, cell.P50, cell.P99, cell.Lost, cell.Duplicated, time.Since(began).Seconds())
+				say("%d/%d  %-12s %-5s %6d messages: accepted %7.0f/s, delivered %7.0f/s, CPU %6.3f ms (harness %.3f), %5.0f MiB, p50 %7.1f ms, p99 %8.1f ms, lost %d, twice %d  (%.0f s)",
+					round+1, o.rounds, name, c.name, cell.Messages, cell.AcceptedPerS, cell.DeliveredPerS, cell.CPU, cell.harness, cell.RSS, cell.P50, cell.P99, cell.Lost, cell.Duplicated, time.Since(began).Seconds())
 				r.add(cell)
 			}
 		}

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -11,81 +12,70 @@ import (
 )
 
 const (
-	ticksPerSecond = 100 // of /proc/PID/stat, the same on every Linux: USER_HZ
-	memoryInterval = 500 * time.Millisecond
+	ticksPerSecond = 100             // of /proc/PID/stat, the same on every Linux: USER_HZ
+	memoryInterval = 2 * time.Second // a look at two hundred processes takes the kernel a while
 )
 
 // tree returns the processes that descend from the given ones, those included.
-func tree(roots []int) map[int]procStat {
-	entries, err := os.ReadDir("/proc")
-	if err != nil {
-		return nil
-	}
-	all := make(map[int]procStat)
-	for _, e := range entries {
-		pid, err := strconv.Atoi(e.Name())
+// It asks each process for its children and not all processes for their
+// parents: others on the machine may be many.
+func tree(roots []int) map[int]int64 {
+	ticks := make(map[int]int64)
+	for todo := slices.Clone(roots); len(todo) > 0; {
+		pid := todo[len(todo)-1]
+		todo = todo[:len(todo)-1]
+		if _, seen := ticks[pid]; seen {
+			continue
+		}
+		used, ok := readTicks(pid)
+		if !ok {
+			continue // it has ended, and its parent has its ticks
+		}
+		ticks[pid] = used
+		dir := filepath.Join("/proc", strconv.Itoa(pid), "task")
+		threads, err := os.ReadDir(dir)
 		if err != nil {
 			continue
 		}
-		if s, ok := readStat(pid); ok {
-			all[pid] = s
-		}
-	}
-	in := make(map[int]procStat)
-	for pid, s := range all {
-		for at, hops := pid, 0; at != 0 && hops < len(all); hops++ {
-			if contains(roots, at) {
-				in[pid] = s
-				break
+		for _, t := range threads { // a child belongs to the thread that made it
+			for child := range strings.FieldsSeq(read(filepath.Join(dir, t.Name(), "children"))) {
+				if n, err := strconv.Atoi(child); err == nil {
+					todo = append(todo, n)
+				}
 			}
-			at = all[at].parent
 		}
 	}
-	return in
+	return ticks
 }
 
-func contains(list []int, v int) bool {
-	for _, l := range list {
-		if l == v {
-			return true
-		}
-	}
-	return false
-}
-
-type procStat struct {
-	parent int
-	ticks  int64 // CPU used by the process, and by its children that have ended
-}
-
-func readStat(pid int) (procStat, bool) {
+// readTicks returns the CPU used by a process, and by its children that have
+// ended.
+func readTicks(pid int) (ticks int64, ok bool) {
 	text, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(pid), "stat"))
 	if err != nil {
-		return procStat{}, false
+		return 0, false
 	}
 	i := bytes.LastIndexByte(text, ')') // the name before it may hold anything
 	if i < 0 {
-		return procStat{}, false
+		return 0, false
 	}
 	f := strings.Fields(string(text[i+1:]))
 	if len(f) < 15 {
-		return procStat{}, false
+		return 0, false
 	}
-	s := procStat{}
-	s.parent, _ = strconv.Atoi(f[1]) // the kernel writes numbers
-	for _, v := range f[11:15] {     // utime, stime, cutime, cstime
-		n, _ := strconv.ParseInt(v, 10, 64)
-		s.ticks += n
+	for _, v := range f[11:15] { // utime, stime, cutime, cstime
+		n, _ := strconv.ParseInt(v, 10, 64) // the kernel writes numbers
+		ticks += n
 	}
-	return s, true
+	return ticks, true
 }
 
 // cpuTime returns what a tree has used. A child that ends between two readings
 // is counted by its parent.
 func cpuTime(roots []int) time.Duration {
 	var ticks int64
-	for _, s := range tree(roots) {
-		ticks += s.ticks
+	for _, used := range tree(roots) {
+		ticks += used
 	}
 	return time.Duration(ticks) * time.Second / ticksPerSecond
 }
