@@ -9,6 +9,40 @@ import (
 	"github.com/relais-mta/relais/shared/fault"
 )
 
+// expireLoop ends what is past its deadline. It is a loop of its own, because
+// deadlines must not wait for the scheduler, however much that has to do.
+func (e *Engine) expireLoop(ctx context.Context) {
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-e.overdue:
+		case <-timer.C:
+		}
+		now := e.cfg.Now()
+		e.expire(now)
+		timer.Reset(e.untilDeadline(now))
+	}
+}
+
+// untilDeadline returns how long the loop may sleep.
+func (e *Engine) untilDeadline(now time.Time) time.Duration {
+	at, ok := e.queue.NextDeadline()
+	if !ok {
+		return maxIdleWait
+	}
+	return min(maxIdleWait, max(minDeadlineInterval, at.Sub(now)))
+}
+
+func (e *Engine) lookAtDeadlines() {
+	select {
+	case e.overdue <- struct{}{}:
+	default:
+	}
+}
+
 // guardWithin is how close a deadline must be for an attempt to be watched:
 // longer than any attempt should take, so that most mail costs no timer.
 const guardWithin = time.Hour

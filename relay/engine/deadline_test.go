@@ -7,7 +7,9 @@ import (
 
 	"github.com/relais-mta/relais/relay"
 	"github.com/relais-mta/relais/relay/outbox"
+	"github.com/relais-mta/relais/relay/queue"
 	"github.com/relais-mta/relais/relay/verdict"
+	"github.com/relais-mta/relais/shared/fault"
 	"github.com/relais-mta/relais/shared/lab"
 	"github.com/relais-mta/relais/shared/policy"
 )
@@ -25,7 +27,7 @@ func TestExpiresAtFiveMinutes(t *testing.T) {
 	if at, ok := w.queue.NextDeadline(); !ok || at.Sub(env.ExpiresAt).Abs() >= time.Millisecond {
 		t.Errorf("the loop would look at %v, the deadline is %v", at, env.ExpiresAt)
 	}
-	if idle := w.engine.idle(time.Time{}, env.ExpiresAt.Add(-30*time.Second)); idle > 30*time.Second {
+	if idle := w.engine.untilDeadline(env.ExpiresAt.Add(-30 * time.Second)); idle > 30*time.Second {
 		t.Errorf("the loop would sleep %v, thirty seconds before the deadline", idle)
 	}
 	w.engine.expire(env.ExpiresAt)
@@ -37,6 +39,35 @@ func TestExpiresAtFiveMinutes(t *testing.T) {
 	if n := len(w.arrived(lab.Google)); n != 1 {
 		t.Errorf("%d mails arrived, want the fresh one only", n)
 	}
+}
+
+// TestDeadlinesDoNotWaitForTheScheduler ends mail while somebody else has the
+// scheduler's lock.
+func TestDeadlinesDoNotWaitForTheScheduler(t *testing.T) {
+	w := newWorld(t, nil) // no source: mail stays
+	env := w.accept(func(e *relay.Envelope) { e.ExpiresAt = time.Now().Add(3 * time.Second) }, w.at(lab.Google, 0, lab.Accept))
+	var work *queue.Work
+	w.queue.Queues(func(info queue.QueueInfo) bool {
+		work, _ = w.queue.Take(info.Number, time.Now(), 1)
+		return work == nil
+	})
+	if work == nil || !w.queue.Load(work) {
+		t.Fatal("the message cannot be taken")
+	}
+	// The last reply is known, so that nothing has to be asked about the mail.
+	state := work.Recipients[0].State
+	state.Next, state.LastReply = time.Now().Add(time.Hour), relay.Reply{Code: 450, Text: "try again later"}
+	stored := make(chan error, 1)
+	w.queue.Finish(work, nil, []queue.Result{{State: state}}, nil, func(err error) { stored <- err })
+	if err := <-stored; err != nil {
+		t.Fatal(err)
+	}
+	w.engine.mu.Lock()
+	defer w.engine.mu.Unlock()
+	w.until("the end of the message", func() bool {
+		_, err := w.queue.Show(env.ID)
+		return fault.Is(err, fault.NotFound)
+	})
 }
 
 // TestNoAttemptIsPlannedBeyondTheDeadline defers mail of several lifetimes until

@@ -63,6 +63,7 @@ type Engine struct {
 
 	notify  notifier
 	kick    chan struct{} // something for the loop, capacity 1
+	overdue chan struct{} // the earliest deadline may have changed, capacity 1
 	workers sync.WaitGroup
 	lookups sync.WaitGroup
 
@@ -107,6 +108,7 @@ func New(cfg Config) (*Engine, error) {
 		cfg:      cfg,
 		log:      cfg.Logger,
 		kick:     make(chan struct{}, 1),
+		overdue:  make(chan struct{}, 1),
 		sched:    schedule.New(schedule.Limits{}),
 		sessions: make(map[schedule.Session]*worker),
 		routes:   make(map[mailaddr.Domain]*resolve.Route),
@@ -124,6 +126,10 @@ func New(cfg Config) (*Engine, error) {
 // Notify tells that a queue may have earlier work; it never blocks, so it can
 // be the queue's callback before the queue itself is attached.
 func (e *Engine) Notify(n queue.Number) {
+	if n == 0 {
+		e.lookAtDeadlines()
+		return
+	}
 	if e.notify.add(n) {
 		e.wake()
 	}
@@ -133,6 +139,7 @@ func (e *Engine) Notify(n queue.Number) {
 func (e *Engine) Changed() {
 	e.notify.changed.Store(true)
 	e.wake()
+	e.lookAtDeadlines() // the clock may be trusted again
 }
 
 func (e *Engine) wake() {
@@ -158,7 +165,13 @@ func (e *Engine) Run(ctx context.Context, grace time.Duration) {
 		return true
 	})
 	e.Changed()
+	expiring := make(chan struct{})
+	go func() {
+		defer close(expiring)
+		e.expireLoop(ctx)
+	}()
 	e.loop(ctx)
+	<-expiring
 	e.drain(cancel, grace)
 }
 
@@ -178,26 +191,21 @@ func (e *Engine) loop(ctx context.Context) {
 			e.applyView(now)
 		}
 		e.absorb(now)
-		e.expire(now)
 		if now.After(sweep) {
 			e.sweep(now)
 			sweep = now.Add(sweepInterval)
 		}
 		wake := e.pump(now)
-		timer.Reset(e.idle(wake, now))
+		timer.Reset(idle(wake, now))
 	}
 }
 
 // idle returns how long the loop may sleep.
-func (e *Engine) idle(wake, now time.Time) time.Duration {
-	wait := maxIdleWait
-	if !wake.IsZero() {
-		wait = min(wait, max(0, wake.Sub(now)))
+func idle(wake, now time.Time) time.Duration {
+	if wake.IsZero() {
+		return maxIdleWait
 	}
-	if at, ok := e.queue.NextDeadline(); ok {
-		wait = min(wait, max(minDeadlineInterval, at.Sub(now)))
-	}
-	return wait
+	return min(maxIdleWait, max(0, wake.Sub(now)))
 }
 
 // absorb hands what the queue announced to the scheduler.

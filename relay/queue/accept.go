@@ -213,17 +213,26 @@ func (q *Queue) accepted(mail *placedMail, err error) {
 	m := q.messageFor(env.ID)
 	m.setEnvelope(env, mail.firstDue)
 	m.known = true // nothing is final yet
+	nowMS := q.nowMS()
+	keep := q.roomFor(env, mail.firstDue, nowMS)
 	for i, wq := range mail.queues {
 		wq.stored = true
 		if rule := mail.heldBy(i); rule != nil {
 			q.heldBy[rule.ID]++
 			continue
 		}
-		m.refs++
 		q.waiting++
-		q.enqueue(wq, item{pos: pos{mail.firstDue, env.ID, uint16(i)}, fresh: true, msg: m})
+		it := item{pos: pos{mail.firstDue, env.ID, uint16(i)}, fresh: true}
+		if keep {
+			it.msg = m
+			m.refs++
+		}
+		q.enqueue(wq, it)
 	}
 	soonest := q.addDeadline(env)
+	if keep {
+		q.fresh.add(m, nowMS)
+	}
 	q.unref(m, 1)
 	q.trim()
 	q.mu.Unlock()
@@ -245,11 +254,11 @@ func (q *Queue) accepted(mail *placedMail, err error) {
 // reference to its message is given back if it does. Call with the lock held.
 func (q *Queue) enqueue(wq *workQueue, it item) {
 	if !wq.complete && !it.less(wq.end) {
-		if wq.paging {
-			wq.late = append(wq.late, it)
-			return
-		}
 		q.forget(it)
+		if wq.paging {
+			it.msg = nil
+			wq.late = append(wq.late, it)
+		}
 		return
 	}
 	if !wq.win.insert(it) {

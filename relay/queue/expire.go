@@ -191,9 +191,12 @@ func (q *Queue) oldestOverdue(now time.Time) time.Duration {
 	if q.deadlines.win.len() > 0 {
 		oldest = min(oldest, q.deadlines.win.first().due)
 	}
+	for _, due := range q.leaving {
+		oldest = min(oldest, due)
+	}
 	for w := range q.flights {
-		if w.Env != nil {
-			oldest = min(oldest, w.Env.ExpiresAt.UnixMilli())
+		if env := w.msg.env; env != nil {
+			oldest = min(oldest, env.ExpiresAt.UnixMilli())
 		}
 	}
 	return now.Sub(time.UnixMilli(oldest))

@@ -66,6 +66,7 @@ type fixture struct {
 	storage policy.Storage
 	fs      store.FileSystem
 	trusted func() bool
+	told    func(Number) // called at each notification; nil: nobody
 
 	st *store.Store
 	ob *outbox.Outbox
@@ -98,7 +99,10 @@ func (f *fixture) open() *fixture {
 	}
 	f.q, err = Open(context.Background(), f.st, f.ob, Config{
 		Now: f.clock.Now, Policy: f.policy, MaxInbound: 1 << 20, Logger: log, Strict: true, ClockTrusted: f.trusted, sizes: f.sizes,
-		Notify: func(Number) {
+		Notify: func(n Number) {
+			if f.told != nil {
+				f.told(n)
+			}
 			f.mu.Lock()
 			close(f.changed)
 			f.changed = make(chan struct{})

@@ -168,9 +168,6 @@ func (q *Queue) mergePage(wq *workQueue, items []item, complete, failed bool) {
 	if failed || wq.complete || wq.end != wq.pageEnd {
 		// The window was cut while the page was read: it covers less now, and
 		// all of this is on disk.
-		for _, it := range late {
-			q.forget(it)
-		}
 		if failed {
 			wq.blockedTo = q.nowMS() + readRetryMS
 		}
@@ -188,25 +185,16 @@ func (q *Queue) mergePage(wq *workQueue, items []item, complete, failed bool) {
 			wq.win.insert(it)
 			continue
 		}
-		if m := q.live[it.id]; m != nil {
-			if m.isAloft(it.index) {
-				continue // taken before the window was cut to end in front of it
-			}
-			m.refs++
-			it.msg = m
+		if m := q.live[it.id]; m != nil && m.isAloft(it.index) {
+			continue // taken before the window was cut to end in front of it
 		}
 		q.enqueue(wq, it)
 	}
 	for _, it := range late {
 		// What was given back while the page was read is in the page as well.
 		covered := wq.complete || it.less(wq.end)
-		inserted := covered && wq.win.insert(it)
-		switch {
-		case wq == q.deadlines:
-		case inserted:
+		if covered && wq.win.insert(it) && wq != q.deadlines {
 			q.inMemory++
-		default:
-			q.forget(it)
 		}
 	}
 	q.trim()
@@ -236,7 +224,6 @@ func (q *Queue) leave(wq *workQueue, p pos) {
 	}
 	at := slices.IndexFunc(wq.late, func(it item) bool { return it.pos == p })
 	if at >= 0 {
-		q.forget(wq.late[at])
 		wq.late = slices.Delete(wq.late, at, at+1)
 		return
 	}
@@ -247,7 +234,7 @@ func (q *Queue) leave(wq *workQueue, p pos) {
 // allows. What is cut is on disk already. Call with the lock held.
 func (q *Queue) trim() {
 	limit := q.memoryLimit()
-	if q.inMemory <= limit {
+	if q.inMemory <= max(limit, q.trimAbove) {
 		return
 	}
 	lengths := make([]int, 0, len(q.byNumber))
@@ -265,6 +252,12 @@ func (q *Queue) trim() {
 		if dropped {
 			wq.complete, wq.end = false, end
 		}
+	}
+	q.trimAbove = 0
+	if q.inMemory > limit*3/4 {
+		// Every queue keeps its head, and there are more queues than that:
+		// looking at all of them again for each further head would help nothing.
+		q.trimAbove = q.inMemory + q.inMemory/4
 	}
 	q.metrics.trims.Inc()
 }

@@ -153,6 +153,10 @@ type message struct {
 	known    bool     // final is complete
 	removing bool     // a commit under way removes the message
 	gone     bool     // removed
+
+	freshAt      int64 // since when it is in the list of fresh messages
+	freshBytes   int64 // what it counts there; 0: it is not in the list
+	older, newer *message
 }
 
 // workQueue is one work queue in memory.
@@ -198,7 +202,9 @@ type Queue struct {
 	flights    map[*Work]struct{}
 	leaving    map[ids.Message]int64 // deadlines that are on disk and in no window, of messages without flight
 	inMemory   int                   // items in the windows of work queues
-	inFlight   int                   // recipients owned by callers
+	trimAbove  int                   // windows are cut again when they hold more; 0: when policy says so
+	fresh      freshList
+	inFlight   int // recipients owned by callers
 	inbound    int64
 	waiting    int64 // waiting keys written minus deleted since start
 	base       int64 // waiting keys at start
@@ -217,6 +223,7 @@ type Queue struct {
 	done     sync.WaitGroup
 	pending  sync.WaitGroup // commits under way
 	closed   bool
+	overdue  atomic.Bool // a message came back after its deadline: notify has to tell
 	broken   atomic.Bool // a panic left the lock held
 }
 
@@ -269,6 +276,9 @@ func (q *Queue) notify(numbers ...Number) {
 	for _, n := range numbers {
 		q.cfg.Notify(n)
 	}
+	if q.overdue.Load() && q.overdue.CompareAndSwap(true, false) {
+		q.cfg.Notify(0)
+	}
 }
 
 // violation reports a broken invariant: work that has no owner or two.
@@ -299,6 +309,7 @@ func (q *Queue) unref(m *message, n int) {
 	m.refs -= n
 	if m.refs <= 0 && m.pending == 0 && !m.removing && q.live[m.id] == m {
 		delete(q.live, m.id)
+		q.fresh.remove(m)
 	}
 }
 

@@ -79,6 +79,7 @@ func (q *Queue) own(w *Work) {
 	}
 	m.flying += n
 	m.version++
+	q.fresh.remove(m)
 	w.wq.inFlight += n
 	q.inFlight += n
 	q.flights[w] = struct{}{}
@@ -96,6 +97,9 @@ func (q *Queue) disown(w *Work) {
 	q.inFlight -= n
 	delete(q.flights, w)
 	w.state = workEnded
+	if m := w.msg; m.flying == 0 && m.refs > n && m.env != nil {
+		q.fresh.add(m, q.nowMS()) // other recipients wait with it
+	}
 }
 
 // setFlying records whether a recipient is in a caller's hands and reports
@@ -298,9 +302,12 @@ func (q *Queue) putBack(w *Work, i int) {
 		return
 	}
 	it := item{pos: pos{h.due, w.msg.id, w.Recipients[i].Index}, fresh: !h.stored}
-	if it.fresh {
-		it.msg = w.msg
-		w.msg.refs++
+	if m := w.msg; it.fresh && m.env != nil && q.roomFor(m.env, it.due, q.nowMS()) {
+		it.msg = m
+		m.refs++
+		if m.flying == 0 {
+			q.fresh.add(m, q.nowMS())
+		}
 	}
 	q.enqueue(w.wq, it)
 }
@@ -310,5 +317,6 @@ func (q *Queue) putBack(w *Work, i int) {
 func (q *Queue) checkDeadline(m *message) {
 	if m.env != nil && !m.gone && store.Milliseconds(m.env.ExpiresAt) <= q.nowMS() {
 		q.addDeadline(m.env)
+		q.overdue.Store(true)
 	}
 }

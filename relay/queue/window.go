@@ -136,6 +136,19 @@ func (w *window) dropChunk(c int) {
 	}
 }
 
+// find returns the item at p, nil if there is none. It is valid until the
+// window changes.
+func (w *window) find(p pos) *item {
+	if w.n == 0 {
+		return nil
+	}
+	chunk := w.chunks[w.chunkFor(p)]
+	if at, found := place(chunk, p); found {
+		return &chunk[at]
+	}
+	return nil
+}
+
 // remove takes the item at p out.
 func (w *window) remove(p pos) (item, bool) {
 	if w.n == 0 {
