@@ -13,7 +13,7 @@ export CGO_ENABLED := 0
 # A test run must not depend on what an earlier one left in the cache.
 TESTFLAGS := -count=1
 
-.PHONY: all build run bench check generate test unit e2e test-race fuzz deb test-deb peers clean
+.PHONY: all build run bench bench-deep check generate test unit e2e test-race fuzz deb test-deb peers clean
 
 all: build
 
@@ -28,6 +28,10 @@ run: build
 bench: build
 	@scripts/bench-peers.sh '$(SYSTEMS)'
 	@$(GO) run ./scripts/bench -bin $(BIN) -quick '$(QUICK)' -cases '$(CASES)' -systems '$(SYSTEMS)' -rounds '$(ROUNDS)' -seconds '$(SECONDS)' -dir '$(DIR)' -doc '$(DOC)' -profile '$(PROFILE)'
+
+# make bench-deep [N=1000000] [DOMAINS=10000] [DIR=…] [PROFILES=…]
+bench-deep: build
+	@$(GO) run ./scripts/benchdeep -bin $(BIN) -n '$(N)' -domains '$(DOMAINS)' -dir '$(DIR)' -profiles '$(PROFILES)'
 
 check:
 	@test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { echo "gofmt: $$(gofmt -l $$(git ls-files '*.go'))"; exit 1; }

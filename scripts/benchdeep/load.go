@@ -1,0 +1,239 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/relais-mta/relais/shared/fault"
+	"github.com/relais-mta/relais/shared/lab"
+	"github.com/relais-mta/relais/shared/lab/fleet"
+)
+
+const (
+	connections  = 50
+	loadBatch    = 100_000 // messages of one call, so that results do not pile up
+	maxSpeedMail = 30_000
+	minSpeedMail = 500
+	speedRuns    = 3
+	promptRate   = 40 // a second
+	promptTick   = 100 * time.Millisecond
+	domainStride = 7919 // prime: neighbours in a batch go to different kinds of domains
+	bulkHeader   = "X-Relais-Stream: bulk\r\n"
+)
+
+// batch is mail to submit; every message must be accepted.
+type batch struct {
+	class       byte
+	first, n    int // numbers of the recipients
+	connections int
+	headers     string
+	domain      func(i int) string
+}
+
+// submit sends a batch and returns the results by message, their times counted
+// from the start that it returns.
+func (b *bench) submit(ctx context.Context, m *batch) (*lab.Sent, error) {
+	load := &lab.Load{
+		Addr: b.relay.Submissions(), ImplicitTLS: true, TLS: b.fleet.ClientTLS(b.relay), Username: b.fleet.User, Password: b.fleet.Secret,
+		Messages: m.n, Connections: m.connections, Size: messageBytes, Overlap: true, Headers: m.headers,
+		Tag:  fmt.Sprintf("%c%d", m.class, m.first),
+		From: func(int) string { return "news@" + fleet.Domain },
+		To: func(i int) string {
+			n := m.first + i
+			return string(m.class) + strconv.Itoa(n) + "@" + m.domain(n)
+		},
+		Done: func(_ int, r *lab.Result) {
+			if r.State == lab.StateAccepted {
+				b.mu.Lock()
+				b.accepted++
+				b.mu.Unlock()
+			}
+		},
+	}
+	sent, err := lab.Send(ctx, load)
+	if err != nil {
+		return nil, err
+	}
+	if sent.Accepted != m.n {
+		why := ""
+		if at := slices.IndexFunc(sent.Results, func(r lab.Result) bool { return r.State != lab.StateAccepted }); at >= 0 {
+			why = sent.Results[at].Reply
+		}
+		return nil, fault.New(fault.Unavailable, "bench-deep", "the relay did not take all mail: %s: %s", sent, why)
+	}
+	return sent, nil
+}
+
+// load fills the queue; one message of a hundred expires while the run goes on.
+func (b *bench) load(ctx context.Context) error {
+	begun := time.Now()
+	next := b.o.n
+	for first := 0; first < b.o.n; first += loadBatch {
+		n := min(loadBatch, b.o.n-first)
+		m := batch{class: backlogMail, first: first, n: n, connections: connections, headers: bulkHeader, domain: b.waitingDomain}
+		if _, err := b.submit(ctx, &m); err != nil {
+			return err
+		}
+		m.first, m.n, m.headers = next, n/expireEvery, bulkHeader+"X-Relais-Expire: "+b.times.expire.String()+"\r\n"
+		if _, err := b.submit(ctx, &m); err != nil {
+			return err
+		}
+		next += m.n
+	}
+	b.short = next - b.o.n
+	took := time.Since(begun).Seconds()
+	b.r.atMost("load", took, 15*60*max(1, float64(b.o.n)/spaceFor), "s", fmt.Sprintf("%.0f messages a second, one recipient and %d bytes each", float64(next)/took, messageBytes))
+	return nil
+}
+
+func (b *bench) waitingDomain(n int) string { return domainName(n * domainStride % b.o.domains) }
+
+// empty measures the relay before there is a backlog.
+func (b *bench) empty(ctx context.Context) error {
+	// The first messages find the domains' routes; they are not measured.
+	if _, err := b.speed(ctx, openDomains); err != nil {
+		return err
+	}
+	p99, err := b.prompt(ctx, "empty", b.times.prompt)
+	if err != nil {
+		return err
+	}
+	b.r.add("transactional_p99_empty", p99.Seconds(), "s", "accepted to first attempt")
+	if b.emptySpeed, err = b.best(ctx, "empty"); err != nil {
+		return err
+	}
+	b.r.add("throughput_empty", b.emptySpeed.rate, "1/s", "")
+	b.r.add("cpu_empty", b.emptySpeed.cpu.Seconds()*1000, "ms", "of the relay for each message")
+	return nil
+}
+
+// backlog measures it with one.
+func (b *bench) backlog(ctx context.Context) error {
+	p99, err := b.prompt(ctx, "backlog", b.times.prompt)
+	if err != nil {
+		return err
+	}
+	b.r.atMost("transactional_p99", p99.Seconds(), 1, "s", "accepted to first attempt")
+	got, err := b.best(ctx, "backlog")
+	if err != nil {
+		return err
+	}
+	b.r.add("throughput", got.rate, "1/s", "of mail that can be delivered")
+	b.r.atLeast("throughput_share", got.rate/b.emptySpeed.rate, 0.8, "", "of the empty queue's")
+	b.r.add("cpu", got.cpu.Seconds()*1000, "ms", "of the relay for each message")
+	return nil
+}
+
+// speed is how fast mail went through the relay.
+type speed struct {
+	rate float64       // messages a second
+	cpu  time.Duration // of the relay for each
+}
+
+// best measures the speed a few times and returns the best: what else the
+// machine does only ever makes it slower.
+func (b *bench) best(ctx context.Context, name string) (best speed, err error) {
+	var profile chan error
+	for i := range speedRuns {
+		if b.o.profiles != "" && i == speedRuns-1 {
+			profile = make(chan error, 1)
+			go func() {
+				profile <- saveProfile(ctx, b.relay.Metrics(), "profile?seconds=3", filepath.Join(b.o.profiles, name+".cpu"))
+			}()
+		}
+		got, err := b.speed(ctx, b.speedMail())
+		if err != nil {
+			return best, err
+		}
+		if got.rate > best.rate {
+			best.rate = got.rate
+		}
+		if best.cpu == 0 || got.cpu < best.cpu {
+			best.cpu = got.cpu
+		}
+	}
+	if profile != nil {
+		err = <-profile
+	}
+	return best, err
+}
+
+func (b *bench) speedMail() int { return min(max(b.o.n/20, minSpeedMail), maxSpeedMail) }
+
+// speed sends mail as fast as the relay takes it to hosts that take it, and
+// returns how many messages a second arrived.
+func (b *bench) speed(ctx context.Context, n int) (speed, error) {
+	m := batch{class: speedMail, first: b.speedSent, n: n, connections: connections, headers: bulkHeader, domain: openName}
+	b.speedSent += n
+	used, err := readCPU(b.relay.PID())
+	if err != nil {
+		return speed{}, err
+	}
+	begun := time.Now()
+	if _, err := b.submit(ctx, &m); err != nil {
+		return speed{}, err
+	}
+	if err := b.await(ctx, "mail to hosts that take it", func() (bool, error) { return b.seen.count(speedMail) >= int64(b.speedSent), nil }); err != nil {
+		return speed{}, err
+	}
+	now, err := readCPU(b.relay.PID())
+	return speed{float64(n) / b.seen.lastTaken(speedMail).Sub(begun).Seconds(), (now - used) / time.Duration(n)}, err
+}
+
+// prompt sends transactional mail at a steady rate and returns the 99th
+// percentile of the time from its acceptance to its first attempt.
+func (b *bench) prompt(ctx context.Context, phase string, d time.Duration) (time.Duration, error) {
+	b.setPhase(phase)
+	first := b.promptSent
+	var mu sync.Mutex
+	var wg sync.WaitGroup
+	var failed error
+	var accepted []time.Time // by number, less first
+	tick := time.NewTicker(promptTick)
+	defer tick.Stop()
+	for end := time.Now().Add(d); time.Now().Before(end); {
+		n := int(promptRate * promptTick / time.Second)
+		m := batch{class: promptMail, first: b.promptSent, n: n, connections: n, domain: openName}
+		b.promptSent += n
+		wg.Go(func() {
+			sent, err := b.submit(ctx, &m)
+			mu.Lock()
+			defer mu.Unlock()
+			if err != nil {
+				failed = err
+				return
+			}
+			for len(accepted) < m.first+m.n-first {
+				accepted = append(accepted, time.Time{})
+			}
+			for i := range sent.Results {
+				accepted[m.first-first+i] = sent.Started.Add(sent.Results[i].Ended)
+			}
+		})
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			wg.Wait()
+			return 0, context.Cause(ctx)
+		}
+	}
+	wg.Wait()
+	if failed != nil {
+		return 0, failed
+	}
+	if err := b.await(ctx, "transactional mail", func() (bool, error) { return b.seen.count(promptMail) >= int64(b.promptSent), nil }); err != nil {
+		return 0, err
+	}
+	waits := make([]time.Duration, 0, len(accepted))
+	for i, at := range accepted {
+		// The host may see it before the client has read its 250.
+		waits = append(waits, max(0, b.seen.attemptOf(first+i).Sub(at)))
+	}
+	slices.Sort(waits)
+	return waits[len(waits)*99/100], nil
+}
