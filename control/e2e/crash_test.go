@@ -93,7 +93,7 @@ type disk struct {
 	image, path string
 }
 
-func newDisk(t *testing.T, bytes int64) *disk {
+func newDisk(t *testing.T, bytes int64, options ...string) *disk {
 	t.Helper()
 	if os.Geteuid() != 0 {
 		t.Fatal("mounting a disk image needs root: run the end-to-end tests as root")
@@ -118,7 +118,7 @@ func newDisk(t *testing.T, bytes int64) *disk {
 	if err := file.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if out, err := command(t, mkfs, "-q", "-F", d.image); err != nil {
+	if out, err := command(t, mkfs, append([]string{"-q", "-F", d.image}, options...)...); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
 	if err := os.Mkdir(d.path, 0o700); err != nil {

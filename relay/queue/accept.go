@@ -47,6 +47,7 @@ func (q *Queue) Accept(ctx context.Context, env *relay.Envelope, body *store.Bod
 		return err
 	}
 	b := q.st.NewBatch()
+	b.Refusable()
 	mail, err := q.place(b, env, body)
 	if err != nil {
 		b.Abandon()

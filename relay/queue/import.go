@@ -99,6 +99,7 @@ func (q *Queue) importOne(ctx context.Context, e *exportReader, m *exported) err
 		}
 	}
 	b := q.st.NewBatch()
+	b.Refusable()
 	mail, err := q.placeImported(b, m, body)
 	if err != nil {
 		b.Abandon()

@@ -49,6 +49,7 @@ func (q *Queue) AcceptInbound(ctx context.Context, in *Inbound, body *store.Body
 	q.mu.Unlock()
 	defer q.pending.Done()
 	b := q.st.NewBatch()
+	b.Refusable()
 	key := store.AppendInboundKey(nil, in.ID)
 	if err = b.SetWithBody(key, appendInbound(nil, in, body.Ref()), 1, in.ID, body); err == nil {
 		e := outbox.Event{

@@ -21,6 +21,8 @@ type Batch struct {
 	events     []byte          // each with its length in front
 	eventCount int
 
+	refusable bool
+
 	done    func(error)
 	barrier func() // run by the committer between transactions, for Barrier
 	err     error  // of its bodies

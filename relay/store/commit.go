@@ -2,13 +2,10 @@ package store
 
 import (
 	"context"
-	"errors"
 	"sync"
 	"time"
 
 	"github.com/dgraph-io/badger/v4"
-	"golang.org/x/sys/unix"
-
 	"github.com/relais-mta/relais/shared/fault"
 )
 
@@ -222,7 +219,11 @@ func (s *Store) hasBodies(g *group) bool {
 // the answers.
 func (s *Store) commitLoop() {
 	defer close(s.committerDone)
-	for g := range s.groups {
+	for {
+		g := s.nextGroup()
+		if g == nil {
+			return
+		}
 		err := s.commitGroup(g)
 		s.answer(g, err)
 		g.reset()
@@ -230,15 +231,28 @@ func (s *Store) commitLoop() {
 	}
 }
 
+// nextGroup returns the next group; nil when there is none any more.
+func (s *Store) nextGroup() *group {
+	if len(s.ahead) > 0 {
+		g := s.ahead[0]
+		s.ahead = s.ahead[1:]
+		return g
+	}
+	if s.groupsDone {
+		return nil
+	}
+	return <-s.groups
+}
+
 func (s *Store) commitGroup(g *group) error {
 	if err := s.failure(); err != nil {
 		return err
 	}
-	if s.readOnly.Load() {
-		return fault.New(fault.Unavailable, "store.Commit", "the store is read-only")
-	}
-	if err := s.awaitRoom(); err != nil {
+	if err := s.awaitDisk(g); err != nil {
 		return err
+	}
+	if err := s.stillMounted(); err != nil {
+		return s.fail(err)
 	}
 	began := time.Now()
 	txn := s.db.NewTransaction(true)
@@ -284,9 +298,11 @@ func (s *Store) commitGroup(g *group) error {
 		}
 	}
 	if failed == nil && writes > 0 {
+		s.commitSince.Store(began.UnixNano())
 		if failed = txn.Commit(); failed == nil {
 			failed = s.stillMounted()
 		}
+		s.commitSince.Store(0)
 		s.metrics.observe(time.Since(began), g)
 	}
 	clear(s.slab)
@@ -296,25 +312,6 @@ func (s *Store) commitGroup(g *group) error {
 	}
 	s.afterCommit(g)
 	return nil
-}
-
-// stillMounted asks whether the file system was alive when the sync before it
-// returned. A file system that is shut down (by an error, or by FS_IOC_SHUTDOWN)
-// while a sync is under way can end that sync without an error although the
-// extents it wrote to stay marked as unwritten, and read as zeros later. It
-// refuses to open files from the moment it is shut down, so an open that works
-// now proves that the sync before it was a whole one. It costs some microseconds
-// for a group.
-func (s *Store) stillMounted() error {
-	fd, err := unix.Open(s.lockPath(), unix.O_RDONLY|unix.O_CLOEXEC, 0)
-	if err == nil {
-		_ = unix.Close(fd) // nothing was written
-		return nil
-	}
-	if errors.Is(err, unix.EIO) {
-		return err
-	}
-	return nil // out of descriptors, say: that is not about the disk
 }
 
 // reserveSlab makes room for n entries, because the transaction keeps pointers
@@ -393,11 +390,12 @@ func (s *Store) answer(g *group, err error) {
 }
 
 // fail puts the store into its failed state: Badger's memory and disk may
-// disagree now, so nothing is written until the next start has replayed the log.
+// disagree now, so nothing is written until the log was replayed (decision 0044).
 func (s *Store) fail(cause error) error {
-	err := &fault.Error{Kind: fault.Unavailable, Op: "store.Commit", Public: "the queue's index failed; restart the relay once the disk is well", Cause: cause}
+	err := &fault.Error{Kind: fault.Unavailable, Op: "store.Commit", Public: "the queue's disk or index failed: it is opened again once the disk takes writes", Cause: cause}
 	if s.failed.CompareAndSwap(nil, err) {
-		s.log.Error("the queue's index failed: nothing more is accepted or recorded until a restart", "error", cause)
+		s.log.Error("the queue's disk or index failed: nothing more is accepted or recorded until it was opened again", "error", cause)
+		close(s.failedNow)
 	}
 	return s.failure()
 }

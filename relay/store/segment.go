@@ -75,7 +75,9 @@ func (s *Store) appendBodies(g *group) error {
 	err := seg.file.WriteVectors(g.vectors, seg.end)
 	if err == nil {
 		began := time.Now()
+		s.bodySince.Store(began.UnixNano())
 		err = seg.file.Sync()
+		s.bodySince.Store(0)
 		s.metrics.bodySync.Observe(time.Since(began).Seconds())
 	}
 	if err != nil {

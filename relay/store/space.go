@@ -41,6 +41,9 @@ func (s *Store) Admit(bytes int64) error {
 	if err := s.diskHealth(); err != nil {
 		return err
 	}
+	if err := s.stalled(); err != nil {
+		return err
+	}
 	s.measureSpace(false)
 	const op = "store.Admit"
 	if s.readOnly.Load() {
@@ -104,37 +107,6 @@ func (s *Store) lowWater() int64 {
 // may rotate the memory table, and then its table and a new log need blocks at
 // once, or the process dies in a map of a sparse file.
 func (s *Store) hardMark() int64 { return s.memTableBytes + fixedIndexBytes }
-
-// awaitRoom is called before each commit. On a disk that is all but full it
-// gives up ballast; when that is gone too it waits until there is space again,
-// because a commit that waits loses nothing and a process that dies does. It
-// gives up when the store closes.
-func (s *Store) awaitRoom() error {
-	for told := false; ; {
-		s.measureSpace(true)
-		if s.freeBytes.Load() >= s.hardMark() {
-			if told {
-				s.log.Warn("there is space again: the queue goes on")
-			}
-			return nil
-		}
-		s.keepBallast()
-		if s.freeBytes.Load() >= s.hardMark() {
-			continue
-		}
-		if s.ballastBytes.Load() == 0 && !told {
-			told = true
-			s.log.Error("the disk is full and the reserve is used up: the queue waits for space", "free_bytes", s.freeBytes.Load(), "needed_bytes", s.hardMark())
-		}
-		s.submitLock.Lock()
-		closing := s.closing
-		s.submitLock.Unlock()
-		if closing {
-			return fault.New(fault.NoSpace, "store.Commit", "the relay is shutting down and the disk is full")
-		}
-		time.Sleep(spaceInterval)
-	}
-}
 
 // keepBallast gives the reserve up when space runs out, so that deliveries can
 // still be recorded, and takes it again when space is back. It also estimates

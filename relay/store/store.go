@@ -66,6 +66,8 @@ type Store struct {
 	wake        chan struct{}
 
 	groups, freeGroups chan *group
+	ahead              []*group // of commitLoop: came while another waited for the disk
+	groupsDone         bool     // of commitLoop
 	committerDone      chan struct{}
 
 	segment *segment // of writeLoop
@@ -91,8 +93,11 @@ type Store struct {
 	calmSamples  int
 	readOnly     atomic.Bool
 
-	failed    atomic.Pointer[fault.Error]
-	diskError atomic.Pointer[diskTrouble]
+	failed      atomic.Pointer[fault.Error]
+	failedNow   chan struct{}
+	commitSince atomic.Int64 // when the commit under way began, Unix nanoseconds; 0: none is
+	bodySince   atomic.Int64 // and the sync of bodies
+	diskError   atomic.Pointer[diskTrouble]
 
 	stop         chan struct{}
 	reclaimWake  chan struct{}
@@ -137,7 +142,8 @@ func newStore(cfg Config) *Store {
 		memTableBytes: cfg.MemTableBytes,
 		room:          make(chan struct{}), wake: make(chan struct{}, 1),
 		groups: make(chan *group), freeGroups: make(chan *group, 2), committerDone: make(chan struct{}),
-		stop: make(chan struct{}), reclaimWake: make(chan struct{}, 1), reclaimDone: make(chan struct{}), scanned: make(chan struct{}), residentDone: make(chan struct{}),
+		failedNow: make(chan struct{}),
+		stop:      make(chan struct{}), reclaimWake: make(chan struct{}, 1), reclaimDone: make(chan struct{}), scanned: make(chan struct{}), residentDone: make(chan struct{}),
 	}
 	if s.fs == nil {
 		s.fs = osFS{}

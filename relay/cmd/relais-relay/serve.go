@@ -27,6 +27,7 @@ import (
 	"github.com/relais-mta/relais/relay/store"
 	"github.com/relais-mta/relais/relay/submission"
 	"github.com/relais-mta/relais/shared/buildinfo"
+	"github.com/relais-mta/relais/shared/fault"
 	"github.com/relais-mta/relais/shared/memlimit"
 	"github.com/relais-mta/relais/shared/pki"
 	"github.com/relais-mta/relais/shared/policy"
@@ -47,6 +48,9 @@ func newServe(o *options) *cobra.Command {
 		Example: "  relais-relay serve --data /var/lib/relais/relay\n  relais-relay serve --data /srv/relay --config /etc/relais/relay.toml",
 		Args:    exactly(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := awaitDisk(cmd.Context(), o.data); err != nil {
+				return err
+			}
 			cfg, err := config.Load(o.config, o.data)
 			if err != nil {
 				return err
@@ -55,7 +59,10 @@ func newServe(o *options) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return n.run(cmd.Context())
+			if err = n.run(cmd.Context()); errors.Is(err, errDiskFailed) {
+				return beginAnew(&cfg, fault.Public(n.store.Health()))
+			}
+			return err
 		},
 	}
 	cmd.Flags().StringVar(&o.config, "config", "", "configuration file (default: relay.toml in the data directory, if there is one)")
@@ -189,8 +196,12 @@ func (n *node) openServers(context.Context) (err error) {
 }
 
 // run works until ctx ends or a part fails for good.
-func (n *node) run(ctx context.Context) error {
-	defer n.close()
+func (n *node) run(ctx context.Context) (err error) {
+	defer func() {
+		if !errors.Is(err, errDiskFailed) { // closing would write
+			n.close()
+		}
+	}()
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	linkCtx, stopLink := context.WithCancel(context.WithoutCancel(ctx))
@@ -219,9 +230,10 @@ func (n *node) run(ctx context.Context) error {
 	n.supervisor.Ready("accepts and delivers mail")
 	n.log.Info("the relay is running", "node", n.agent.Membership().Node, "data", n.dir, "version", buildinfo.Get().Version)
 
-	var err error
 	select {
 	case <-ctx.Done():
+	case <-n.store.Failed():
+		return n.abandon(stopEngine, engineDone)
 	case err = <-n.failed:
 		n.log.Error("a part of the relay failed", "error", err)
 	}
