@@ -68,6 +68,7 @@ type Recipient struct {
 	RemoteMTA      string      // host that gave Reply; empty if none did
 	LastAttempt    time.Time   // zero: never tried
 	WillRetryUntil time.Time   // of a delayed recipient
+	Unknown        bool        // of a failed one: it may have been delivered all the same
 }
 
 // Build returns the report with CRLF line ends, ready to be queued. Its
@@ -154,6 +155,16 @@ func check(in *Input) error {
 func (in *Input) UTF8() bool { return !printable(in.To.Local) }
 
 // any reports whether something became of at least one recipient.
+// allUnknown reports whether no recipient failed for certain.
+func (in *Input) allUnknown() bool {
+	for i := range in.Recipients {
+		if r := &in.Recipients[i]; r.Action == Failed && !r.Unknown {
+			return false
+		}
+	}
+	return true
+}
+
 func (in *Input) any(a Action) bool {
 	for i := range in.Recipients {
 		if in.Recipients[i].Action == a {

@@ -61,6 +61,8 @@ func (w *writer) date(name string, at time.Time) {
 func (w *writer) header(in *Input, boundary, encoding string) {
 	subject := "Relayed: your message was handed over"
 	switch {
+	case in.any(Failed) && in.allUnknown():
+		subject = "Unconfirmed: it is not known whether your message was delivered"
 	case in.any(Failed):
 		subject = "Undelivered: your message could not be delivered"
 	case in.any(Delayed):
@@ -118,17 +120,19 @@ func (w *writer) text(in *Input, part returnedPart) {
 		when = ", accepted on " + in.Arrival.Format(dateForm) + ","
 	}
 	for _, group := range [...]struct {
-		action Action
-		intro  string
+		action  Action
+		unknown bool
+		intro   string
 	}{
-		{Failed, "Your message" + when + " could not be delivered to the recipients below. It will not be tried again for them; send it anew once the cause is mended."},
-		{Delayed, "Your message" + when + " has not been delivered to the recipients below yet. It is being tried again; there is no need to send it anew."},
-		{Relayed, "Your message" + when + " was handed over to the mail servers of the recipients below. They were not asked to confirm that it reached the mailbox, so this is the last notice of success."},
+		{Failed, false, "Your message" + when + " could not be delivered to the recipients below. It will not be tried again for them; send it anew once the cause is mended."},
+		{Failed, true, "Your message" + when + " was sent to the recipients below, but the answer was lost, each time. It may have been delivered or not, and will not be sent to them again; ask them before you send it anew."},
+		{Delayed, false, "Your message" + when + " has not been delivered to the recipients below yet. It is being tried again; there is no need to send it anew."},
+		{Relayed, false, "Your message" + when + " was handed over to the mail servers of the recipients below. They were not asked to confirm that it reached the mailbox, so this is the last notice of success."},
 	} {
 		intro := group.intro
 		for i := range in.Recipients {
 			r := &in.Recipients[i]
-			if r.Action != group.action {
+			if r.Action != group.action || r.Unknown != group.unknown {
 				continue
 			}
 			if intro != "" {

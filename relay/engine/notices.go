@@ -66,6 +66,20 @@ func (e *Engine) notices(env *relay.Envelope, now time.Time, dir *policy.Directo
 	return mail
 }
 
+// Unconfirmed builds the notifications about recipients that a start ends as
+// unknown: after a crash nobody else can tell their sender.
+func (e *Engine) Unconfirmed(env *relay.Envelope, ended []queue.Result) []queue.Mail {
+	dir := e.cfg.Directory()
+	if dir == nil {
+		return nil // the events tell
+	}
+	s := &settlement{results: ended}
+	for i := range ended {
+		s.failed = append(s.failed, failedRecipient{ended[i].Index, ended[i].State, ended[i].State.LastClass})
+	}
+	return e.notices(env, e.cfg.Now(), dir, s)
+}
+
 // leading is the action by which a notification is counted: the worst.
 func leading(told []report) dsn.Action {
 	action := dsn.Relayed
@@ -144,6 +158,9 @@ func (e *Engine) notice(env *relay.Envelope, told []report, leading dsn.Action, 
 		}
 		if r.action == dsn.Delayed {
 			out.WillRetryUntil = env.ExpiresAt
+		} else if r.status.State == relay.StateUnknown {
+			// RFC 3464 section 2.3.3 knows no better action: nothing more will be done.
+			out.Unknown, out.Status = true, "4.4.2" // RFC 3463 section 3.5: bad connection
 		} else if r.class == classExpired {
 			out.Status = "4.4.7" // RFC 3463 section 3.5
 		}

@@ -84,6 +84,7 @@ func (s *settlement) add(env *relay.Envelope, a *relay.Attempt, st relay.Recipie
 		st.LastClass = classBadConnection
 		if st.InDoubt++; int(st.InDoubt) > q.InDoubtRetries {
 			st.State, r.Event = relay.StateUnknown, outbox.Unknown
+			s.failed = append(s.failed, failedRecipient{o.Index, st, st.LastClass})
 			break
 		}
 		st.State, r.Event = relay.StateWaiting, outbox.InDoubt
@@ -179,8 +180,8 @@ func (e *Engine) settleWithout(w *queue.Work, f *resolve.Failure, now time.Time)
 }
 
 // settle writes what an attempt did. done is called on the commit goroutine.
-// Work whose states could not be written goes back as it was: the journal, or
-// else the next attempt, tells what happened to it.
+// Work whose states could not be written goes back as it was, unless something
+// of it was delivered.
 func (e *Engine) settle(w *queue.Work, a *relay.Attempt, done func(error)) {
 	dir := e.cfg.Directory()
 	if dir == nil {
@@ -191,19 +192,47 @@ func (e *Engine) settle(w *queue.Work, a *relay.Attempt, done func(error)) {
 	s := decide(w, a, &dir.Document().Queue)
 	e.metrics.count(a, &s)
 	e.logResults(w, a, &s)
-	mail := e.notices(w.Env, a.EndedAt, dir, &s)
+	e.record(w, a, &s, dir, done)
+}
+
+// record stores what decide decided.
+func (e *Engine) record(w *queue.Work, a *relay.Attempt, s *settlement, dir *policy.Directory, done func(error)) {
+	mail := e.notices(w.Env, a.EndedAt, dir, s)
 	e.queue.Finish(w, a, s.results, mail, func(err error) {
 		if err != nil {
 			e.log.Error("the end of an attempt could not be stored", "message", w.Env.ID, "error", err)
 			for _, m := range mail {
 				m.Body.Discard()
 			}
-			e.queue.Return(w)
+			if s.further {
+				e.recordLater(w, a, s, dir)
+			} else {
+				e.queue.Return(w)
+			}
 		}
 		if done != nil {
 			done(err)
 		}
 	})
+}
+
+// recordRetry is the wait before the end of an attempt is stored again.
+const recordRetry = 2 * time.Second
+
+// recordLater stores the end of an attempt that got mail delivered when the
+// disk did not take it: another attempt would be a second copy. Until then the
+// work stays in hand; if the relay ends before, the journal knows.
+func (e *Engine) recordLater(w *queue.Work, a *relay.Attempt, s *settlement, dir *policy.Directory) {
+	ctx := e.sessionContext()
+	go func() {
+		wait := time.NewTimer(recordRetry)
+		defer wait.Stop()
+		select {
+		case <-wait.C:
+			e.record(w, a, s, dir, nil)
+		case <-ctx.Done():
+		}
+	}()
 }
 
 // expire ends the messages whose deadline has passed.

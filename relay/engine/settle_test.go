@@ -62,7 +62,7 @@ func TestDecide(t *testing.T) {
 		{"busy", relay.Outcome{Status: relay.Deferred, Phase: relay.PhaseRCPT, Reply: reply(450, "4.2.0", "busy")}, 0, relay.StateWaiting, outbox.Deferred, false},
 		{"5xx at connect is about us", relay.Outcome{Status: relay.Deferred, Phase: relay.PhaseConnect, Reply: reply(554, "5.7.1", "not from you")}, 0, relay.StateWaiting, outbox.Deferred, false},
 		{"in doubt", relay.Outcome{Status: relay.InDoubt, Phase: relay.PhaseFinalDot, Reply: reply(0, "4.4.2", "connection lost")}, 0, relay.StateWaiting, outbox.InDoubt, false},
-		{"in doubt twice", relay.Outcome{Status: relay.InDoubt, Phase: relay.PhaseFinalDot, Reply: reply(0, "4.4.2", "connection lost")}, 1, relay.StateUnknown, outbox.Unknown, false},
+		{"in doubt twice", relay.Outcome{Status: relay.InDoubt, Phase: relay.PhaseFinalDot, Reply: reply(0, "4.4.2", "connection lost")}, 1, relay.StateUnknown, outbox.Unknown, true},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			w := testWork(policy.Transactional, 1)

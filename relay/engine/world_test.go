@@ -44,6 +44,7 @@ type world struct {
 	policy  atomic.Pointer[policy.Directory]
 	trusted atomic.Bool
 	egress  *egress.Manager
+	fs      store.FileSystem // nil: the operating system's
 	store   *store.Store
 	outbox  *outbox.Outbox
 	queue   *queue.Queue
@@ -133,7 +134,7 @@ func (w *world) open() {
 		}
 	}
 	storage := policy.Storage{MinFreeBytes: 1 << 20, MinFreeInodes: 10, ReserveBytes: 1 << 20, SegmentBytes: 16 << 20, MaxOutboxBytes: 1 << 30}
-	w.store, err = store.Open(context.Background(), store.Config{Dir: w.dir, Storage: storage, Logger: log, MemTableBytes: 8 << 20})
+	w.store, err = store.Open(context.Background(), store.Config{Dir: w.dir, Storage: storage, Logger: log, MemTableBytes: 8 << 20, FS: w.fs})
 	check()
 	w.outbox, err = outbox.Open(w.store, outbox.Config{MaxBytes: storage.MaxOutboxBytes, Logger: log})
 	check()

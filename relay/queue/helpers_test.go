@@ -67,6 +67,7 @@ type fixture struct {
 	fs      store.FileSystem
 	trusted func() bool
 	told    func(Number) // called at each notification; nil: nobody
+	tell    Unconfirmed
 
 	st *store.Store
 	ob *outbox.Outbox
@@ -98,7 +99,7 @@ func (f *fixture) open() *fixture {
 		f.t.Fatal(err)
 	}
 	f.q, err = Open(context.Background(), f.st, f.ob, Config{
-		Now: f.clock.Now, Policy: f.policy, MaxInbound: 1 << 20, Logger: log, Strict: true, ClockTrusted: f.trusted, sizes: f.sizes,
+		Now: f.clock.Now, Policy: f.policy, MaxInbound: 1 << 20, Logger: log, Strict: true, ClockTrusted: f.trusted, Unconfirmed: f.tell, sizes: f.sizes,
 		Notify: func(n Number) {
 			if f.told != nil {
 				f.told(n)

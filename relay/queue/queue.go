@@ -50,6 +50,7 @@ type Config struct {
 	Notify       func(Number)                 // called, from any goroutine and holding no lock, when a queue may have got earlier work, and with 0 when the earliest deadline may have changed; must not block; nil: nobody cares
 	Dropped      func(Number)                 // called when an empty queue's number ceases to exist; nil: nobody cares
 	Provider     func(mailaddr.Domain) string // names the provider of a recipient domain, "" if it is not known; called without a lock held; nil: none is known
+	Unconfirmed  Unconfirmed                  // reports on mail that a start ends as unknown; nil: nobody is told
 	Policy       policy.Queue                 // SetPolicy changes it later
 	MaxInbound   int64                        // bytes of inbound mail kept (policy.Inbound.MaxStoredBytes); 0: none
 	Logger       *slog.Logger                 // required

@@ -39,6 +39,7 @@ func (q *Queue) recover(ctx context.Context) error {
 		return err
 	}
 	doubted, lost := 0, 0
+	var told []*placedMail
 	for _, e := range entries {
 		j, err := parseAttempt(e.id, e.value)
 		if err != nil {
@@ -46,12 +47,18 @@ func (q *Queue) recover(ctx context.Context) error {
 		}
 		b := q.st.NewBatch()
 		b.Delete(store.AppendAttemptKey(nil, e.id, e.index))
-		again, unknown, err := q.resolve(b, j)
+		told = told[:0]
+		again, unknown, err := q.resolve(b, j, &told)
 		if err != nil {
 			b.Abandon()
-			return err
+		} else {
+			err = q.st.Commit(ctx, b)
 		}
-		if err := q.st.Commit(ctx, b); err != nil {
+		for _, mail := range told {
+			q.accepted(mail, err)
+			q.pending.Done()
+		}
+		if err != nil {
 			return err
 		}
 		doubted += again
@@ -66,7 +73,7 @@ func (q *Queue) recover(ctx context.Context) error {
 
 // resolve writes what becomes of one journalled attempt's recipients. It runs
 // before anything is taken, so the disk is all there is.
-func (q *Queue) resolve(b *store.Batch, j journalEntry) (again, unknown int, err error) {
+func (q *Queue) resolve(b *store.Batch, j journalEntry, told *[]*placedMail) (again, unknown int, err error) {
 	read, err := q.readMessage(j.attempt.Message, nil)
 	if fault.Is(err, fault.NotFound) {
 		return 0, 0, nil // its Finish was durable and only the journal was left
@@ -78,6 +85,7 @@ func (q *Queue) resolve(b *store.Batch, j journalEntry) (again, unknown int, err
 	sc := &scratch{}
 	m := &message{id: j.attempt.Message}
 	q.learn(m, read)
+	var ended []Result
 	for _, index := range j.indexes {
 		if int(index) >= m.total || m.isFinal(index) {
 			continue
@@ -106,14 +114,52 @@ func (q *Queue) resolve(b *store.Batch, j journalEntry) (again, unknown int, err
 			unknown++
 			sc.ev.Type = outbox.Unknown
 			m.setFinal(index)
+			ended = append(ended, Result{Index: index, State: s, Event: outbox.Unknown, Phase: relay.PhaseLocal})
 		}
 		b.Set(store.AppendStateKey(nil, m.id, index), appendState(nil, &s))
 		sc.event = q.ob.Add(b, &sc.ev, sc.event)
+	}
+	if err := q.tellUnconfirmed(b, m.env, ended, now, told, sc); err != nil {
+		return 0, 0, err
 	}
 	if unknown > 0 && (m.total == 1 || m.open() == 0) {
 		q.writeRemoval(b, m.env, true, sc)
 	}
 	return again, unknown, nil
+}
+
+// Unconfirmed makes the reports about recipients that end as unknown, and may
+// name in the results what the events say of telling the sender. The mail goes
+// into the transaction that ends them. It is called before Open returns.
+type Unconfirmed func(env *relay.Envelope, ended []Result) []Mail
+
+// tellUnconfirmed adds the reports on recipients that end as unknown to the
+// transaction that ends them.
+func (q *Queue) tellUnconfirmed(b *store.Batch, env *relay.Envelope, ended []Result, now time.Time, told *[]*placedMail, sc *scratch) error {
+	if len(ended) == 0 || q.cfg.Unconfirmed == nil {
+		return nil
+	}
+	for _, m := range q.cfg.Unconfirmed(env, ended) {
+		if err := q.check(m.Env); err != nil {
+			return err
+		}
+		mail, err := q.place(b, m.Env, m.Body)
+		if mail != nil {
+			*told = append(*told, mail)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	for i := range ended {
+		if ended[i].Told == outbox.None {
+			continue
+		}
+		q.envelopeEvent(&sc.ev, env, ended[i].Index, now)
+		sc.ev.Type, sc.ev.Class, sc.ev.Attempts = ended[i].Told, ended[i].State.LastClass, ended[i].State.Attempts
+		sc.event = q.ob.Add(b, &sc.ev, sc.event)
+	}
+	return nil
 }
 
 // doubt changes the state of a recipient whose last attempt may have

@@ -60,7 +60,7 @@ func (n *node) openEngine(ctx context.Context) (err error) {
 	}
 	doc := n.document()
 	n.queue, err = queue.Open(ctx, n.store, n.outbox, queue.Config{
-		Now: time.Now, ClockTrusted: n.trusted, Notify: n.engine.Notify, Provider: n.engine.Provider, Policy: doc.Queue, MaxInbound: doc.Inbound.MaxStoredBytes,
+		Now: time.Now, ClockTrusted: n.trusted, Notify: n.engine.Notify, Unconfirmed: n.engine.Unconfirmed, Provider: n.engine.Provider, Policy: doc.Queue, MaxInbound: doc.Inbound.MaxStoredBytes,
 		Logger: n.log, Registerer: n.registry,
 	})
 	if err != nil {
