@@ -42,14 +42,22 @@ type errTemporary struct{ text string }
 
 func (e *errTemporary) Error() string { return e.text }
 
-// lookup asks for one name and type and follows aliases, also that of a mail
+// lookup asks whichever name server answers best.
+func (r *Resolver) lookup(ctx context.Context, name string, qtype uint16) (answer, error) {
+	return lookupVia(ctx, r.exchange, name, qtype)
+}
+
+// exchanger gets an answer to one question from somewhere.
+type exchanger func(ctx context.Context, name string, qtype uint16) (*dns.Msg, error)
+
+// lookupVia asks for one name and type and follows aliases, also that of a mail
 // host, which the domain's owner should not have named so (RFC 2181 section
 // 10.3).
-func (r *Resolver) lookup(ctx context.Context, name string, qtype uint16) (answer, error) {
+func lookupVia(ctx context.Context, exchange exchanger, name string, qtype uint16) (answer, error) {
 	name = dns.Fqdn(name)
 	ttl, authentic := maxAnswerTTL, true
 	for range maxCNAMEs {
-		msg, err := r.exchange(ctx, name, qtype)
+		msg, err := exchange(ctx, name, qtype)
 		if err != nil {
 			return answer{}, err
 		}

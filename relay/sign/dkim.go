@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/relais-mta/relais/shared/fault"
@@ -35,11 +36,13 @@ const signatureLifetime = policy.SignatureLifetime
 // maxSignatureLineBytes is where the lines of our own field are folded.
 const maxSignatureLineBytes = 76
 
-// Signer signs the messages of one sending domain with all its keys. It is
-// immutable and may be used by many goroutines.
+// Signer signs the messages of one sending domain with all its keys. It never
+// changes, but for when its signatures are due to be checked, and may be used by
+// many goroutines.
 type Signer struct {
-	keys  []signingKey
-	kinds Algorithms // of the keys
+	domain mailaddr.Domain
+	keys   []signingKey
+	kinds  Algorithms // of the keys
 }
 
 // Algorithms is a set of signature algorithms; the zero value is all.
@@ -68,6 +71,9 @@ type signingKey struct {
 	ed25519 ed25519.PrivateKey
 	kind    Algorithms // one member
 	head    string     // the field up to the value of s=, which never changes
+
+	selector string
+	next     *atomic.Int64 // when one of its signatures is due to be checked, in nanoseconds since 1970
 }
 
 // NewSigner reads the keys of a domain. It returns fault.Invalid, with the
@@ -82,9 +88,9 @@ func NewSigner(domain mailaddr.Domain, keys []policy.DKIMKey) (*Signer, error) {
 	if len(keys) == 0 {
 		return nil, fault.Field(op, "dkim", "domain %s has no signing key", domain)
 	}
-	s := &Signer{keys: make([]signingKey, 0, len(keys))}
+	s := &Signer{domain: domain, keys: make([]signingKey, 0, len(keys))}
 	for _, k := range keys {
-		one := signingKey{head: "DKIM-Signature: v=1; a=" + k.Algorithm + "; c=relaxed/relaxed; d=" + string(domain) + ";\r\n\ts=" + k.Selector}
+		one := signingKey{selector: k.Selector, next: new(atomic.Int64), head: "DKIM-Signature: v=1; a=" + k.Algorithm + "; c=relaxed/relaxed; d=" + string(domain) + ";\r\n\ts=" + k.Selector}
 		var err error
 		switch k.Algorithm {
 		case AlgorithmRSA:
@@ -163,9 +169,7 @@ const maxKeptScratchBytes = 64 << 10
 // header section as it will be sent; bodyHash is the BodyHasher's sum of the body as it will be sent. now is
 // the time of signing (t=). An error is fault.Internal; dst is then unchanged.
 func (s *Signer) Sign(dst, added, header []byte, bodyHash [sha256.Size]byte, want Algorithms, now time.Time) ([]byte, error) {
-	if want &= s.kinds; want == 0 {
-		want = s.kinds // a signature that the provider does not like beats none
-	}
+	want = s.used(want)
 	w := scratches.Get().(*scratch)
 	defer func() {
 		if cap(w.canon) <= maxKeptScratchBytes {
