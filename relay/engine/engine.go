@@ -224,8 +224,7 @@ func (e *Engine) absorb(now time.Time) {
 // setHead reports the state of a queue to the scheduler. e.mu is held.
 func (e *Engine) setHead(n queue.Number, now time.Time) {
 	h, _ := e.queue.Head(n)
-	key := schedule.Key{Tenant: h.Key.Tenant, Kind: h.Key.Kind, Pool: h.Key.Pool, Domain: h.Key.Domain}
-	e.sched.SetHead(schedule.Queue(n), key, h.Due, h.Waiting, now)
+	e.sched.SetHead(schedule.Queue(n), scheduleKey(&h.Key), h.Due, h.Waiting, now)
 }
 
 // pump carries out what the scheduler wants now and returns its next wake time.

@@ -94,9 +94,7 @@ func (e *Engine) setPinnedHead(n schedule.Queue, p *pinnedQueue, now time.Time) 
 		delete(e.pinnedBy, p.key)
 		return
 	}
-	k := p.work[0].Key
-	key := schedule.Key{Tenant: k.Tenant, Kind: k.Kind, Pool: k.Pool, Domain: k.Domain}
-	e.sched.SetPinnedHead(n, key, p.key.lane, now, len(p.work), now)
+	e.sched.SetPinnedHead(n, scheduleKey(&p.work[0].Key), p.key.lane, now, len(p.work), now)
 }
 
 // unpinAll gives pinned work back to the queue, for when sources changed.

@@ -3,6 +3,7 @@ package engine
 import (
 	"time"
 
+	"github.com/relais-mta/relais/relay/queue"
 	"github.com/relais-mta/relais/relay/schedule"
 	"github.com/relais-mta/relais/shared/ids"
 	"github.com/relais-mta/relais/shared/policy"
@@ -19,9 +20,16 @@ func (e *Engine) applyView(now time.Time) {
 	doc := dir.Document()
 	e.mu.Lock()
 	e.sched.SetLimits(schedule.Limits{
-		MaxSessions:         doc.Delivery.MaxSessions,
-		MaxConnectsInFlight: doc.Delivery.MaxConnectsInFlight,
-		MaxResolvesInFlight: doc.Delivery.MaxResolvesInFlight,
+		MaxSessions:          doc.Delivery.MaxSessions,
+		MaxConnectsInFlight:  doc.Delivery.MaxConnectsInFlight,
+		MaxResolvesInFlight:  doc.Delivery.MaxResolvesInFlight,
+		ProviderShare:        doc.Delivery.ProviderPercent,
+		UnprovenShare:        doc.Delivery.UnprovenPercent,
+		TransactionalReserve: doc.Delivery.ReservePercent,
+	})
+	e.sched.SetShares(func(tenant ids.Tenant, stream string, kind policy.StreamKind) schedule.Share {
+		share := dir.Share(tenant, stream, kind)
+		return schedule.Share{TenantWeight: share.TenantWeight, StreamWeight: share.Weight, Priority: share.Priority}
 	})
 	pools := make(map[ids.Pool]bool)
 	for i := range dir.View().Pools {
@@ -55,4 +63,9 @@ func (e *Engine) usable(dir *policy.Directory, pool ids.Pool) []schedule.Source 
 		}
 	}
 	return out
+}
+
+// scheduleKey is what the scheduler needs to know of a work queue.
+func scheduleKey(k *queue.Key) schedule.Key {
+	return schedule.Key{Tenant: k.Tenant, Stream: k.Stream, Kind: k.Kind, Pool: k.Pool, Domain: k.Domain}
 }

@@ -48,25 +48,24 @@ func (st *site) rank(l *lane) int {
 	return preferred
 }
 
-// turnOf reports whether a lane's family has its turn at a site: every lane of
-// better rank is backing off there or was tried in vain for what waits. A
-// family without an address is tried only for what no other lane may carry, so
-// that it does not wait for ever.
-func (s *Scheduler) turnOf(l *lane, st *site, now time.Time) bool {
-	mine := st.rank(l)
-	if mine == preferred {
-		return true
+// ranks reports of which ranks a lane may serve the site now: those whose every
+// better lane is backing off there or was tried in vain for what waits. A family
+// without an address is tried only for what no other lane may carry, so that it
+// does not wait for ever.
+func (s *Scheduler) ranks(st *site, now time.Time) (may [ruledOut + 1]bool) {
+	may = [...]bool{preferred: true, fallback: true, pointless: true, ruledOut: false}
+	if !st.group.mixed && st.families == (Families{}) {
+		return may
 	}
-	if mine == ruledOut {
-		return false
-	}
-	for _, other := range st.group.lanes {
-		if st.rank(other) >= mine || slices.Contains(s.tried, other) {
+	for _, l := range st.group.lanes {
+		r := st.rank(l)
+		if r >= pointless || slices.Contains(s.tried, l) {
 			continue
 		}
-		if mine == pointless || !st.backoff[other].After(now) {
-			return false
+		may[pointless] = false
+		if r == preferred && !st.backingOff(l, now) {
+			may[fallback] = false
 		}
 	}
-	return true
+	return may
 }

@@ -30,6 +30,7 @@ type Session uint64
 // Key says what a queue holds.
 type Key struct {
 	Tenant ids.Tenant
+	Stream string
 	Kind   policy.StreamKind
 	Pool   ids.Pool
 	Domain mailaddr.Domain
@@ -41,11 +42,18 @@ type Lane struct {
 	Provider string
 }
 
-// Limits bounds the whole relay.
+// Limits bounds the whole relay; zero means no limit. Parts are in percent of
+// MaxSessions and of MaxConnectsInFlight, and zero means all of it.
 type Limits struct {
 	MaxSessions         int
 	MaxConnectsInFlight int
 	MaxResolvesInFlight int
+	ProviderShare       int // the part that one provider may have
+	UnprovenShare       int // the part of all hosts that have not taken mail lately
+
+	// TransactionalReserve is the part of every lane's turns, in percent, that
+	// transactional mail has before all other mail while it waits: 0 to 90.
+	TransactionalReserve int
 }
 
 // Shape is what a provider allows; zero means no limit.
@@ -103,19 +111,6 @@ type Effect struct {
 	Queue   Queue
 }
 
-// Timing of the decision to open one more session for a site that has some.
-const (
-	// backlogPerSession is how many waiting recipients one busy session is
-	// trusted to take soon.
-	backlogPerSession = 4
-	// patience is how long work waits for a busy session before another is
-	// opened for it.
-	patience = 500 * time.Millisecond
-	// transactionalRun is how many transactional transactions go first before
-	// bulk mail of the same site gets a turn.
-	transactionalRun = 8
-)
-
 // Scheduler holds the state. It is not safe for concurrent use.
 type Scheduler struct {
 	limits   Limits
@@ -126,21 +121,30 @@ type Scheduler struct {
 	sessions map[Session]*session
 	relays   map[string]*providerUse // relay-scoped counters by provider
 
-	due       timerHeap[*queue]
-	timers    timerHeap[*group]
-	retries   timerHeap[*domain]
-	dirty     []*group
-	unrouted  []*domain // want a look-up, in order of arrival
-	refused   []*queue
-	effects   []Effect
-	waiters   fifo[*group] // held by the relay's own limits
-	freed     []*providerUse
-	idleFirst *session // parked sessions, longest parked first
-	idleLast  *session
-	tried     []*lane // scratch of openOne
-	lastID    Session
-	opening   int
-	resolving int
+	due        timerHeap[*queue]
+	timers     timerHeap[*lane]
+	siteTimers timerHeap[*site]
+	useTimers  timerHeap[*providerUse]
+	retries    timerHeap[*domain]
+	dirty      []*group
+	visiting   []*group
+	unrouted   fifo[*domain] // want a look-up, in order of arrival
+	refused    []*queue
+	effects    []Effect
+	waiters    waitlist[*group] // held by the relay's own limits
+	trials     waitlist[*site]  // unproven hosts that wait for room for such
+	freed      []*providerUse
+	spare      chain
+	goneIdle   []Session // to be closed, their lane left the pool
+	tried      []*lane   // scratch of tryOpen
+	shares     func(ids.Tenant, string, policy.StreamKind) Share
+
+	lastID        Session
+	opening       int
+	resolving     int
+	closing       int // idle sessions that make way
+	trialSessions int
+	trialOpening  int
 }
 
 // New returns an empty scheduler.
@@ -159,13 +163,20 @@ func New(limits Limits) *Scheduler {
 // SetLimits changes the relay's bounds; sessions above them end by themselves.
 func (s *Scheduler) SetLimits(limits Limits) {
 	s.limits = limits
-	s.touchAll()
+	// In the order of pools and of their groups, so that the same inputs give
+	// the same decisions.
+	for _, id := range s.Pools() {
+		for _, g := range s.pools[id].groups {
+			g.classes.setReserve(limits.TransactionalReserve)
+			s.revise(g)
+		}
+	}
 }
 
 // Wake returns the time of the next thing to do by itself, or the zero time.
 func (s *Scheduler) Wake() time.Time {
 	wake := s.due.next()
-	for _, t := range []time.Time{s.timers.next(), s.retries.next()} {
+	for _, t := range [...]time.Time{s.timers.next(), s.siteTimers.next(), s.useTimers.next(), s.retries.next()} {
 		if !t.IsZero() && (wake.IsZero() || t.Before(wake)) {
 			wake = t
 		}
@@ -176,15 +187,7 @@ func (s *Scheduler) Wake() time.Time {
 // Next returns what to do now. The slice is valid until the next call.
 func (s *Scheduler) Next(now time.Time) []Effect {
 	s.effects = s.effects[:0]
-	for q, ok := s.due.popDue(now); ok; q, ok = s.due.popDue(now) {
-		s.activate(q, now)
-	}
-	for d, ok := s.retries.popDue(now); ok; d, ok = s.retries.popDue(now) {
-		s.wantRoute(d)
-	}
-	for g, ok := s.timers.popDue(now); ok; g, ok = s.timers.popDue(now) {
-		s.touch(g)
-	}
+	s.popTimers(now)
 	s.resolveSome()
 	for _, q := range s.refused {
 		q.refusing = false
@@ -193,22 +196,47 @@ func (s *Scheduler) Next(now time.Time) []Effect {
 		}
 	}
 	s.refused = s.refused[:0]
-	// Only groups touched since the last call are visited; a group that is
-	// touched while it is visited waits for the next call.
-	groups := s.dirty
-	s.dirty = nil
-	for _, g := range groups {
-		g.dirty = false
-		s.pump(g, now)
+	for _, id := range s.goneIdle {
+		s.effects = append(s.effects, Effect{Kind: Close, Session: id})
+	}
+	s.goneIdle = s.goneIdle[:0]
+	// Only groups that something happened to since the last call are visited.
+	for len(s.dirty) > 0 || len(s.freed) > 0 {
+		s.dirty, s.visiting = s.visiting[:0], s.dirty
+		for _, g := range s.visiting {
+			g.dirty = false
+			s.pump(g, now)
+		}
+		clear(s.visiting)
+		s.serveWaiters(now)
 	}
 	s.serveWaiters(now)
 	return s.effects
 }
 
+// popTimers notes what is due.
+func (s *Scheduler) popTimers(now time.Time) {
+	for q, ok := s.due.popDue(now); ok; q, ok = s.due.popDue(now) {
+		s.activate(q, now)
+	}
+	for d, ok := s.retries.popDue(now); ok; d, ok = s.retries.popDue(now) {
+		s.wantRoute(d)
+	}
+	for l, ok := s.timers.popDue(now); ok; l, ok = s.timers.popDue(now) {
+		s.freeLane(l)
+	}
+	for st, ok := s.siteTimers.popDue(now); ok; st, ok = s.siteTimers.popDue(now) {
+		s.unaside(st)
+		s.touchSite(st)
+	}
+	for u, ok := s.useTimers.popDue(now); ok; u, ok = s.useTimers.popDue(now) {
+		s.free(u)
+	}
+}
+
 func (s *Scheduler) resolveSome() {
-	for len(s.unrouted) > 0 && s.resolving < max(1, s.limits.MaxResolvesInFlight) {
-		d := s.unrouted[0]
-		s.unrouted = s.unrouted[1:]
+	for s.unrouted.len() > 0 && s.resolving < max(1, s.limits.MaxResolvesInFlight) {
+		d, _ := s.unrouted.pop()
 		d.wanted = false
 		d.resolving = true
 		s.resolving++
@@ -223,12 +251,10 @@ func (s *Scheduler) touch(g *group) {
 	}
 }
 
-func (s *Scheduler) touchAll() {
-	// In the order of pools and of their groups, so that the same inputs give
-	// the same decisions.
-	for _, id := range s.Pools() {
-		for _, g := range s.pools[id].groups {
-			s.touch(g)
-		}
+func (s *Scheduler) touchSite(st *site) {
+	if !st.touched {
+		st.touched = true
+		st.group.touched = append(st.group.touched, st)
+		s.touch(st.group)
 	}
 }

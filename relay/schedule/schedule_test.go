@@ -5,7 +5,6 @@ import (
 	"time"
 
 	"github.com/relais-mta/relais/shared/ids"
-	"github.com/relais-mta/relais/shared/mailaddr"
 	"github.com/relais-mta/relais/shared/policy"
 )
 
@@ -18,24 +17,6 @@ func TestSmallTenantIsNotBehindALargeOne(t *testing.T) {
 	w.run(30 * time.Second)
 	if left := w.queues[2].waiting; left > 0 {
 		t.Errorf("after 300 turns the small tenant still has %d of 100 messages waiting", left)
-	}
-}
-
-func TestTransactionalGoesFirstButBulkIsNotStarved(t *testing.T) {
-	w := newWorld(t, 1, Limits{})
-	w.s.SetPool(testPool(1), sources(1))
-	w.route("a.test", "a", "mx", Shape{SourceConnections: 1, SourceMessageRate: Rate{Max: 9, Per: time.Second, Burst: 1}})
-	w.add(1, testKey(1, policy.Bulk, "a.test"), 1000)
-	w.add(2, testKey(1, policy.Transactional, "a.test"), 1000)
-	w.run(20 * time.Second)
-	bulk := 0
-	for _, st := range w.starts {
-		if st.queue == 1 {
-			bulk++
-		}
-	}
-	if share := float64(bulk) / float64(len(w.starts)); share < 0.08 || share > 0.2 {
-		t.Errorf("bulk mail got %.2f of the turns, want about 1 in %d", share, transactionalRun+1)
 	}
 }
 
@@ -180,29 +161,5 @@ func TestSweepForgetsWhatIsUnused(t *testing.T) {
 	w.s.Sweep(w.now)
 	if st := w.s.Stats(); st.Groups != 0 || st.Domains != 0 || len(w.s.relays) != 0 {
 		t.Errorf("after a day of silence %+v and %d relay counters are kept", st, len(w.s.relays))
-	}
-}
-
-func BenchmarkNextFor(b *testing.B) {
-	s := New(Limits{})
-	now := time.Unix(1_800_000_000, 0)
-	s.SetPool(testPool(1), sources(1))
-	keys := make([]Key, 100)
-	for i := range keys {
-		keys[i] = testKey(byte(i%10), policy.Bulk, "d.test")
-		s.SetHead(Queue(i), keys[i], now, 1_000_000_000, now)
-	}
-	s.Next(now)
-	s.Routed(mailaddr.Domain("d.test"), Route{Provider: "p", Site: "mx", Expires: now.Add(time.Hour)}, now)
-	id := s.Next(now)[0].Session
-	s.Opened(id)
-	b.ReportAllocs()
-	for b.Loop() {
-		n, answer := s.NextFor(id, now)
-		if answer != Work {
-			b.Fatal(answer)
-		}
-		s.Started(id)
-		s.SetHead(n, keys[n], now, 1_000_000_000, now)
 	}
 }

@@ -20,18 +20,13 @@ type session struct {
 	id       Session
 	lane     *lane
 	site     *site
+	post     *post
 	state    sessionState
 	messages int
-
-	idlePrev, idleNext *session // of the parked sessions
-}
-
-// reserve spends the right to one message when the work is chosen: two
-// sessions must not be given the same room in a rate. Should the queue turn
-// out to be empty the right is lost, which errs on the safe side.
-func (ss *session) reserve(now time.Time) {
-	ss.lane.messages.Take(now, 1)
-	ss.lane.group.use.messages.Take(now, 1)
+	proofs   int       // messages whose end was noted
+	began    time.Time // the one in work
+	stolen   bool      // its end makes room for another
+	trial    bool      // to a host that is not proven
 }
 
 // Answer says what a session does next.
@@ -44,6 +39,10 @@ const (
 	End                    // say QUIT, then call Ended
 )
 
+// minRun is how many messages a session may carry before it must make way for
+// a site that has no session: opening one costs about as much as some messages.
+const minRun = 16
+
 // NextFor tells a session that finished a transaction, or found its queue
 // empty, what to do next.
 func (s *Scheduler) NextFor(id Session, now time.Time) (Queue, Answer) {
@@ -51,91 +50,157 @@ func (s *Scheduler) NextFor(id Session, now time.Time) (Queue, Answer) {
 	if ss == nil {
 		return 0, End
 	}
-	g := ss.lane.group
+	st, g := ss.site, ss.lane.group
+	s.prove(ss, now)
 	limit := g.limits.MessagesPerConnection
-	switch {
-	case ss.lane.gone,
-		limit > 0 && ss.messages >= limit,
-		s.limits.MaxSessions > 0 && len(s.sessions) > s.limits.MaxSessions,
-		g.limits.SourceConnections > 0 && ss.lane.sessions > g.limits.SourceConnections:
+	if ss.lane.gone || limit > 0 && ss.messages >= limit || s.tooMany(ss) {
 		ss.state = closing
 		return 0, End
 	}
-	if at, reason := s.laneReady(ss.lane, ss.site, false, now); reason != "" {
-		s.wait(g, at)
-		return 0, s.rest(ss)
-	}
-	if ss.site.backlog > 0 {
-		if q := s.pick(ss.site, ss.lane, now); q != nil {
-			ss.site.since = now
-			ss.reserve(now)
-			return q.number, Work
-		}
-	}
-	return 0, s.rest(ss)
-}
-
-// rest parks a session that has nothing to do now, unless others wait for its
-// place.
-func (s *Scheduler) rest(ss *session) Answer {
-	if s.othersWait(ss) {
+	if s.makesWay(ss) {
 		ss.state = closing
-		return End
+		return 0, End
 	}
-	return s.park(ss)
+	if st.backlog == 0 {
+		return 0, s.park(ss)
+	}
+	if reason, until := g.laneHolds(ss.lane, false, now); reason != "" {
+		s.wakeLane(ss.lane, until)
+		return 0, s.park(ss)
+	}
+	if s.inLine(g, now) || g.limited() && s.outranked(ss) {
+		return 0, s.park(ss)
+	}
+	if q := s.pick(st, ss.lane, now); q != nil {
+		s.reserve(ss, now)
+		return q.number, Work
+	}
+	return 0, s.park(ss)
 }
 
-func (s *Scheduler) park(ss *session) Answer {
-	ss.state = parked
-	ss.site.idle = append(ss.site.idle, ss)
-	ss.idlePrev = s.idleLast
-	if s.idleLast != nil {
-		s.idleLast.idleNext = ss
-	} else {
-		s.idleFirst = ss
-	}
-	s.idleLast = ss
-	return Park
+// tooMany reports whether a limit was lowered below what is open.
+func (s *Scheduler) tooMany(ss *session) bool {
+	g := ss.lane.group
+	return s.limits.MaxSessions > 0 && len(s.sessions) > s.limits.MaxSessions ||
+		g.limits.SourceConnections > 0 && ss.lane.sessions > g.limits.SourceConnections ||
+		g.limits.RelayConnections > 0 && g.use.sessions > g.limits.RelayConnections
 }
 
-// unpark takes a session out of both lists of parked ones.
-func (s *Scheduler) unpark(ss *session) {
+// prove books that the host took a message, or answered to one.
+func (s *Scheduler) prove(ss *session, now time.Time) {
+	if ss.messages == ss.proofs {
+		return
+	}
+	ss.proofs = ss.messages
 	st := ss.site
-	for i := len(st.idle) - 1; i >= 0; i-- {
-		if st.idle[i] == ss {
-			st.idle = append(st.idle[:i], st.idle[i+1:]...)
-			break
+	st.window = min(st.room(now)+1, 2*(st.open+st.opening)+1)
+	st.heardAt = now
+	if now.Sub(ss.began) <= prompt {
+		st.provedAt = now
+		s.endTrial(ss)
+	} else {
+		st.provedAt = time.Time{}
+		if !ss.trial {
+			ss.trial = true
+			s.trialSessions++
 		}
 	}
-	if ss.idlePrev != nil {
-		ss.idlePrev.idleNext = ss.idleNext
-	} else {
-		s.idleFirst = ss.idleNext
+	if st.backlog > 0 {
+		s.touchSite(st)
 	}
-	if ss.idleNext != nil {
-		ss.idleNext.idlePrev = ss.idlePrev
-	} else {
-		s.idleLast = ss.idlePrev
-	}
-	ss.idlePrev, ss.idleNext = nil, nil
 }
 
-// othersWait reports whether a limit that this session fills keeps other work
-// from its turn.
-func (s *Scheduler) othersWait(ss *session) bool {
-	g := ss.lane.group
-	if s.full() && s.waiters.len() > 0 || g.relayFull() && g.use.waiters.len() > 0 {
-		return true
+func (s *Scheduler) endTrial(ss *session) {
+	if ss.trial {
+		ss.trial = false
+		s.trialSessions--
 	}
-	if g.limits.SourceConnections == 0 || ss.lane.sessions < g.limits.SourceConnections {
-		return false
+}
+
+// outranked reports whether the room that a rate has now belongs to another
+// site, by the order of its tenant.
+func (s *Scheduler) outranked(ss *session) bool {
+	g, l, st := ss.lane.group, ss.lane, ss.site
+	own := st.best(reserved, l)
+	way := g.classes.choose(own != nil || !l.idle[reserved].empty() || !g.open[reserved].empty())
+	if way == general {
+		own = st.best(general, l)
 	}
-	for _, st := range g.order {
-		if st != ss.site && st.backlog > 0 && st.open+st.opening == 0 {
+	for _, c := range [...]*contest{&l.idle[way], &g.open[way]} {
+		if k := c.first(); k != nil && k.site != st && k.before(own.stream(), way, st) {
 			return true
 		}
 	}
 	return false
+}
+
+// makesWay reports whether a session must end because a limit that it fills
+// keeps others from their turn: at once if it has nothing to do or transactional
+// mail has the turn, else after a while.
+func (s *Scheduler) makesWay(ss *session) bool {
+	g, st := ss.lane.group, ss.site
+	spent := st.backlog == 0 || ss.messages >= minRun
+	calm := st.orders[reserved].len() == 0 // it has no transactional mail itself
+	mine := g.laneFull(ss.lane) && len(g.free) == 0
+	if s.sessionsFull() {
+		if n := s.waiters.len(); n > 1 || n == 1 && g.queued == nowhere {
+			return spent || calm && s.waiters.count[1] > 0
+		}
+		mine = mine || g.queued != nowhere
+	}
+	if g.relayFull() || s.shareFull(g.use) {
+		if other, ok := g.use.waiters.first(); ok && (other != g || g.use.waiters.len() > 1) {
+			return spent || calm && !other.open[reserved].empty()
+		}
+		mine = mine || g.inWaiters
+	}
+	if ss.trial && s.trials.len() > 0 && spent {
+		return true
+	}
+	if g.laneFull(ss.lane) && ss.lane.aside.len() > 0 && spent {
+		return true
+	}
+	return mine && s.makesWayAtHome(ss, spent, calm)
+}
+
+// makesWayAtHome is makesWay for the other sites of the session's own group.
+func (s *Scheduler) makesWayAtHome(ss *session, spent, calm bool) bool {
+	g, st := ss.lane.group, ss.site
+	way := g.classes.choose(!g.open[reserved].empty())
+	k := g.open[way].first()
+	if k != nil && k.site == st { // it has the turn anyhow
+		k.line.head = k.next
+		k = k.next
+	}
+	if k == nil || k.site == st {
+		return false
+	}
+	if way == reserved && calm {
+		return true
+	}
+	return spent && k.behind(st.best(way, ss.lane).stream(), way, st)
+}
+
+// park keeps a session without work; what it could not take may need the
+// group to be looked at.
+func (s *Scheduler) park(ss *session) Answer {
+	ss.state = parked
+	ss.post.idle = append(ss.post.idle, ss)
+	ss.site.idle++
+	s.touchSite(ss.site)
+	return Park
+}
+
+// unpark takes a session out of the parked ones.
+func (s *Scheduler) unpark(ss *session) {
+	p := ss.post
+	for i := len(p.idle) - 1; i >= 0; i-- {
+		if p.idle[i] == ss {
+			p.idle = append(p.idle[:i], p.idle[i+1:]...)
+			break
+		}
+	}
+	ss.site.idle--
 }
 
 // Started tells that a session has taken a message of the queue it was given.
@@ -159,9 +224,21 @@ func (s *Scheduler) Opened(id Session) {
 	ss.state = busy
 	ss.site.opening--
 	ss.site.open++
+	s.endOpening(ss)
+	ss.post.backoff = time.Time{}
+	s.unaside(ss.site)
+	s.touchSite(ss.site)
+}
+
+// endOpening gives back what opening a session took.
+func (s *Scheduler) endOpening(ss *session) {
+	u := ss.lane.group.use
 	s.opening--
-	delete(ss.site.backoff, ss.lane)
-	s.touch(ss.site.group)
+	u.opening--
+	if ss.trial {
+		s.trialOpening--
+	}
+	s.free(u)
 }
 
 // Ended tells that a session is gone, for whatever reason.
@@ -171,41 +248,53 @@ func (s *Scheduler) Ended(id Session) {
 		return
 	}
 	delete(s.sessions, id)
-	st := ss.site
+	st, g := ss.site, ss.lane.group
 	switch ss.state {
 	case connecting:
 		st.opening--
-		s.opening--
+		s.endOpening(ss)
 	default:
 		st.open--
 	}
-	if ss.state == parked {
+	switch ss.state {
+	case parked:
 		s.unpark(ss)
+	case closing:
+		if ss.stolen {
+			s.closing--
+			g.closing--
+			g.use.closing--
+		}
 	}
+	s.endTrial(ss)
 	ss.lane.sessions--
-	ss.lane.group.use.sessions--
-	if ss.lane.sessions < 0 || st.open < 0 || st.opening < 0 || s.opening < 0 {
+	ss.post.sessions--
+	g.use.sessions--
+	if ss.lane.sessions < 0 || st.open < 0 || st.opening < 0 || s.opening < 0 || s.trialSessions < 0 || s.trialOpening < 0 {
 		panic("schedule: a session ended twice")
 	}
-	s.touch(st.group)
-	if use := st.group.use; !use.freed {
-		use.freed = true
-		s.freed = append(s.freed, use)
-	}
+	s.freeLane(ss.lane)
+	s.touchSite(st)
+	s.free(g.use)
 }
 
 // Failed tells that a session could not be opened; its lane does not try the
 // site again before the given time.
 func (s *Scheduler) Failed(id Session, until time.Time) {
 	if ss := s.sessions[id]; ss != nil {
-		ss.site.backoff[ss.lane] = until
-		s.wait(ss.site.group, until)
+		ss.post.backoff = until
+		ss.site.window = max(1, ss.site.window/2)
 	}
 	s.Ended(id)
 }
 
+// closeIdle ends a session that was parked, so that another one can be opened.
 func (s *Scheduler) closeIdle(ss *session) {
-	ss.state = closing
+	ss.state, ss.stolen = closing, true
+	g := ss.lane.group
+	s.closing++
+	g.closing++
+	g.use.closing++
 	s.effects = append(s.effects, Effect{Kind: Close, Session: ss.id})
 }
 

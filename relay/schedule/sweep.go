@@ -1,6 +1,9 @@
 package schedule
 
-import "time"
+import (
+	"slices"
+	"time"
+)
 
 // sweepAge is how long a group must have been unused before its counters are
 // dropped: longer than any rate's period, so that a rate cannot start anew by
@@ -29,7 +32,10 @@ func (s *Scheduler) sweepGroups(now time.Time) {
 		if now.Sub(g.used) < sweepAge || g.dirty {
 			continue
 		}
-		s.timers.remove(g)
+		for _, l := range g.lanes {
+			s.timers.remove(l)
+		}
+		g.use.forget(g)
 		delete(s.groups, key)
 		p := s.pools[key.pool]
 		for i, other := range p.groups {
@@ -39,41 +45,76 @@ func (s *Scheduler) sweepGroups(now time.Time) {
 			}
 		}
 	}
-	for name, use := range s.relays {
-		if use.groups(s, name) == 0 {
+	for name, u := range s.relays {
+		if len(u.groups) == 0 && !u.freed {
+			s.useTimers.remove(u)
 			delete(s.relays, name)
 		}
 	}
 }
 
-func (u *providerUse) groups(s *Scheduler, provider string) (n int) {
-	for id := range s.pools {
-		if s.groups[groupKey{id, provider}] != nil {
-			n++
-		}
-	}
-	return n
-}
-
 func (g *group) sweepSites(s *Scheduler, now time.Time) {
 	kept := g.order[:0]
 	for _, st := range g.order {
-		for i := range st.rings {
-			// A round in which nothing is usable drops what is not ready.
-			st.rings[i].pick(s, func(*queue) bool { return false })
-		}
-		for l, until := range st.backoff {
-			if !until.After(now) {
-				delete(st.backoff, l)
-			}
-		}
-		if st.backlog == 0 && st.open+st.opening == 0 && len(st.backoff) == 0 && st.rings[0].order.len() == 0 && st.rings[1].order.len() == 0 {
-			delete(g.sites, st.id)
+		if st.inUse(now) {
+			st.dropPosts()
+			kept = append(kept, st)
 			continue
 		}
-		kept = append(kept, st)
+		s.siteTimers.remove(st)
+		delete(g.sites, st.id)
 	}
 	clear(g.order[len(kept):])
 	g.order = kept
-	g.cursor = 0
+	for id, m := range g.members {
+		if m.inUse(g) {
+			continue
+		}
+		for way := range ways {
+			g.open[way].forget(m)
+			for _, l := range g.lanes {
+				l.idle[way].forget(m)
+			}
+		}
+		delete(g.members, id)
+	}
+}
+
+// inUse reports whether something waits at the site or is known of it that
+// counts.
+func (st *site) inUse(now time.Time) bool {
+	if len(st.turns) > 0 || st.open+st.opening > 0 || st.touched || st.aside || st.trial != nowhere || len(st.asideOn) > 0 || st.proven(now) {
+		return true
+	}
+	for _, p := range st.posts {
+		if p.backoff.After(now) {
+			return true
+		}
+	}
+	return false
+}
+
+// inUse reports whether the tenant has a queue in the group, or has been served
+// ahead of others.
+func (m *member) inUse(g *group) bool {
+	if m.queues > 0 {
+		return true
+	}
+	for way := range ways {
+		if m.accounts[way].round > g.passes[way].round {
+			return true
+		}
+	}
+	return false
+}
+
+// dropPosts forgets the places at lanes that left the pool.
+func (st *site) dropPosts() {
+	st.posts = slices.DeleteFunc(st.posts, func(p *post) bool {
+		gone := p.lane.gone && p.sessions == 0
+		if gone {
+			delete(st.byLane, p.lane)
+		}
+		return gone
+	})
 }

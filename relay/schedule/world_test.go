@@ -1,8 +1,10 @@
 package schedule
 
 import (
+	"container/heap"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"testing"
 	"time"
 
@@ -20,7 +22,8 @@ type world struct {
 	now      time.Time
 	queues   map[Queue]*worldQueue
 	sessions map[Session]*worldSession
-	events   []worldEvent
+	events   worldEvents
+	seq      int
 	shapes   map[string]Shape // by provider
 	routes   map[mailaddr.Domain]Route
 	sent     map[Lane][]time.Time
@@ -28,12 +31,19 @@ type world struct {
 	starts   []start // in the order in which messages were started
 	done     int
 	failRate float64
+	takes    map[string]time.Duration // how long a message takes at a site; else random
+	dials    map[string]time.Duration // how long opening a session takes at a site; else random
+	onStart  func(Queue)
+	checks   int
+	began    time.Time
+	limits   Limits
 }
 
 type worldQueue struct {
 	key     Key
 	waiting int
 	due     time.Time
+	only    *Lane // pinned to it
 }
 
 type start struct {
@@ -49,8 +59,24 @@ type worldSession struct {
 }
 
 type worldEvent struct {
-	at time.Time
-	do func()
+	at  time.Time
+	seq int
+	do  func()
+}
+
+type worldEvents []worldEvent
+
+func (e worldEvents) Len() int      { return len(e) }
+func (e worldEvents) Swap(i, j int) { e[i], e[j] = e[j], e[i] }
+func (e worldEvents) Less(i, j int) bool {
+	return e[i].at.Before(e[j].at) || e[i].at.Equal(e[j].at) && e[i].seq < e[j].seq
+}
+func (e *worldEvents) Push(x any) { *e = append(*e, x.(worldEvent)) }
+func (e *worldEvents) Pop() any {
+	last := len(*e) - 1
+	x := (*e)[last]
+	*e = (*e)[:last]
+	return x
 }
 
 func newWorld(t *testing.T, seed uint64, limits Limits) *world {
@@ -59,11 +85,13 @@ func newWorld(t *testing.T, seed uint64, limits Limits) *world {
 		queues: map[Queue]*worldQueue{}, sessions: map[Session]*worldSession{},
 		shapes: map[string]Shape{}, routes: map[mailaddr.Domain]Route{},
 		sent: map[Lane][]time.Time{}, opened: map[Lane][]time.Time{},
+		takes: map[string]time.Duration{}, dials: map[string]time.Duration{}, limits: limits,
 	}
 }
 
 func (w *world) after(d time.Duration, do func()) {
-	w.events = append(w.events, worldEvent{w.now.Add(d), do})
+	w.seq++
+	heap.Push(&w.events, worldEvent{w.now.Add(d), w.seq, do})
 }
 
 // add puts recipients into a queue.
@@ -85,32 +113,36 @@ func (w *world) head(n Queue) {
 	if q.waiting == 0 {
 		q.due = time.Time{}
 	}
+	if q.only != nil {
+		w.s.SetPinnedHead(n, q.key, *q.only, q.due, q.waiting, w.now)
+		return
+	}
 	w.s.SetHead(n, q.key, q.due, q.waiting, w.now)
 }
 
 // run plays until nothing happens any more or until limit has passed.
 func (w *world) run(limit time.Duration) {
 	end := w.now.Add(limit)
-	for range 2_000_000 {
+	for range 3_000_000 {
 		w.pump()
-		next, at := -1, w.s.Wake()
-		for i, e := range w.events {
-			if at.IsZero() || e.at.Before(at) {
-				next, at = i, e.at
-			}
+		at, event := w.s.Wake(), false
+		if len(w.events) > 0 && (at.IsZero() || w.events[0].at.Before(at)) {
+			at, event = w.events[0].at, true
 		}
 		if at.IsZero() || at.After(end) {
 			w.now = end
 			return
 		}
 		if at.After(w.now) {
+			// Nothing is due before the time that the scheduler said.
+			early := w.now.Add(time.Duration(w.rng.Int64N(int64(at.Sub(w.now)))))
+			if effects := w.s.Next(early); len(effects) > 0 {
+				w.t.Fatalf("%v before the time to wake: %+v", at.Sub(early), effects)
+			}
 			w.now = at
 		}
-		if next >= 0 {
-			e := w.events[next]
-			w.events[next] = w.events[len(w.events)-1]
-			w.events = w.events[:len(w.events)-1]
-			e.do()
+		if event {
+			heap.Pop(&w.events).(worldEvent).do()
 		}
 		w.check()
 	}
@@ -142,7 +174,11 @@ func (w *world) act(f Effect) {
 			w.end(f.Session)
 			return
 		}
-		w.after(time.Duration(5+w.rng.IntN(40))*time.Millisecond, func() {
+		dial := time.Duration(5+w.rng.IntN(40)) * time.Millisecond
+		if d, ok := w.dials[w.sessions[f.Session].site]; ok {
+			dial = d
+		}
+		w.after(dial, func() {
 			if w.rng.Float64() < w.failRate {
 				w.queues[f.Queue].waiting++ // the message goes back
 				w.queues[f.Queue].due = w.now
@@ -179,9 +215,15 @@ func (w *world) start(id Session, n Queue) bool {
 	if want, got := w.routes[q.key.Domain].Site, w.sessions[id].site; want != got {
 		w.t.Fatalf("a message for site %q went to a session of %q", want, got)
 	}
+	if q.only != nil && *q.only != w.sessions[id].lane {
+		w.t.Fatalf("work for lane %+v went to %+v", *q.only, w.sessions[id].lane)
+	}
 	q.waiting--
 	w.done++
 	w.starts = append(w.starts, start{n, w.sessions[id].lane})
+	if w.onStart != nil {
+		w.onStart(n)
+	}
 	w.head(n)
 	w.s.Started(id)
 	ss := w.sessions[id]
@@ -191,7 +233,11 @@ func (w *world) start(id Session, n Queue) bool {
 }
 
 func (w *world) finish(id Session) {
-	w.after(time.Duration(1+w.rng.IntN(30))*time.Millisecond, func() { w.proceed(id) })
+	d := time.Duration(1+w.rng.IntN(30)) * time.Millisecond
+	if t, ok := w.takes[w.sessions[id].site]; ok {
+		d = t
+	}
+	w.after(d, func() { w.proceed(id) })
 }
 
 func (w *world) proceed(id Session) {
@@ -213,8 +259,12 @@ func (w *world) end(id Session) {
 	w.s.Ended(id)
 }
 
-// check asserts the limits as the providers see them.
+// check asserts the limits as the providers see them, in large worlds now and
+// then.
 func (w *world) check() {
+	if w.checks++; len(w.sessions) > 20 && w.checks%len(w.sessions) != 0 {
+		return
+	}
 	lanes, relays := map[Lane]int{}, map[string]int{}
 	for _, ss := range w.sessions {
 		lanes[ss.lane]++
@@ -233,8 +283,13 @@ func (w *world) check() {
 			w.t.Fatalf("%d connections of the relay to %s, allowed %d", n, p, m)
 		}
 	}
-	if m := w.s.limits.MaxSessions; m > 0 && len(w.sessions) > m {
+	if m := w.limits.MaxSessions; m > 0 && len(w.sessions) > m {
 		w.t.Fatalf("%d sessions, allowed %d", len(w.sessions), m)
+	}
+	for p, n := range relays {
+		if m := part(w.limits.MaxSessions, w.limits.ProviderShare); m > 0 && n > m {
+			w.t.Fatalf("%d sessions to %s, which may have %d of the relay's", n, p, m)
+		}
 	}
 }
 
@@ -246,6 +301,20 @@ func (w *world) checkRates() {
 	for lane, times := range w.opened {
 		checkWindow(w.t, fmt.Sprint("connections on ", lane.Provider), times, w.shapes[lane.Provider].SourceConnectionRate)
 	}
+	for provider, shape := range w.shapes {
+		checkWindow(w.t, "messages of the relay to "+provider, w.ofRelay(w.sent, provider), shape.RelayMessageRate)
+		checkWindow(w.t, "connections of the relay to "+provider, w.ofRelay(w.opened, provider), shape.RelayConnectionRate)
+	}
+}
+
+func (w *world) ofRelay(by map[Lane][]time.Time, provider string) (all []time.Time) {
+	for lane, times := range by {
+		if lane.Provider == provider {
+			all = append(all, times...)
+		}
+	}
+	slices.SortFunc(all, time.Time.Compare)
+	return all
 }
 
 func checkWindow(t *testing.T, what string, times []time.Time, r Rate) {
@@ -284,40 +353,78 @@ func (w *world) route(domain, provider, site string, shape Shape) {
 	w.routes[mailaddr.Domain(domain)] = Route{Provider: provider, Site: site, Shape: shape, Expires: w.now.Add(time.Hour)}
 }
 
+// randomRate is a rate or none.
+func randomRate(rng *rand.Rand, least int) Rate {
+	if rng.IntN(2) == 0 {
+		return Rate{}
+	}
+	return Rate{Max: least + rng.IntN(50), Per: time.Second, Burst: rng.IntN(5)}
+}
+
+// randomWorld has a few providers with random limits and families, hosts of
+// their own or shared, pools with sources of both families, and mail of some
+// tenants and streams that comes within three seconds, partly for one lane only.
+func randomWorld(t *testing.T, seed uint64) (w *world, total int) {
+	rng := rand.New(rand.NewPCG(seed, 1))
+	parts := []int{0, 25, 50}
+	w = newWorld(t, seed, Limits{
+		MaxSessions: rng.IntN(40), MaxConnectsInFlight: rng.IntN(6), MaxResolvesInFlight: rng.IntN(4),
+		ProviderShare: parts[rng.IntN(3)], UnprovenShare: parts[rng.IntN(3)], TransactionalReserve: 10 * rng.IntN(10),
+	})
+	w.failRate = float64(rng.IntN(3)) * 0.1
+	w.s.SetShares(func(id ids.Tenant, stream string, _ policy.StreamKind) Share {
+		return Share{TenantWeight: 1 + 7*int(id[15]), StreamWeight: len(stream) * 10, Priority: 40 * len(stream)}
+	})
+	lanes := map[ids.Pool][]Source{}
+	for p := range 1 + rng.IntN(2) {
+		id := testPool(byte(p + 1))
+		for i := range 1 + rng.IntN(4) {
+			lanes[id] = append(lanes[id], Source{ID: ids.Source{14: byte(p), 15: byte(i + 1)}, Weight: 1 + rng.IntN(3), IPv6: i > 0 && rng.IntN(3) == 0})
+		}
+		w.s.SetPool(id, lanes[id])
+	}
+	n := Queue(0)
+	for p := range 1 + rng.IntN(4) {
+		provider := fmt.Sprint("p", p)
+		shape := Shape{
+			SourceConnections: rng.IntN(4), RelayConnections: rng.IntN(6), MessagesPerConnection: rng.IntN(5),
+			SourceMessageRate: randomRate(rng, 5), SourceConnectionRate: randomRate(rng, 2),
+		}
+		if rng.IntN(3) == 0 {
+			shape.RelayMessageRate, shape.RelayConnectionRate = randomRate(rng, 5), randomRate(rng, 2)
+		}
+		families := Families{First: Family(rng.IntN(3))}
+		if rng.IntN(4) == 0 {
+			families.NoIPv6, families.Refused = true, rng.IntN(2) == 0
+		}
+		hosts := 1 + rng.IntN(5)
+		for d := range 1 + rng.IntN(5) {
+			domain := fmt.Sprintf("d%d.p%d.test", d, p)
+			w.route(domain, provider, fmt.Sprintf("mx%d.p%d", d%hosts, p), shape)
+			r := w.routes[mailaddr.Domain(domain)]
+			r.Families = families
+			w.routes[mailaddr.Domain(domain)] = r
+			for tenant := range byte(1 + rng.IntN(3)) {
+				n++
+				count, number := 1+rng.IntN(60), n
+				key := testKey(tenant, []policy.StreamKind{policy.Transactional, policy.Bulk}[rng.IntN(2)], domain)
+				key.Stream, key.Pool = []string{"", "a", "bb"}[rng.IntN(3)], testPool(byte(1+rng.IntN(len(lanes))))
+				w.queues[number] = &worldQueue{key: key}
+				if src := lanes[key.Pool][0]; rng.IntN(6) == 0 {
+					w.queues[number].only = &Lane{Source: src.ID, Provider: provider}
+				}
+				total += count
+				w.after(time.Duration(rng.IntN(3000))*time.Millisecond, func() { w.add(number, key, count) })
+			}
+		}
+	}
+	return w, total
+}
+
 func TestRandomWorldsKeepEveryLimitAndLoseNothing(t *testing.T) {
 	for seed := range uint64(200) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
-			rng := rand.New(rand.NewPCG(seed, 1))
-			w := newWorld(t, seed, Limits{MaxSessions: rng.IntN(40), MaxConnectsInFlight: rng.IntN(6), MaxResolvesInFlight: rng.IntN(4)})
-			w.failRate = float64(rng.IntN(3)) * 0.1
-			w.s.SetPool(testPool(1), sources(1+rng.IntN(4)))
-			for p := range 1 + rng.IntN(4) {
-				shape := Shape{SourceConnections: rng.IntN(4), RelayConnections: rng.IntN(6), MessagesPerConnection: rng.IntN(5)}
-				if rng.IntN(2) == 0 {
-					shape.SourceMessageRate = Rate{Max: 5 + rng.IntN(50), Per: time.Second, Burst: rng.IntN(5)}
-				}
-				if rng.IntN(2) == 0 {
-					shape.SourceConnectionRate = Rate{Max: 2 + rng.IntN(20), Per: time.Second, Burst: rng.IntN(3)}
-				}
-				for d := range 1 + rng.IntN(5) {
-					w.route(fmt.Sprintf("d%d.p%d.test", d, p), fmt.Sprint("p", p), fmt.Sprintf("mx%d.p%d", d%2, p), shape)
-				}
-			}
-			total, n := 0, Queue(0)
-			for p := range 4 {
-				for d := range 5 {
-					domain := fmt.Sprintf("d%d.p%d.test", d, p)
-					if _, ok := w.routes[mailaddr.Domain(domain)]; !ok {
-						continue
-					}
-					for tenant := range byte(1 + rng.IntN(3)) {
-						n++
-						count, number, kind := 1+rng.IntN(60), n, []policy.StreamKind{policy.Transactional, policy.Bulk}[rng.IntN(2)]
-						total += count
-						w.after(time.Duration(rng.IntN(3000))*time.Millisecond, func() { w.add(number, testKey(tenant, kind, domain), count) })
-					}
-				}
-			}
+			w, total := randomWorld(t, seed)
 			w.run(time.Hour)
 			if w.done != total {
 				t.Fatalf("%d of %d messages were sent; stuck: %s", w.done, total, w.stuck())

@@ -49,6 +49,10 @@ func flatten(path string, v reflect.Value, out map[string]string) {
 	switch t := v.Type(); {
 	case t == reflect.TypeFor[Duration]():
 		out[path] = strconv.Quote(v.Interface().(Duration).String())
+	case t.Kind() == reflect.Pointer:
+		if !v.IsNil() {
+			flatten(path, v.Elem(), out)
+		}
 	case t.Kind() == reflect.Struct:
 		inEntry := strings.HasSuffix(path, "]")
 		for _, f := range reflect.VisibleFields(t) {
@@ -96,6 +100,8 @@ func entryName(entry any) string {
 	switch e := entry.(type) {
 	case Stream:
 		return e.Tenant + "/" + e.Project + "/" + e.Name
+	case TenantWeight:
+		return e.Name
 	case PoolWeights:
 		return e.Name
 	case Provider:

@@ -31,6 +31,8 @@ type Directory struct {
 	poolNames   map[string]*Pool
 	local       map[ids.Pool][]WeightedSource
 	streams     map[streamKey]*ResolvedStream
+	shares      map[shareKey]Share
+	weights     map[ids.Tenant]int
 
 	certificates bool
 
@@ -87,6 +89,8 @@ func Compile(v *View) (*Directory, error) {
 		poolNames:   make(map[string]*Pool, len(v.Pools)),
 		local:       make(map[ids.Pool][]WeightedSource),
 		streams:     make(map[streamKey]*ResolvedStream, len(v.Document.Streams.Stream)),
+		shares:      make(map[shareKey]Share, len(v.Document.Streams.Stream)),
+		weights:     make(map[ids.Tenant]int, len(v.Document.Streams.Tenant)),
 	}
 	var p problems
 	d.providers = newProviderTable(&v.Document.Providers, &p)
@@ -287,6 +291,12 @@ func (d *Directory) compileStreams() {
 		}
 		if known {
 			d.streams[key] = d.resolve(s, doc)
+			d.compileShare(key.tenant, s)
+		}
+	}
+	for _, t := range doc.Streams.Tenant {
+		if id, known := tenants[t.Name]; known {
+			d.weights[id] = t.Weight
 		}
 	}
 }

@@ -251,6 +251,8 @@ func TestCheckReferences(t *testing.T) {
 			{ tenant = "other", project = "*", name = "x", kind = "bulk", pool = "acme-own" },
 			{ tenant = "*", project = "*", name = "x", kind = "bulk", pool = "acme-own" }]`,
 			[]string{`streams.stream[0].pool: pool "acme-own" is dedicated to tenant "acme"`, `streams.stream[1].pool`}},
+		{"weight of an unknown tenant", "streams", `tenant = [{ name = "acme", weight = 2 }, { name = "acne", weight = 2 }]`,
+			[]string{`streams.tenant[1].name: there is no tenant "acne"`}},
 		{"weights of known sources", "pools", worldPools, nil},
 		{"unknown pool weighed", "pools", "[[pool]]\nname = \"defalt\"", []string{`pools.pool[0].name: there is no pool "defalt"`}},
 		{"unknown address", "pools", "[[pool]]\nname = \"far\"\n[pool.weights]\n\"192.0.2.11\" = 1",

@@ -115,9 +115,12 @@ type Queue struct {
 
 // Delivery bounds outbound work of one relay.
 type Delivery struct {
-	MaxSessions         int      `toml:"max_sessions"`           // SMTP sessions at once, all providers
-	MaxConnectsInFlight int      `toml:"max_connects_in_flight"` // connections being opened at once
-	IdleSession         Duration `toml:"idle_session"`           // an idle session is kept this long
+	MaxSessions         int      `toml:"max_sessions"`                  // SMTP sessions at once, all providers
+	MaxConnectsInFlight int      `toml:"max_connects_in_flight"`        // connections being opened at once
+	ProviderPercent     int      `toml:"provider_percent"`              // part of both that one provider may have
+	UnprovenPercent     int      `toml:"unproven_percent"`              // part of both that hosts may have that have not taken mail promptly of late
+	ReservePercent      int      `toml:"transactional_reserve_percent"` // part of every lane's turns that transactional mail has first
+	IdleSession         Duration `toml:"idle_session"`                  // an idle session is kept this long
 	ConnectTimeout      Duration `toml:"connect_timeout"`
 	GreetingTimeout     Duration `toml:"greeting_timeout"` // RFC 5321 section 4.5.3.2.1: 5 min
 	EHLOTimeout         Duration `toml:"ehlo_timeout"`
@@ -150,8 +153,22 @@ type Storage struct {
 
 // Streams maps mail to pools.
 type Streams struct {
-	Stream []Stream `toml:"stream"`
+	Stream []Stream       `toml:"stream"`
+	Tenant []TenantWeight `toml:"tenant"`
 }
+
+// TenantWeight is the part of a tenant where mail of several waits for the same
+// rates or connections. A tenant that is not listed has DefaultWeight.
+type TenantWeight struct {
+	Name   string `toml:"name"`
+	Weight int    `toml:"weight"` // 1 to 1000
+}
+
+// What a stream or tenant has of which the policy says nothing.
+const (
+	DefaultWeight   = 10
+	DefaultPriority = 50
+)
 
 // Stream says what kind of mail a named stream of a project is and which pool
 // carries it. The most specific entry wins: tenant and project named, tenant
@@ -164,6 +181,8 @@ type Stream struct {
 	Pool       string     `toml:"pool"`
 	ReturnPath string     `toml:"return_path"` // "message" or "recipient"; empty: by kind
 	Expire     Duration   `toml:"expire"`      // 0: by kind
+	Priority   *int       `toml:"priority"`    // 0 to 100 among the streams of a tenant; nil: DefaultPriority
+	Weight     int        `toml:"weight"`      // 1 to 1000 among those of equal priority; 0: DefaultWeight
 }
 
 // Pools weighs the sources of pools.

@@ -98,11 +98,11 @@ func (i *Impact) entries(changes []Change, from, to *Document, pools map[string]
 			if name, ok := strings.CutPrefix(c.Key, "stream["); ok {
 				name, _, _ = strings.Cut(name, "]")
 				touched[strings.Trim(name, `"`)] = true
+				continue
 			}
+			i.setting(c.Section)
 		default:
-			if !slices.Contains(i.Settings, c.Section) {
-				i.Settings = append(i.Settings, c.Section)
-			}
+			i.setting(c.Section)
 		}
 	}
 	i.Streams = sortedKeys(touched)
@@ -112,6 +112,13 @@ func (i *Impact) entries(changes []Change, from, to *Document, pools map[string]
 				pools[s.Pool] = true
 			}
 		}
+	}
+}
+
+// setting notes a section whose settings change on every relay.
+func (i *Impact) setting(section string) {
+	if !slices.Contains(i.Settings, section) {
+		i.Settings = append(i.Settings, section)
 	}
 }
 

@@ -74,6 +74,11 @@ func CheckReferences(doc *Document, refs References) error {
 			p.add(at+"pool", "pool %q is dedicated to tenant %q: name that tenant in the stream or a shared pool", clip(s.Pool), clip(pool.Owner))
 		}
 	}
+	for i := range doc.Streams.Tenant {
+		if name := doc.Streams.Tenant[i].Name; refs.Projects[name] == nil {
+			p.add(fmt.Sprintf("streams.tenant[%d].name", i), "there is no tenant %q: correct the name or add the tenant first", clip(name))
+		}
+	}
 	for i := range doc.Pools.Pool {
 		w := &doc.Pools.Pool[i]
 		at := fmt.Sprintf("pools.pool[%d].", i)

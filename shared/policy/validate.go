@@ -13,6 +13,7 @@ import (
 const (
 	maxRetrySteps    = 64
 	maxStreams       = 10_000
+	maxTenantWeights = 10_000
 	maxPools         = 1_000
 	maxPoolWeights   = 10_000
 	maxWeight        = 1_000
@@ -160,6 +161,9 @@ func (s *Delivery) validate(p *problems) {
 	const in = "delivery."
 	p.between(in+"max_sessions", int64(s.MaxSessions), 1, 100_000)
 	p.between(in+"max_connects_in_flight", int64(s.MaxConnectsInFlight), 1, 100_000)
+	p.between(in+"provider_percent", int64(s.ProviderPercent), 1, 100)
+	p.between(in+"unproven_percent", int64(s.UnprovenPercent), 1, 100)
+	p.between(in+"transactional_reserve_percent", int64(s.ReservePercent), 0, 90)
 	p.lasts(in+"idle_session", s.IdleSession, 0, 5*minute)
 	for _, t := range [...]struct {
 		name string
@@ -228,11 +232,36 @@ func (s *Streams) validate(p *problems) {
 		if st.Expire != 0 {
 			p.lasts(at+"expire", st.Expire, second, maxExpiry)
 		}
+		if st.Priority != nil {
+			p.between(at+"priority", int64(*st.Priority), 0, 100)
+		}
+		if st.Weight != 0 {
+			p.between(at+"weight", int64(st.Weight), 1, maxWeight)
+		}
 		k := key{st.Tenant, st.Project, st.Name}
 		if first, dup := seen[k]; dup {
 			p.add(at+"name", "says the same tenant, project and name as stream[%d]: remove one of them", first)
 		}
 		seen[k] = i
+	}
+	s.validateTenants(p)
+}
+
+func (s *Streams) validateTenants(p *problems) {
+	if len(s.Tenant) > maxTenantWeights {
+		p.add("streams.tenant", "has %d entries, write at most %d", len(s.Tenant), maxTenantWeights)
+		return
+	}
+	seen := make(map[string]int, len(s.Tenant))
+	for i := range s.Tenant {
+		t := &s.Tenant[i]
+		at := fmt.Sprintf("streams.tenant[%d].", i)
+		p.name(at+"name", t.Name)
+		p.between(at+"weight", int64(t.Weight), 1, maxWeight)
+		if first, dup := seen[t.Name]; dup {
+			p.add(at+"name", "%q is tenant[%d] already: remove one of them", clip(t.Name), first)
+		}
+		seen[t.Name] = i
 	}
 }
 

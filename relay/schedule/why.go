@@ -1,0 +1,78 @@
+package schedule
+
+import (
+	"time"
+
+	"github.com/relais-mta/relais/shared/mailaddr"
+)
+
+// Waiting tells why nothing of the queue is in work, for people.
+type Waiting struct {
+	Reason string // due, resolve, dns, source, family, backoff, rate, source-connections, unproven, relay-connections, provider-share, sessions, connects, session; "": it is being worked on
+	Until  time.Time
+	Lane   Lane
+	Site   string
+}
+
+// Why names the one thing a queue waits for.
+func (s *Scheduler) Why(n Queue, now time.Time) Waiting {
+	q := s.queues[n]
+	if q == nil {
+		return Waiting{}
+	}
+	d := q.domain
+	switch {
+	case !q.ready:
+		return Waiting{Reason: "due", Until: q.timer.at}
+	case !d.routed && d.backoff.After(now):
+		return Waiting{Reason: "dns", Until: d.backoff}
+	case q.site == nil:
+		return Waiting{Reason: "resolve"}
+	}
+	return s.whySite(q, now)
+}
+
+func (s *Scheduler) whySite(q *queue, now time.Time) Waiting {
+	g := q.site.group
+	w := Waiting{Site: q.site.id}
+	if len(g.lanes) == 0 {
+		w.Reason = "source"
+		return w
+	}
+	banned := false
+	for _, l := range g.lanes {
+		if q.pinned && l.key != q.only {
+			continue
+		}
+		if q.site.rank(l) == ruledOut {
+			banned = true
+			continue
+		}
+		reason, until := s.laneReady(l, q.site, true, now)
+		if reason == "" {
+			return Waiting{Site: q.site.id, Lane: l.key, Reason: "session"}
+		}
+		// The lane that is ready first; a time that is known says more.
+		if w.Reason == "" || !until.IsZero() && (w.Until.IsZero() || until.Before(w.Until)) {
+			w.Lane, w.Reason, w.Until = l.key, reason, until
+		}
+	}
+	if w.Reason == "" && banned {
+		w.Reason = "family"
+	}
+	return w
+}
+
+// DomainWaits names what mail for a domain waits for, "" if nothing is known.
+func (s *Scheduler) DomainWaits(name mailaddr.Domain, now time.Time) string {
+	d := s.domains[name]
+	if d == nil {
+		return ""
+	}
+	for _, q := range d.queues {
+		if w := s.Why(q.number, now); w.Reason != "" {
+			return w.Reason
+		}
+	}
+	return ""
+}
