@@ -3,6 +3,7 @@ package store
 import (
 	"bufio"
 	"bytes"
+	"errors"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -60,11 +61,15 @@ func mappedResident() (int64, error) {
 
 // releaseTables gives the resident pages of Badger's tables back.
 //
-// A range may only be named while nothing can unmap it: another mapping, such
-// as the heap, could take its place, and its pages would be gone. An iterator
-// over everything holds all tables that were there when it was made. Numbers
-// of tables are never used again, so one that was there before and after was
-// there in between.
+// MADV_DONTNEED leaves them in the page cache. It may only be said of a range
+// that nothing can unmap: another mapping, such as the heap, could take its
+// place, and its pages would be gone. An iterator over everything holds all
+// tables that were there when it was made. Numbers of tables are never used
+// again, so one that was there before and after was there in between.
+//
+// A large compaction makes hundreds of tables before the first of them is
+// there. They get MADV_PAGEOUT, which takes them out of the page cache as well,
+// and can do no harm whatever the range has become.
 func (s *Store) releaseTables() error {
 	before := s.db.Tables()
 	txn := s.db.NewTransaction(false)
@@ -87,12 +92,13 @@ func (s *Store) releaseTables() error {
 		return err
 	}
 	for _, m := range maps {
-		if !there[m.id] {
-			continue
+		if there[m.id] {
+			err = m.advise(unix.MADV_DONTNEED)
+		} else {
+			err = m.advise(unix.MADV_PAGEOUT)
 		}
-		// By address, because the mapping is Badger's and not in our hands.
-		if _, _, errno := unix.Syscall(unix.SYS_MADVISE, m.at, m.length, unix.MADV_DONTNEED); errno != 0 {
-			return errno
+		if err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOMEM) { // an older kernel; unmapped since
+			return err
 		}
 	}
 	return nil
@@ -102,6 +108,15 @@ func (s *Store) releaseTables() error {
 type tableMap struct {
 	id         uint64
 	at, length uintptr
+}
+
+// advise says it by address, because the mapping is Badger's and not in our
+// hands.
+func (m *tableMap) advise(advice uintptr) error {
+	if _, _, errno := unix.Syscall(unix.SYS_MADVISE, m.at, m.length, advice); errno != 0 {
+		return errno
+	}
+	return nil
 }
 
 // tableMaps finds them in the lines of proc_pid_maps(5).

@@ -5,10 +5,13 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
+	"errors"
 	"os"
 	"strconv"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 // fillIndex writes records until the index has some tables on disk.
@@ -96,6 +99,32 @@ func TestPagesOfTablesAreGivenBack(t *testing.T) {
 	eventually(t, "the pages to be given back", func() bool {
 		if err := s.releaseTables(); err != nil {
 			t.Fatal(err)
+		}
+		after, _ := tablesResident(t, s)
+		return after < before/4
+	})
+	checkIndex(t, s, records)
+}
+
+// What a compaction has made and not yet put into place is paged out.
+func TestPagesOfUnfinishedTablesArePagedOut(t *testing.T) {
+	cfg := testConfig(t.TempDir())
+	cfg.MemTableBytes = minMemTableBytes
+	s := openTest(t, cfg)
+	const records = 40_000
+	fillIndex(t, s, 0, records)
+	eventually(t, "tables on disk", func() bool { return len(s.db.Tables()) > 0 })
+	checkIndex(t, s, records)
+	before, _ := tablesResident(t, s)
+	eventually(t, "the pages to be paged out", func() bool {
+		maps, err := s.tableMaps()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, m := range maps {
+			if err := m.advise(unix.MADV_PAGEOUT); err != nil && !errors.Is(err, unix.ENOMEM) {
+				t.Fatal(err)
+			}
 		}
 		after, _ := tablesResident(t, s)
 		return after < before/4
