@@ -13,7 +13,7 @@ export CGO_ENABLED := 0
 # A test run must not depend on what an earlier one left in the cache.
 TESTFLAGS := -count=1
 
-.PHONY: all build run bench bench-deep check generate test unit e2e test-race fuzz deb test-deb peers clean
+.PHONY: all build run bench bench-deep check generate test unit e2e test-race sim sim-mutants fuzz deb test-deb peers clean
 
 all: build
 
@@ -61,6 +61,16 @@ e2e: build
 # The packages in which goroutines share memory on the hot path.
 test-race:
 	CGO_ENABLED=1 $(GO) test -race $(TESTFLAGS) ./relay/engine ./relay/store ./relay/queue ./shared/link ./relay/agent ./relay/delivery
+
+# Random worlds against the limits that relays share: make sim [SEEDS=2000] [SEED=1].
+# A failing one prints its seed; SEEDS=1 SEED=n plays it again.
+SEEDS ?= 2000
+sim:
+	$(GO) test $(TESTFLAGS) -timeout 60m -v -run 'TestSeeds$$' ./shared/sim -seeds $(SEEDS) -seed $(or $(SEED),1)
+
+# One broken rule at a time, which the scenarios and random worlds must notice.
+sim-mutants:
+	$(GO) run ./scripts/mutants
 
 FUZZTIME ?= 20s
 fuzz:

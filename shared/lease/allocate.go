@@ -53,14 +53,10 @@ func (l *limitState) prune(g *Grantor) {
 	}
 }
 
-// change adds a change to the command, one at most for a relay and a limit.
+// change adds a change to the command. What falls comes before what rises, so a
+// relay of which one part falls and another rises has two.
 func (e *entry) change(t *Tick, ceiling, floor Share, why Reason) {
-	c := Change{e.l.ID, e.n.id, e.n.incarnation, ceiling, floor, why}
-	if e.at > 0 {
-		t.Changes[e.at-1] = c
-		return
-	}
-	t.Changes = append(t.Changes, c)
+	t.Changes = append(t.Changes, Change{e.l.ID, e.n.id, e.n.incarnation, ceiling, floor, why})
 	e.at = len(t.Changes)
 }
 
@@ -242,16 +238,16 @@ func (l *limitState) settle(wants []want, pool, room Share) {
 	}
 }
 
-// keep returns what a relay has, if what it is to have is nearly that: less than
-// a twentieth and less than one event more or less. From and to nothing is never
-// a small step.
+// keep returns what a relay has, if what it is to have is nearly that: at most a
+// twentieth more or less, or a tenth if that is less than one event. From and to
+// nothing is never a small step.
 func (e *entry) keep() Share {
 	old, next := e.sent, e.want
 	if !old.usable(e.l.Kind) || !next.usable(e.l.Kind) {
 		return next
 	}
 	moved := max(next.Amount-old.Amount, old.Amount-next.Amount)
-	if moved > old.Amount/20 && (moved >= e.l.quantum() || moved > old.Amount/5) {
+	if moved > old.Amount/20 && (moved >= e.l.quantum() || moved > old.Amount/10) {
 		return next
 	}
 	if old.Burst > 2*next.Burst || next.Burst > 2*old.Burst {

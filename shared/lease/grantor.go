@@ -87,7 +87,7 @@ type entry struct {
 	seated bool    // may have a ceiling
 	waits  bool
 	push   bool // the last grant was not sent yet
-	at     int  // index of its change in the proposed command, plus one
+	at     int  // index of its last change in the proposed command, plus one
 }
 
 // NewGrantor returns the leader's half for a term, as of the moment at which the

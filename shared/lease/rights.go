@@ -92,6 +92,20 @@ func (r *Rights) Excess(now Instant) (soon, atOnce int64) {
 	return soon, atOnce
 }
 
+// CloseBy returns the next instant after now at which Excess may have slots closed
+// whatever they do, if nothing is granted before, or 0. The caller must be there
+// in time, for the leader waits little longer.
+func (r *Rights) CloseBy(now Instant) Instant {
+	a, b := r.until.Add(r.h.cfg.Linger), r.floorUntil.Add(r.h.cfg.Linger)
+	switch {
+	case a > now && (b <= now || a <= b):
+		return a
+	case b > now:
+		return b
+	}
+	return 0
+}
+
 // held is the largest amount that the relay may be using beyond its floor: of
 // slots also those that are open although they were taken away. So a ceiling
 // falls no lower than what is true.

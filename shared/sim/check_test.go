@@ -1,0 +1,203 @@
+package sim
+
+import (
+	"time"
+
+	"github.com/relais-mta/relais/shared/lease"
+	"github.com/relais-mta/relais/shared/warmup"
+)
+
+// checker holds the world against what was promised. It knows everything: what no
+// machine does.
+type checker struct {
+	windows map[lease.LimitID]*window
+	sent    map[lease.LimitID]int64         // events in all
+	offers  map[quotaKey]uint32             // recipients that hosts were offered
+	claims  map[claimID]uint32              // the highest that a relay said it spent
+	changed map[lease.LimitID]time.Duration // when a limit was lowered or raised last
+}
+
+type claimID struct {
+	relay *relay
+	id    accountID
+}
+
+// window holds events against limit × time + burst, for every span of time at
+// once: as a bucket that fills at the limit's rate.
+type window struct {
+	level float64
+	at    time.Duration
+}
+
+// clockTolerance is how much faster than the world a relay's clock may run.
+const clockTolerance = 1.005
+
+func (c *checker) init() {
+	c.windows = make(map[lease.LimitID]*window)
+	c.sent = make(map[lease.LimitID]int64)
+	c.offers = make(map[quotaKey]uint32)
+	c.claims = make(map[claimID]uint32)
+	c.changed = make(map[lease.LimitID]time.Duration)
+}
+
+// check holds the world against I1, I2 and I4 as of now. What a relay may use is
+// held against the table's word for that relay: that is stricter than I2.
+func (w *world) check() {
+	if w.failed != "" {
+		return
+	}
+	t := w.log.state.table
+	for _, id := range w.limits {
+		l, ok := t.Limit(id)
+		if !ok {
+			continue
+		}
+		w.checker.fill(w, l)
+		for _, r := range w.relays {
+			if r.holder == nil {
+				continue
+			}
+			rights := r.rights(id)
+			h := t.Holding(id, r.node)
+			may := lease.Share{Amount: h.Ceiling.Amount + h.Floor.Amount, Burst: h.Ceiling.Burst + h.Floor.Burst}
+			if has := rights.Usable(r.clock(w.now)); has.Amount > may.Amount || has.Burst > may.Burst {
+				w.fail("I2: %s may use %v of limit %d by its own word, the table says %v and %v", r.name, has, id, h.Ceiling, h.Floor)
+				return
+			}
+			// A stopped process cannot close anything; it does so first when it
+			// goes on.
+			if open := rights.Opened(); open > may.Amount && r.until == 0 {
+				w.fail("I2: %s has %d slots of limit %d open, the table says %v and %v", r.name, open, id, h.Ceiling, h.Floor)
+				return
+			}
+		}
+	}
+}
+
+// fill lets the window's bucket fill up to now, at the rate that was in force.
+func (c *checker) fill(w *world, l lease.Limit) {
+	if l.Kind != lease.Rate {
+		return
+	}
+	sum := w.log.state.table.Sum(l.ID)
+	burst, amount := float64(max(l.Burst, sum.Burst)), float64(max(l.Max, sum.Amount))
+	b := c.windows[l.ID]
+	if b == nil {
+		b = &window{level: burst, at: w.now}
+		c.windows[l.ID] = b
+	}
+	b.level += float64(w.now-b.at) / float64(l.Per) * amount / lease.Milli * clockTolerance
+	b.level, b.at = min(b.level, burst), w.now
+}
+
+// started takes it that an event of a rate started.
+func (c *checker) started(w *world, id lease.LimitID) {
+	l, _ := w.log.state.table.Limit(id)
+	c.fill(w, l)
+	c.sent[id]++
+	b := c.windows[id]
+	if b.level -= 1; b.level < -0.01 {
+		w.fail("I2: more events of limit %d than limit × time + burst", id)
+	}
+}
+
+// offered takes it that recipients were offered under a quota: W2.
+func (c *checker) offered(w *world, id accountID, n uint32) {
+	k := quotaKey{id.subject, id.day}
+	c.offers[k] += n
+	if quota := w.log.state.history[k]; c.offers[k] > quota {
+		w.fail("W2: %d recipients were offered for subject %d on %v, the quota was never above %d", c.offers[k], id.subject, id.day, quota)
+	}
+}
+
+func (c *checker) claim(r *relay, id accountID, used uint32) {
+	k := claimID{r, id}
+	c.claims[k] = max(c.claims[k], used)
+}
+
+// crashed holds what a relay's disk says against what it spent: W3.
+func (c *checker) crashed(w *world, r *relay) {
+	for _, id := range r.order {
+		a := r.accounts[id]
+		used, _ := a.spender.Settle()
+		mark := r.disk.marks[id].Used
+		switch {
+		case used > mark:
+			w.fail("W2: %s crashed and its disk says that %d of %v are spent, %d are", r.name, mark, id, used)
+		case mark > used+markStep:
+			w.fail("W3: %s crashed and wastes %d of %v", r.name, mark-used, id)
+		}
+	}
+}
+
+// totals is what the log had given before an entry.
+type totals struct {
+	sums   []lease.Share
+	limits []lease.Limit
+	quotas [4]uint64 // reserved: address and domain, today and tomorrow
+	today  warmup.Day
+}
+
+func (c *checker) before(w *world) totals {
+	t := totals{today: w.log.state.ledger.Today()}
+	for _, id := range w.limits {
+		t.sums = append(t.sums, w.log.state.table.Sum(id))
+		l, _ := w.log.state.table.Limit(id)
+		t.limits = append(t.limits, l)
+	}
+	for i := range t.quotas {
+		_, t.quotas[i], _ = w.log.state.ledger.Totals(warmup.Subject(i%2+1), 0, t.today+warmup.Day(i/2))
+	}
+	return t
+}
+
+// committed holds an entry against I1, W1 and W4, and what the table refused
+// against what it should have been asked.
+func (c *checker) committed(w *world, before totals, result any) {
+	st := w.log.state
+	for i, id := range w.limits {
+		l, ok := st.table.Limit(id)
+		if !ok || i >= len(before.sums) {
+			continue
+		}
+		if l != before.limits[i] {
+			c.changed[id] = w.now
+		}
+		sum := st.table.Sum(id)
+		if sum.Amount > max(l.Max, before.sums[i].Amount) || sum.Burst > max(l.Burst, before.sums[i].Burst) {
+			w.fail("I1: of limit %d with %d and %d are held %v", id, l.Max, l.Burst, sum)
+		}
+	}
+	for i, was := range before.quotas {
+		subject, day := warmup.Subject(i%2+1), before.today+warmup.Day(i/2)
+		quota, reserved, used := st.ledger.Totals(subject, 0, day)
+		if reserved > max(quota, was) {
+			w.fail("W1: of %d for subject %d on %v are reserved %d", quota, subject, day, reserved)
+		}
+		claimed := uint64(0)
+		for _, r := range w.relays {
+			for _, id := range r.order {
+				if id.subject == subject && id.day == day {
+					claimed += uint64(c.claims[claimID{r, id}])
+				}
+			}
+		}
+		if used > claimed {
+			w.fail("W5: %d are settled for subject %d on %v, relays said %d", used, subject, day, claimed)
+		}
+	}
+	switch res := result.(type) {
+	case []lease.Refusal:
+		for _, r := range res {
+			// What a leader proposed when a limit was changed may not know of it.
+			crossed := r.Change != nil && c.changed[r.Change.Limit] > 0 && w.now-c.changed[r.Change.Limit] < 5*time.Second
+			if r.Why != "another incarnation" && r.Why != "a later incarnation is known" && !crossed {
+				w.fail("I1: the leader proposed %+v, which the table refused: %s", r.Change, r.Why)
+			}
+		}
+	case ledgerResult:
+		if res.stale {
+			w.fail("W4: an owner that is none any more acquired of %v", res.id)
+		}
+	}
+}

@@ -1,0 +1,354 @@
+package sim
+
+import (
+	"slices"
+	"time"
+
+	"github.com/relais-mta/relais/shared/lease"
+	"github.com/relais-mta/relais/shared/warmup"
+)
+
+// relay sends mail under shared limits and quotas.
+type relay struct {
+	machine
+	w    *world
+	node lease.Node
+	disk disk
+
+	holder   *lease.Holder
+	server   int  // whom it takes for the leader
+	session  bool // the leader welcomed it
+	asked    time.Duration
+	answered time.Duration
+	demand   map[lease.LimitID]int64
+	sessions map[lease.LimitID][]*session
+	stamps   map[lease.LimitID]lease.Stamp
+	steady   bool // demands do not change by themselves
+	saving   bool // of floors
+	today    warmup.Day
+	owned    map[warmup.Subject]ownership
+	accounts map[accountID]*account
+	order    []accountID
+	seq      uint64
+	appetite int // recipients a quarter of a second, of each subject
+}
+
+// disk is what survives a crash: what was synced, and perhaps what was written.
+type disk struct {
+	incarnation uint64
+	floors      []lease.Floor
+	marks       map[accountID]warmup.Mark
+	writes      []write
+}
+
+type write struct {
+	apply func()
+	done  func()
+}
+
+type session struct{ closed bool }
+
+type ownership struct {
+	epoch uint64
+	mine  bool
+}
+
+func (w *world) addRelay() *relay {
+	n := len(w.relays)
+	r := &relay{machine: w.machineNamed("relay", n), w: w, node: lease.Node(n + 1), server: w.rng.IntN(len(w.servers))}
+	r.disk.marks = make(map[accountID]warmup.Mark)
+	r.resume = r.hardClose
+	r.demand = make(map[lease.LimitID]int64)
+	r.owned = map[warmup.Subject]ownership{}
+	r.today = firstDay
+	w.relays = append(w.relays, r)
+	r.boot()
+	return r
+}
+
+// boot starts the relay's process from its disk.
+func (r *relay) boot() {
+	r.down = false
+	r.life++
+	r.disk.incarnation++ // synced before anything else is done
+	now := r.clock(r.w.now)
+	r.holder = lease.NewHolder(r.w.cfg, r.node, r.disk.incarnation, 1, r.disk.floors, now)
+	r.sessions = make(map[lease.LimitID][]*session)
+	r.stamps = make(map[lease.LimitID]lease.Stamp)
+	r.session, r.saving = false, false
+	r.answered = r.w.now
+	r.seq = 0
+	r.accounts, r.order = make(map[accountID]*account), nil
+	for _, id := range sortedIDs(r.disk.marks) {
+		a := r.account(id)
+		a.spender = warmup.Resume(r.disk.marks[id])
+	}
+	r.w.note("%s starts as %d", r.name, r.disk.incarnation)
+	r.loop(r.life)
+}
+
+// crash ends the process. Of what was written and not synced a part, from the
+// beginning, may have reached the disk.
+func (r *relay) crash(down time.Duration) {
+	if r.down {
+		return
+	}
+	for _, wr := range r.disk.writes[:r.w.rng.IntN(len(r.disk.writes)+1)] {
+		wr.apply()
+	}
+	r.disk.writes = nil
+	r.w.note("%s crashes", r.name)
+	r.w.checker.crashed(r.w, r)
+	r.down, r.holder, r.until = true, nil, 0
+	r.life++
+	r.w.after(down, r.boot)
+}
+
+// write puts something on disk and calls done when it is synced.
+func (r *relay) write(apply, done func()) {
+	r.disk.writes = append(r.disk.writes, write{apply, done})
+	delay := r.w.between(time.Millisecond, 20*time.Millisecond)
+	if r.w.chance(10) {
+		delay = r.w.between(0, 2*time.Second)
+	}
+	if r.w.sync != nil {
+		delay = r.w.sync()
+	}
+	r.w.on(&r.machine, delay, r.synced)
+}
+
+// synced completes the oldest write: they are synced in their order.
+func (r *relay) synced() {
+	if len(r.disk.writes) == 0 {
+		return
+	}
+	wr := r.disk.writes[0]
+	r.disk.writes = r.disk.writes[1:]
+	wr.apply()
+	wr.done()
+}
+
+func (r *relay) to() *server { return r.w.servers[r.server] }
+
+// loop is the relay's work, a few times a second.
+func (r *relay) loop(life int) {
+	if r.life != life || r.down {
+		return
+	}
+	w := r.w
+	now := r.clock(w.now)
+	switch {
+	case !r.session && w.now >= r.asked+time.Second:
+		r.asked = w.now
+		if w.now > r.answered+3*time.Second {
+			r.server, r.answered = (r.server+1)%len(w.servers), w.now
+		}
+		hello, s := r.holder.Hello(), r.to()
+		w.send(&r.machine, &s.machine, func() {
+			s.hears(r, func() { s.grantor.Hello(s.clock(w.now), hello) })
+		})
+	case r.session && w.now > r.answered+r.w.cfg.TTL/2:
+		r.session, r.answered = false, w.now
+		r.server = (r.server + 1) % len(w.servers)
+	case r.session && now >= r.holder.ReportAt(w.rng.IntN(1000)):
+		r.report()
+	}
+	if !r.steady && w.chance(4) {
+		r.moods()
+	}
+	r.work(now)
+	if r.holder.FloorsUnsaved() && !r.saving {
+		r.saveFloors()
+	}
+	r.warm()
+	w.on(&r.machine, r.span(w.between(150*time.Millisecond, 300*time.Millisecond)), func() { r.loop(life) })
+}
+
+func (r *relay) report() {
+	report, s := r.holder.Report(r.clock(r.w.now)), r.to()
+	r.w.send(&r.machine, &s.machine, func() {
+		s.hears(r, func() { s.grantor.Report(s.clock(s.w.now), &report) })
+	})
+}
+
+// moods changes what the relay has to send.
+func (r *relay) moods() {
+	id := r.w.limits[r.w.rng.IntN(len(r.w.limits))]
+	l, _ := r.w.log.state.table.Limit(id)
+	switch r.w.rng.IntN(4) {
+	case 0:
+		r.demand[id] = 0
+		if r.w.chance(30) && len(r.sessions[id]) == 0 {
+			r.release(id)
+		}
+	case 1:
+		r.demand[id] = l.Max * 2
+	default:
+		r.demand[id] = r.w.rng.Int64N(l.Max) + 1
+	}
+}
+
+func (r *relay) release(id lease.LimitID) {
+	m := r.holder.Release(r.clock(r.w.now), r.rights(id))
+	s := r.to()
+	r.w.send(&r.machine, &s.machine, func() {
+		s.hears(r, func() { s.grantor.Release(s.clock(s.w.now), m) })
+	})
+}
+
+func (r *relay) rights(id lease.LimitID) *lease.Rights {
+	l, _ := r.w.log.state.table.Limit(id)
+	return r.holder.Rights(id, l.Kind, l.Per)
+}
+
+// work starts what may start under every limit.
+func (r *relay) work(now lease.Instant) {
+	for _, id := range r.w.limits {
+		l, _ := r.w.log.state.table.Limit(id)
+		rights := r.rights(id)
+		r.holder.SetDemand(rights, r.demand[id])
+		if l.Kind == lease.Rate {
+			for range 20 {
+				if r.demand[id] == 0 {
+					break
+				}
+				if ok, _ := rights.Take(now, 1); !ok {
+					break
+				}
+				r.w.checker.started(r.w, id)
+			}
+			continue
+		}
+		r.closeSoon(id, rights, now)
+		for rights.Opened() < r.demand[id] && rights.Open(now) {
+			r.openSession(id, rights)
+		}
+	}
+	r.hardClose()
+}
+
+// openSession keeps a slot for as long as a session lasts.
+func (r *relay) openSession(id lease.LimitID, rights *lease.Rights) {
+	s := &session{}
+	r.sessions[id] = append(r.sessions[id], s)
+	lasts := r.w.between(500*time.Millisecond, 10*time.Second)
+	if r.w.chance(10) {
+		lasts = r.w.between(0, 2*time.Minute)
+	}
+	holder := r.holder
+	r.w.on(&r.machine, lasts, func() {
+		if !s.closed && r.holder == holder {
+			r.closeSession(id, rights, s)
+		}
+	})
+}
+
+func (r *relay) closeSession(id lease.LimitID, rights *lease.Rights, s *session) {
+	s.closed = true
+	rights.Close()
+	r.sessions[id] = slices.DeleteFunc(r.sessions[id], func(o *session) bool { return o == s })
+}
+
+// closeSoon closes some of the sessions that are too many: those that happen to be
+// idle.
+func (r *relay) closeSoon(id lease.LimitID, rights *lease.Rights, now lease.Instant) {
+	for soon, _ := rights.Excess(now); soon > 0 && r.w.chance(30); soon-- {
+		r.closeSession(id, rights, r.sessions[id][0])
+	}
+}
+
+// hardClose closes what must not be open any more, whatever it does, and comes
+// again when the next must.
+func (r *relay) hardClose() {
+	if r.holder == nil {
+		return
+	}
+	now := r.clock(r.w.now)
+	for _, id := range r.w.limits {
+		if l, _ := r.w.log.state.table.Limit(id); l.Kind != lease.Slots {
+			continue
+		}
+		rights := r.rights(id)
+		for _, atOnce := rights.Excess(now); atOnce > 0; atOnce-- {
+			r.closeSession(id, rights, r.sessions[id][0])
+		}
+		if len(r.sessions[id]) > 0 {
+			// To the instant: the leader does not wait for a loop to come round.
+			if end := rights.CloseBy(now); end > now {
+				r.w.on(&r.machine, r.span(end.Sub(now)), func() { r.hardCloseOnce() })
+			}
+		}
+	}
+}
+
+func (r *relay) hardCloseOnce() {
+	if r.holder == nil {
+		return
+	}
+	now := r.clock(r.w.now)
+	for _, id := range r.w.limits {
+		if len(r.sessions[id]) == 0 {
+			continue
+		}
+		rights := r.rights(id)
+		for _, atOnce := rights.Excess(now); atOnce > 0; atOnce-- {
+			r.closeSession(id, rights, r.sessions[id][0])
+		}
+	}
+}
+
+func (r *relay) saveFloors() {
+	r.saving = true
+	floors, version := r.holder.SaveFloors()
+	holder := r.holder
+	r.write(func() { r.disk.floors = floors }, func() {
+		r.saving = false
+		holder.FloorsSaved(version)
+	})
+}
+
+func (r *relay) welcomed(s *server, m lease.Welcome) {
+	if m.Incarnation != r.disk.incarnation || r.session {
+		return
+	}
+	r.session, r.answered = true, r.w.now
+	r.server = slices.Index(r.w.servers, s)
+	r.report()
+}
+
+// redirected tries the server that, as far as is known, leads.
+func (r *relay) redirected(s *server) {
+	if slices.Index(r.w.servers, s) != r.server || r.holder == nil {
+		return
+	}
+	r.server = r.w.rng.IntN(len(r.w.servers))
+	if l := r.w.log.leader; l != nil && r.w.chance(80) {
+		r.server = slices.Index(r.w.servers, l)
+	}
+	if r.session {
+		r.w.on(&r.machine, 200*time.Millisecond, func() {
+			if r.session {
+				r.report()
+			}
+		})
+	}
+}
+
+func (r *relay) granted(s *server, g *lease.Grant, today warmup.Day) {
+	if r.holder == nil {
+		return
+	}
+	r.holder.Grant(r.clock(r.w.now), g)
+	if slices.Index(r.w.servers, s) == r.server {
+		r.answered = r.w.now
+	}
+	r.today = max(r.today, today)
+	for _, id := range r.w.limits {
+		if stamp := r.rights(id).Stamp(); stamp.Compare(r.stamps[id]) < 0 {
+			r.w.fail("I3: %s went from stamp %v of limit %d back to %v", r.name, r.stamps[id], id, stamp)
+		} else {
+			r.stamps[id] = stamp
+		}
+	}
+	r.hardClose()
+}

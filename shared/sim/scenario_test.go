@@ -1,0 +1,575 @@
+package sim
+
+import (
+	"testing"
+	"time"
+
+	"github.com/relais-mta/relais/shared/lease"
+	"github.com/relais-mta/relais/shared/warmup"
+)
+
+// fixture is a calm world for a scenario: three servers, the first of which leads,
+// relays that want everything, and no accident that the test does not order.
+func fixture(t *testing.T, relays int, limits ...lease.Limit) *world {
+	t.Helper()
+	w := newWorld(1, config())
+	for range 3 {
+		w.addServer().ppm = 0
+	}
+	for _, l := range limits {
+		if err := w.log.state.table.PutLimit(l); err != nil {
+			t.Fatal(err)
+		}
+		w.limits = append(w.limits, l.ID)
+	}
+	w.log.slow = func() time.Duration { return 5 * time.Millisecond }
+	w.elect(w.servers[0])
+	for range relays {
+		r := w.addRelay()
+		r.ppm, r.steady, r.server = 0, true, 0
+		for _, l := range limits {
+			r.demand[l.ID] = l.Max
+		}
+	}
+	t.Cleanup(func() {
+		if w.failed != "" {
+			t.Error(w.report())
+		}
+	})
+	w.run(15 * time.Second)
+	return w
+}
+
+// only has one relay want something of a limit.
+func (w *world) only(id lease.LimitID, r *relay) {
+	for _, o := range w.relays {
+		o.demand[id] = 0
+	}
+	l, _ := w.log.state.table.Limit(id)
+	r.demand[id] = l.Max
+}
+
+func (w *world) usable(r *relay, id lease.LimitID) lease.Share {
+	if r.holder == nil {
+		return lease.Share{}
+	}
+	return r.rights(id).Usable(r.clock(w.now))
+}
+
+// waitFor runs the world until something holds, and returns how long that took.
+func (w *world) waitFor(t *testing.T, what string, most time.Duration, holds func() bool) time.Duration {
+	t.Helper()
+	begun := w.now
+	for !holds() {
+		if w.now > begun+most {
+			t.Fatalf("%s: not within %v", what, most)
+		}
+		if w.run(10 * time.Millisecond); w.failed != "" {
+			t.FailNow()
+		}
+	}
+	return w.now - begun
+}
+
+func rateOf(perSecond, burst int64) lease.Limit {
+	return lease.Limit{ID: 1, Kind: lease.Rate, Max: perSecond * lease.Milli, Per: time.Second, Burst: burst, ReservePercent: 5}
+}
+
+func floored(l lease.Limit) lease.Limit {
+	l.FloorPercent = 20
+	return l
+}
+
+func slotsOf(n int64) lease.Limit { return lease.Limit{ID: 1, Kind: lease.Slots, Max: n} }
+
+// Test01OldLeaderResumes: a leader is stopped, another one gives its relays' shares
+// to others, and the old one goes on with reports in its queue.
+func Test01OldLeaderResumes(t *testing.T) {
+	for _, stop := range []time.Duration{12 * time.Second, time.Minute} {
+		t.Run(stop.String(), func(t *testing.T) { oldLeaderResumes(t, stop) })
+	}
+}
+
+func oldLeaderResumes(t *testing.T, stop time.Duration) {
+	w := fixture(t, 4, rateOf(20, 20))
+	old := w.servers[0]
+	// Two relays are heard by the old leader alone, two by the new one alone.
+	for _, r := range w.relays {
+		for i, s := range w.servers {
+			if (r.node <= 2) != (i == 0) {
+				w.blockBoth(&r.machine, &s.machine, time.Hour)
+			}
+		}
+	}
+	w.waitFor(t, "no command is on its way", time.Minute, func() bool { return len(w.log.pending) == 0 })
+	w.run(50 * time.Millisecond)
+	w.stop(&old.machine, stop)
+	w.relays[0].demand[1] = 2_000 // the old leader will push a smaller share
+	w.run(time.Second)
+	w.elect(w.servers[1])
+	w.run(100 * time.Second)
+	for _, r := range w.relays[:2] {
+		if got := w.usable(r, 1); got.Amount != 0 {
+			t.Errorf("%s, which only a former leader hears, uses %v", r.name, got)
+		}
+	}
+	sum := w.usable(w.relays[2], 1).Amount + w.usable(w.relays[3], 1).Amount
+	if sum < 18_000 {
+		t.Errorf("the others have %d of 20000", sum)
+	}
+}
+
+// Test02PauseBetweenCommitAndReply: the leader is stopped when its command is
+// committed and it has not answered; it answers a minute later.
+func Test02PauseBetweenCommitAndReply(t *testing.T) {
+	w := fixture(t, 3, rateOf(20, 20))
+	for range 5 {
+		old := w.log.leader
+		w.waitFor(t, "a command on its way", 20*time.Second, func() bool { return len(w.log.pending) > 0 })
+		w.stop(&old.machine, 40*time.Second)
+		w.run(time.Second)
+		next := w.servers[0]
+		if next == old {
+			next = w.servers[1]
+		}
+		w.elect(next)
+		w.run(50 * time.Second)
+	}
+}
+
+// Test03LateGrant: a grant that comes 45 s late, after its end and after a smaller
+// one, changes nothing.
+func Test03LateGrant(t *testing.T) {
+	w := fixture(t, 2, rateOf(20, 20))
+	a, b := w.relays[0], w.relays[1]
+	for round := range 6 {
+		w.only(1, a)
+		w.run(15 * time.Second)
+		late := time.Duration(round+1) * 8 * time.Second // also within the TTL
+		w.net.hold = func(from, to *machine) time.Duration {
+			if to == &a.machine {
+				return late
+			}
+			return 0
+		}
+		w.run(time.Second) // grants to a are on their way, and late
+		w.net.hold = nil
+		w.only(1, b)
+		w.run(time.Minute)
+		if got := w.usable(b, 1).Amount; got < 18_000 {
+			t.Errorf("round %d: the busy relay has %d of 20000", round, got)
+		}
+	}
+}
+
+// Test03LateGrantOfASilentRelay: a grant comes late to a relay that is not heard any
+// more: it ends when the report that earned it is a TTL old.
+func Test03LateGrantOfASilentRelay(t *testing.T) {
+	w := fixture(t, 2, rateOf(20, 20))
+	a := w.relays[0]
+	for range 4 {
+		w.net.hold = func(from, to *machine) time.Duration {
+			if to == &a.machine {
+				return 7 * time.Second
+			}
+			return 0
+		}
+		w.run(5 * time.Second)
+		w.net.hold = nil
+		w.cut(&a.machine, 30*time.Second) // what is on its way arrives
+		w.run(time.Minute)
+	}
+}
+
+// Test03StaleReport: reports cross the grants that take a share away.
+func Test03StaleReport(t *testing.T) {
+	w := fixture(t, 2, rateOf(20, 20))
+	w.net.hold = func(from, to *machine) time.Duration {
+		if to == &w.relays[0].machine {
+			return 2500 * time.Millisecond
+		}
+		return 0
+	}
+	for i := range 12 {
+		w.only(1, w.relays[i%2])
+		w.run(12 * time.Second)
+	}
+}
+
+// Test03MovedBurst: a share moves between busy relays every few seconds; what one
+// may send at once does not come into being again with each move.
+func Test03MovedBurst(t *testing.T) {
+	l := rateOf(10, 40)
+	l.ReservePercent = 0
+	w := fixture(t, 2, l)
+	for i := range 30 {
+		w.only(1, w.relays[i%2])
+		w.run(3 * time.Second)
+	}
+}
+
+// Test03FloorsAndSlotsEndInTime: a relay whose clock is slow uses its floor and its
+// slots to the end, and a leader whose clock is fast waits for that.
+func Test03FloorsAndSlotsEndInTime(t *testing.T) {
+	w := fixture(t, 2, floored(rateOf(20, 20)), lease.Limit{ID: 2, Kind: lease.Slots, Max: 10, FloorPercent: 40})
+	w.relays[0].ppm, w.servers[0].ppm = -4000, 4000
+	w.run(time.Minute)
+	w.cut(&w.relays[0].machine, time.Hour)
+	w.run(5 * time.Minute)
+	if got := w.log.state.table.Holding(1, 1); got.Ceiling.Amount+got.Floor.Amount != 0 {
+		t.Errorf("of a silent relay %v are still counted", got)
+	}
+}
+
+// TestReleasesRace: releases that cross grants, and come twice or late.
+func TestReleasesRace(t *testing.T) {
+	w := fixture(t, 2, rateOf(20, 20))
+	r := w.relays[0]
+	w.net.dup = 50
+	w.net.hold = func(from, to *machine) time.Duration {
+		if (to == &r.machine || from == &r.machine) && w.chance(40) {
+			return w.between(0, 4*time.Second)
+		}
+		return 0
+	}
+	for i := range 150 {
+		w.relays[1].demand[1] = int64(i%3) * 10_000
+		r.demand[1] = int64(i%2+1) * 10_000
+		w.run(w.between(0, 4*time.Second))
+		r.release(1)
+		r.demand[1] = 20_000
+		w.run(w.between(0, 4*time.Second))
+	}
+}
+
+// TestFloorsAreSavedFirst: floors change often, and relays crash right after.
+func TestFloorsAreSavedFirst(t *testing.T) {
+	w := fixture(t, 3, floored(rateOf(40, 40)))
+	w.sync = func() time.Duration { return 2 * time.Second }
+	for i := range 120 {
+		for j, r := range w.relays {
+			r.demand[1] = int64((i/6+j)%3)*20_000 + 100
+		}
+		w.run(w.between(0, 5*time.Second))
+		if i%2 == 0 {
+			w.relays[w.rng.IntN(3)].crash(w.between(0, time.Second))
+		}
+	}
+}
+
+// Test04LeadershipTransfers: a hundred changes of leader on purpose, under load.
+func Test04LeadershipTransfers(t *testing.T) {
+	w := fixture(t, 4, rateOf(20, 20), lease.Limit{ID: 2, Kind: lease.Slots, Max: 10})
+	before := w.checker.sent[1]
+	begun := w.now
+	for i := range 100 {
+		w.transfer(w.servers[(i+1)%3])
+		w.run(3 * time.Second)
+	}
+	if sent, could := w.checker.sent[1]-before, int64((w.now-begun).Seconds())*20; sent < could*6/10 {
+		t.Errorf("%d of %d events were started meanwhile", sent, could)
+	}
+}
+
+// Test05OneWayPartition: a relay is heard, but hears nothing, for ten minutes. It
+// falls to its floor, and so does, in the end, what is set aside for it.
+func Test05OneWayPartition(t *testing.T) {
+	w := fixture(t, 3, floored(rateOf(20, 20)))
+	w.run(time.Minute)
+	deaf := w.relays[0]
+	for _, s := range w.servers {
+		w.block(&s.machine, &deaf.machine, 10*time.Minute)
+	}
+	w.run(12 * time.Second)
+	_, _, floor := deaf.rights(1).Lease()
+	if got := w.usable(deaf, 1); got != floor || floor.Amount == 0 {
+		t.Errorf("deaf, the relay uses %v, its floor is %v", got, floor)
+	}
+	w.run(5 * time.Minute)
+	if got := w.usable(deaf, 1); got.Amount != 0 {
+		t.Errorf("past the end of its floor the relay uses %v", got)
+	}
+}
+
+// Test06AllRelaysCutOff: together they go on at the floor of the limit, and stop
+// when floors end.
+func Test06AllRelaysCutOff(t *testing.T) {
+	w := fixture(t, 4, floored(rateOf(20, 20)))
+	w.run(time.Minute)
+	for _, r := range w.relays {
+		w.cut(&r.machine, time.Hour)
+	}
+	w.run(11 * time.Second)
+	before := w.checker.sent[1]
+	w.run(100 * time.Second)
+	if sent := w.checker.sent[1] - before; sent > 4*100+20 || sent < 4*100/2 {
+		t.Errorf("%d events in 100 s, the floor of the limit allows 4 a second", sent)
+	}
+	w.run(30 * time.Second)
+	before = w.checker.sent[1]
+	w.run(time.Minute)
+	if sent := w.checker.sent[1] - before; sent != 0 {
+		t.Errorf("%d events after the floors ended", sent)
+	}
+}
+
+// Test07LimitIsCutInAPartition (I6): by nine tenths, while some relays do not hear
+// of it.
+func Test07LimitIsCutInAPartition(t *testing.T) {
+	w := fixture(t, 4, rateOf(50, 50))
+	w.cut(&w.relays[0].machine, time.Minute)
+	w.cut(&w.relays[1].machine, time.Minute)
+	w.putLimit(rateOf(5, 50))
+	w.run(11 * time.Second)
+	if got := w.log.state.table.Sum(1).Amount; got > 5_000 {
+		t.Errorf("a TTL after the limit fell to 5000, %d are held", got)
+	}
+	w.run(90 * time.Second)
+	sum := int64(0)
+	for _, r := range w.relays {
+		sum += w.usable(r, 1).Amount
+	}
+	if sum < 4_000 || sum > 5_000 {
+		t.Errorf("later %d of 5000 are used", sum)
+	}
+}
+
+// Test08BusyRelayFlips: one relay of many is busy, another one every five seconds;
+// its share follows within a second.
+func Test08BusyRelayFlips(t *testing.T) {
+	w := fixture(t, 60, rateOf(1000, 200))
+	w.only(1, w.relays[0])
+	w.run(20 * time.Second)
+	slowest := time.Duration(0)
+	for i := range 10 {
+		next := w.relays[(i*7+1)%60]
+		w.only(1, next)
+		took := w.waitFor(t, "the share moves", 3*time.Second, func() bool { return w.usable(next, 1).Amount >= 900_000 })
+		slowest = max(slowest, took)
+		w.run(5*time.Second - took)
+	}
+	// A report may have been sent just before: then the next waits for a second.
+	if slowest > 2200*time.Millisecond {
+		t.Errorf("a share took %v to move", slowest)
+	}
+	// Nothing moves by itself.
+	commands := len(w.log.entries)
+	before := w.usable(w.relays[4], 1)
+	w.run(20 * time.Second)
+	if got := w.usable(w.relays[4], 1); got != before {
+		t.Errorf("with the same demands the share went from %v to %v", before, got)
+	}
+	if n := len(w.log.entries) - commands; n > 20*4 {
+		t.Errorf("%d commands in 20 s", n)
+	}
+}
+
+// Test09TwoConnectionsForTenRelays (I8): never three, and each is served.
+func Test09TwoConnectionsForTenRelays(t *testing.T) {
+	w := fixture(t, 10, slotsOf(2))
+	served := make(map[*relay]time.Duration)
+	for _, r := range w.relays {
+		served[r] = w.now
+	}
+	for range 600 {
+		w.run(time.Second)
+		for _, r := range w.relays {
+			if len(r.sessions[1]) > 0 {
+				served[r] = w.now
+			} else if w.now-served[r] > 10*time.Minute {
+				t.Fatalf("%s had no connection for ten minutes", r.name)
+			}
+		}
+	}
+}
+
+// Test10CrashLoop: a relay that starts anew every two seconds gets nothing twice.
+func Test10CrashLoop(t *testing.T) {
+	w := fixture(t, 3, floored(rateOf(20, 20)), lease.Limit{ID: 2, Kind: lease.Slots, Max: 6, FloorPercent: 40})
+	w.quotas(t, 200, 200)
+	w.net.hold = func(from, to *machine) time.Duration { // what was meant for the former process
+		if to == &w.relays[0].machine && w.chance(40) {
+			return w.between(0, 3*time.Second)
+		}
+		return 0
+	}
+	for i := range 150 {
+		w.relays[0].crash(w.between(0, 200*time.Millisecond))
+		w.run(2 * time.Second)
+		if i%50 == 49 {
+			w.setQuota(domain, 1, 200)
+			w.run(time.Second)
+			w.roll(w.tomorrow())
+		}
+	}
+}
+
+// quotas begins the warm-up of an address and a domain.
+func (w *world) quotas(t *testing.T, addresses, domains uint32) {
+	t.Helper()
+	w.assign(address, w.relays[0])
+	w.setQuota(address, 0, addresses)
+	w.setQuota(domain, 0, domains)
+	for _, r := range w.relays {
+		r.appetite = 3
+	}
+	w.run(time.Second)
+}
+
+// Test11CrashAtEverySync: a relay crashes at every point of reserving, spending
+// and settling, with what was written synced in part. W2, W3.
+func Test11CrashAtEverySync(t *testing.T) {
+	w := fixture(t, 2, rateOf(20, 20))
+	w.quotas(t, 2000, 2000)
+	crashes := 0
+	for ; crashes < 60; crashes++ {
+		r := w.relays[crashes%2]
+		for range w.rng.IntN(3) + 1 { // now the first write after a start, now a later one
+			w.waitFor(t, "a write", time.Minute, func() bool { return len(r.disk.writes) == 0 })
+			w.waitFor(t, "a write", time.Minute, func() bool { return len(r.disk.writes) > 0 })
+		}
+		r.crash(w.between(0, 100*time.Millisecond))
+	}
+	if got := w.checker.offers[quotaKey{domain, firstDay}]; got < 100 {
+		t.Errorf("only %d recipients were offered", got)
+	}
+}
+
+// Test12LeaderDiesAfterReserve: the reservation is committed, the reply is lost, and
+// the relay asks the next leader again: there is one reservation (W5).
+func Test12LeaderDiesAfterReserve(t *testing.T) {
+	w := fixture(t, 2, rateOf(20, 20))
+	w.quotas(t, 300, 300)
+	for i := range 20 {
+		old := w.log.leader
+		for _, r := range w.relays { // replies are lost, requests are not
+			w.block(&old.machine, &r.machine, 3*time.Second)
+		}
+		w.run(2 * time.Second)
+		w.elect(w.servers[(i+1)%3])
+		w.run(6 * time.Second)
+	}
+	for _, s := range []warmup.Subject{address, domain} {
+		quota, reserved, _ := w.log.state.ledger.Totals(s, 0, firstDay)
+		if reserved > quota {
+			t.Errorf("subject %d: reserved %d of %d", s, reserved, quota)
+		}
+		if got := w.checker.offers[quotaKey{s, firstDay}]; got < 200 {
+			t.Errorf("subject %d: only %d of 300 were offered", s, got)
+		}
+	}
+}
+
+// Test13DayBeginsOnce: two leaders that both think that it is time begin one day;
+// the clock guard is tested with shared/warmup.
+func Test13DayBeginsOnce(t *testing.T) {
+	w := fixture(t, 3, rateOf(20, 20))
+	w.quotas(t, 100, 100)
+	for i := range 10 {
+		w.setQuota(address, 1, 100)
+		w.setQuota(domain, 1, 100)
+		w.run(5 * time.Second)
+		before := w.log.state.ledger.Today()
+		w.roll(before + 1)
+		w.elect(w.servers[(i+1)%3])
+		w.roll(before + 1)
+		w.run(15 * time.Second)
+		if today := w.log.state.ledger.Today(); today > before+1 {
+			t.Fatalf("from %v to %v at once", before, today)
+		}
+	}
+	if today := w.log.state.ledger.Today(); today < firstDay+5 {
+		t.Errorf("it is only %v", today)
+	}
+}
+
+// Test14AddressMovesInTheDay (W4): what the former owner settles late counts, and
+// the new one reserves what is left.
+func Test14AddressMovesInTheDay(t *testing.T) {
+	w := fixture(t, 3, rateOf(20, 20))
+	w.quotas(t, 400, 400)
+	w.run(5 * time.Second)
+	for i := range 8 {
+		from, to := w.relays[i%3], w.relays[(i+1)%3]
+		if i%2 == 0 {
+			w.cut(&from.machine, 20*time.Second) // and goes on with what it has
+		} else {
+			for _, s := range w.servers { // it is heard, and does not hear that it is none any more
+				w.block(&s.machine, &from.machine, 20*time.Second)
+			}
+		}
+		w.assign(address, to)
+		w.run(10 * time.Second)
+	}
+	w.run(40 * time.Second)
+	_, reserved, used := w.log.state.ledger.Totals(address, 0, firstDay)
+	if offers := uint64(w.checker.offers[quotaKey{address, firstDay}]); used < offers || reserved > 400 || offers < 150 {
+		t.Errorf("%d offered, %d settled, %d reserved", offers, used, reserved)
+	}
+}
+
+// TestRecall: a quota that is lowered in the day comes back from who holds it, but
+// for what is spent; what was cut is not spent, also after a crash.
+func TestRecall(t *testing.T) {
+	w := fixture(t, 3, rateOf(20, 20))
+	w.quotas(t, 400, 400)
+	for i := range 30 {
+		w.run(w.between(0, 2*time.Second))
+		w.setQuota(domain, 0, uint32(50+w.rng.IntN(300)))
+		w.run(w.between(0, time.Second))
+		if i%3 == 0 {
+			w.relays[w.rng.IntN(3)].crash(time.Second)
+		}
+	}
+	w.setQuota(domain, 0, 60)
+	w.run(20 * time.Second)
+	if _, reserved, used := w.log.state.ledger.Totals(domain, 0, firstDay); reserved > max(60, used+3*markStep) {
+		t.Errorf("%d are reserved, %d used, of a quota of 60", reserved, used)
+	}
+}
+
+// TestRelayCutOffAtMidnight: with a reservation for the next day it goes on.
+func TestRelayCutOffAtMidnight(t *testing.T) {
+	w := fixture(t, 2, rateOf(20, 20))
+	w.quotas(t, 100, 100)
+	w.setQuota(address, 1, 100)
+	r := w.relays[0]
+	next := accountID{address, firstDay + 1, 1}
+	w.waitFor(t, "half of tomorrow's quota is reserved", 2*time.Minute, func() bool {
+		a := r.accounts[next]
+		return a != nil && a.spender.Left() >= 20
+	})
+	w.cut(&r.machine, time.Hour)
+	w.roll(firstDay + 1)
+	w.run(5 * time.Second)
+	r.today = firstDay + 1 // by its own clock
+	w.run(20 * time.Second)
+	if got := w.checker.offers[quotaKey{address, firstDay + 1}]; got < 10 || got > 50 {
+		t.Errorf("cut off, %d recipients of the new day were offered, of the 50 at most that could be reserved", got)
+	}
+}
+
+// TestRepeatedRequests: quotas that go up and down, and a network that repeats and
+// delays what relays and the ledger say to each other (W2, W5).
+func TestRepeatedRequests(t *testing.T) {
+	w := fixture(t, 3, rateOf(20, 20))
+	w.quotas(t, 400, 400)
+	w.net.dup = 60
+	w.net.hold = func(from, to *machine) time.Duration {
+		if w.chance(30) {
+			return w.between(0, 6*time.Second)
+		}
+		return 0
+	}
+	for i := range 60 {
+		w.run(w.between(0, 3*time.Second))
+		w.setQuota(domain, 0, uint32(w.rng.IntN(400)))
+		w.setQuota(address, 0, uint32(w.rng.IntN(400)))
+		if i%10 == 9 {
+			w.setQuota(domain, 1, 400)
+			w.setQuota(address, 1, 400)
+			w.run(time.Second)
+			w.roll(w.tomorrow())
+		}
+	}
+}

@@ -1,0 +1,243 @@
+package sim
+
+import (
+	"flag"
+	"fmt"
+	"reflect"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/relais-mta/relais/shared/lease"
+)
+
+var (
+	seeds = flag.Int("seeds", 20, "how many random worlds to run")
+	seed  = flag.Uint64("seed", 1, "the first world's seed")
+	show  = flag.Bool("show", false, "print what happened in the last world")
+)
+
+// config has short times, so that everything happens often.
+func config() lease.Config {
+	return lease.Config{
+		TTL: 10 * time.Second, FloorTTL: 2 * time.Minute, Guard: 200 * time.Millisecond,
+		Linger: 15 * time.Second, Hold: 5 * time.Second, FloorGap: 20 * time.Second,
+	}
+}
+
+// randomWorld is a cluster in which everything goes wrong for a while.
+func randomWorld(seed uint64) *world {
+	w := newWorld(seed, config())
+	for range 3 {
+		w.addServer()
+	}
+	w.limits = []lease.LimitID{1, 2, 3, 4}
+	for _, l := range []lease.Limit{
+		{ID: 1, Kind: lease.Rate, Max: (w.rng.Int64N(15) + 5) * lease.Milli, Per: time.Second, Burst: w.rng.Int64N(20) + 10, FloorPercent: 20, ReservePercent: 5},
+		{ID: 2, Kind: lease.Rate, Max: 60 * lease.Milli, Per: time.Minute, Burst: 2}, // fewer seats than relays
+		{ID: 3, Kind: lease.Slots, Max: w.rng.Int64N(20) + 10, FloorPercent: 20, ReservePercent: 5},
+		{ID: 4, Kind: lease.Slots, Max: 2}, // likewise
+	} {
+		if err := w.log.state.table.PutLimit(l); err != nil {
+			panic(err)
+		}
+	}
+	w.elect(w.servers[0])
+	for range w.rng.IntN(4) + 3 {
+		w.addRelay().appetite = w.rng.IntN(4)
+	}
+	w.assign(address, w.relays[0])
+	w.setQuota(address, 0, 100)
+	w.setQuota(domain, 0, 200)
+	return w
+}
+
+// misfortune does something to somebody, and comes again.
+func (w *world) misfortune() {
+	if w.quiet {
+		return
+	}
+	r, s := w.relays[w.rng.IntN(len(w.relays))], w.servers[w.rng.IntN(len(w.servers))]
+	switch w.rng.IntN(14) {
+	case 0:
+		w.stop(&s.machine, w.between(0, time.Minute))
+	case 1:
+		w.stop(&r.machine, w.between(0, time.Minute))
+	case 2:
+		w.cut(&r.machine, w.between(0, time.Minute))
+	case 3: // one way only
+		if a, b := &r.machine, &s.machine; w.chance(50) {
+			w.block(a, b, w.between(0, time.Minute))
+		} else {
+			w.block(b, a, w.between(0, time.Minute))
+		}
+	case 4, 5:
+		r.crash(w.between(0, 30*time.Second))
+	case 6, 7:
+		w.elect(s)
+	case 8: // the leader stops, and another one leads before it goes on
+		if l := w.log.leader; l != s {
+			w.stop(&l.machine, w.between(0, time.Minute))
+			w.after(w.between(0, 5*time.Second), func() { w.elect(s) })
+		}
+	case 9:
+		w.transfer(s)
+	case 10:
+		w.net.loss, w.net.dup, w.net.tail = w.rng.IntN(20), w.rng.IntN(20), w.rng.IntN(10)
+	case 11:
+		id := w.limits[w.rng.IntN(len(w.limits))]
+		if l, ok := w.log.state.table.Limit(id); ok && l.Max > 2 && l.Burst != 2 {
+			l.Max = max(l.Max*int64(w.rng.IntN(15)+1)/10, 3*lease.Milli)
+			if l.Kind == lease.Slots {
+				l.Max = max(l.Max%40, 3)
+			}
+			l.Max = min(l.Max, 30*lease.Milli)
+			w.putLimit(l)
+		}
+	case 12:
+		w.assign(address, r)
+	case 13:
+		w.setQuota(address, 0, uint32(w.rng.IntN(300)))
+		w.setQuota(domain, 0, uint32(w.rng.IntN(500)))
+	}
+	w.after(w.between(0, 12*time.Second), w.misfortune)
+}
+
+// nextDays has days begin, and their quotas.
+func (w *world) nextDays() {
+	w.after(w.between(40*time.Second, 90*time.Second), func() {
+		w.setQuota(address, 1, uint32(w.rng.IntN(300)))
+		w.setQuota(domain, 1, uint32(w.rng.IntN(500)))
+		next := w.tomorrow()
+		for range 2 { // two leaders think that it is time
+			w.after(w.between(5*time.Second, 20*time.Second), func() { w.roll(next) })
+		}
+		w.nextDays()
+	})
+}
+
+// calm ends all faults and has everybody want something.
+func (w *world) calm() {
+	w.quiet = true
+	w.net.loss, w.net.dup, w.net.tail = 0, 0, 0
+	clear(w.net.blocked)
+	w.run(time.Minute) // who is stopped goes on
+	for _, r := range w.relays {
+		r.steady = true
+		for _, id := range w.limits {
+			l, _ := w.log.state.table.Limit(id)
+			r.demand[id] = l.Max
+		}
+	}
+	w.elect(w.servers[w.rng.IntN(len(w.servers))])
+}
+
+// settled holds a calm world against I7 and I8: everybody has something, of the
+// small limits in turn, and limits are used.
+func (w *world) settled() {
+	served := make(map[lease.LimitID]map[*relay]bool)
+	for _, id := range w.limits {
+		served[id] = make(map[*relay]bool)
+	}
+	w.run(45 * time.Second) // relays that were down come back, what is lost is reclaimed
+	for range 120 {
+		w.run(500 * time.Millisecond)
+		for _, id := range w.limits {
+			for _, r := range w.relays {
+				if r.holder != nil && r.rights(id).Usable(r.clock(w.now)).Amount > 0 {
+					served[id][r] = true
+				}
+			}
+		}
+	}
+	if w.failed != "" {
+		return
+	}
+	for _, id := range w.limits {
+		l, _ := w.log.state.table.Limit(id)
+		sum := int64(0)
+		for _, r := range w.relays {
+			if !served[id][r] {
+				w.fail("I8: in a calm minute %s had nothing of limit %d", r.name, id)
+			}
+			if r.holder != nil {
+				sum += r.rights(id).Usable(r.clock(w.now)).Amount
+			}
+		}
+		// With fewer seats than relays a part is on its way from one to the next.
+		seats := min(l.Max*3/4/lease.Milli, l.Burst*3/4)
+		if l.Kind == lease.Rate && l.Max >= 8*lease.Milli && seats >= int64(len(w.relays)) && sum < l.Max*85/100 {
+			w.fail("I7: in a calm world %d of limit %d with %d are given out", sum, id, l.Max)
+		}
+	}
+}
+
+// play runs the world of a seed to its end.
+func play(seed uint64) *world {
+	w := randomWorld(seed)
+	w.after(0, w.misfortune)
+	w.nextDays()
+	w.run(4 * time.Minute)
+	w.calm()
+	w.settled()
+	if w.failed == "" {
+		w.replay()
+	}
+	return w
+}
+
+// replay applies the log to an empty state: it must come out the same.
+func (w *world) replay() {
+	st := newState()
+	for _, l := range w.log.state.table.Limits() {
+		first := l
+		if err := st.table.PutLimit(first); err != nil {
+			panic(err)
+		}
+	}
+	for _, cmd := range w.log.entries {
+		cmd(st)
+	}
+	for _, id := range w.limits {
+		if a, b := w.log.state.table.Holdings(id), st.table.Holdings(id); len(a)+len(b) > 0 && !reflect.DeepEqual(a, b) {
+			w.fail("the log applied again gives %v of limit %d, not %v", b, id, a)
+		}
+	}
+	if !reflect.DeepEqual(st.ledger, w.log.state.ledger) {
+		w.fail("the log applied again gives another ledger")
+	}
+}
+
+// TestSeeds runs random worlds, on every processor.
+func TestSeeds(t *testing.T) {
+	var next, events, failed atomic.Int64
+	var printing sync.Mutex
+	var wg sync.WaitGroup
+	for range runtime.GOMAXPROCS(0) {
+		wg.Go(func() {
+			for {
+				i := next.Add(1) - 1
+				if i >= int64(*seeds) || failed.Load() >= 3 {
+					return
+				}
+				n := *seed + uint64(i)
+				w := play(n)
+				events.Add(int64(w.count))
+				if w.failed != "" && failed.Add(1) <= 3 {
+					printing.Lock()
+					t.Error(w.report())
+					printing.Unlock()
+				}
+				if *show && i == int64(*seeds)-1 {
+					for _, line := range w.trace {
+						fmt.Println(line)
+					}
+				}
+			}
+		})
+	}
+	wg.Wait()
+	t.Logf("%d seeds from %d, %d events, %d broken promises", min(next.Load(), int64(*seeds)), *seed, events.Load(), failed.Load())
+}

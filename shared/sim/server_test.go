@@ -1,0 +1,231 @@
+package sim
+
+import (
+	"time"
+
+	"github.com/relais-mta/relais/shared/lease"
+	"github.com/relais-mta/relais/shared/warmup"
+)
+
+// server is a control server. It may believe to lead when it does not any more.
+type server struct {
+	machine
+	w       *world
+	leads   bool
+	term    uint64
+	grantor *lease.Grantor
+}
+
+const tickEvery = 250 * time.Millisecond
+
+func (w *world) addServer() *server {
+	s := &server{machine: w.machineNamed("server", len(w.servers)), w: w}
+	w.servers = append(w.servers, s)
+	return s
+}
+
+func (w *world) machineNamed(kind string, n int) machine {
+	return machine{
+		name: kind + string(rune('A'+n)), life: 1,
+		ppm: w.rng.Int64N(8001) - 4000, offset: w.between(time.Hour, 1000*time.Hour),
+	}
+}
+
+// elect makes a server the leader. The former one hears of it later, if at all.
+func (w *world) elect(s *server) {
+	old := w.log.leader
+	pending := w.log.pending
+	w.log.pending = nil
+	for _, p := range pending {
+		if w.chance(50) {
+			w.commit(p)
+		}
+	}
+	w.log.term++
+	w.log.leader = s
+	term := w.log.term
+	w.note("%s leads term %d", s.name, term)
+	if old != nil && old != s {
+		// If it is stopped, then when it goes on, and not first of all.
+		hears := max(old.until, w.now) - w.now + w.between(0, 10*time.Second)
+		w.on(&old.machine, hears, func() { old.depose(term) })
+	}
+	s.leads, s.grantor = false, nil
+	s.term = term
+	w.propose(s, func(*state) any { return nil }, func(any) {
+		if s.term != term || w.log.term != term {
+			return
+		}
+		// The barrier is applied: the leader begins from what the log gave.
+		s.leads = true
+		s.grantor = lease.NewGrantor(w.cfg, w.log.state.table, 1, term, s.clock(w.now))
+		s.tick(term)
+	})
+}
+
+func (s *server) depose(term uint64) {
+	if s.term < term {
+		s.leads, s.grantor = false, nil
+	}
+}
+
+// transfer gives the lead away on purpose: R5.
+func (w *world) transfer(to *server) {
+	if from := w.log.leader; from != nil && from.grantor != nil && from != to {
+		from.grantor.Stop()
+		w.after(w.between(0, 100*time.Millisecond), func() {
+			w.elect(to)
+			from.depose(w.log.term) // it knows
+		})
+	}
+}
+
+// tick is the leader's loop.
+func (s *server) tick(term uint64) {
+	if !s.leads || s.term != term {
+		return
+	}
+	w := s.w
+	g := s.grantor
+	cmd, grants := g.Tick(s.clock(w.now))
+	s.deliver(grants)
+	if cmd != nil {
+		w.propose(s, func(st *state) any { return st.table.Apply(cmd) }, func(result any) {
+			if s.grantor != g {
+				return
+			}
+			refused, _ := result.([]lease.Refusal)
+			welcomes, grants := g.Committed(s.clock(w.now), refused)
+			for _, m := range welcomes {
+				s.welcome(m)
+			}
+			s.deliver(grants)
+		})
+	}
+	w.on(&s.machine, s.span(tickEvery), func() { s.tick(term) })
+}
+
+func (s *server) deliver(grants []lease.Grant) {
+	for i := range grants {
+		g := grants[i]
+		r := s.w.relays[g.Node-1]
+		today := s.w.log.state.ledger.Today()
+		s.w.send(&s.machine, &r.machine, func() { r.granted(s, &g, today) })
+	}
+}
+
+func (s *server) welcome(m lease.Welcome) {
+	r := s.w.relays[m.Node-1]
+	s.w.send(&s.machine, &r.machine, func() { r.welcomed(s, m) })
+}
+
+// hears passes on what relays say, if the server takes itself for the leader;
+// otherwise it says who leads, as far as it knows.
+func (s *server) hears(r *relay, what func()) {
+	if s.leads {
+		what()
+		return
+	}
+	s.w.send(&s.machine, &r.machine, func() { r.redirected(s) })
+}
+
+// ledger proposes a command about the ledger and sends back what it gave.
+func (s *server) ledger(r *relay, id accountID, cmd func(*warmup.Ledger) warmup.Reply) {
+	s.hears(r, func() {
+		s.w.propose(s, func(st *state) any {
+			_, before, _ := st.ledger.Totals(id.subject, 0, id.day)
+			reply := cmd(st.ledger)
+			_, after, _ := st.ledger.Totals(id.subject, 0, id.day)
+			return ledgerResult{reply, id, after > before && id.epoch != st.epochs[id.subject]}
+		}, func(result any) {
+			s.w.send(&s.machine, &r.machine, func() { r.replied(id, result.(ledgerResult).Reply) })
+		})
+	})
+}
+
+type ledgerResult struct {
+	warmup.Reply
+	id    accountID
+	stale bool // an owner that is none any more acquired something
+}
+
+// The world's own commands: what operators and the leader's other duties do. They
+// are proposed by whoever leads.
+
+func (w *world) dutiful(cmd command) {
+	if s := w.log.leader; s != nil {
+		w.dutifulBy(s, cmd)
+	}
+}
+
+func (w *world) dutifulBy(s *server, cmd command) { w.propose(s, cmd, nil) }
+
+func (w *world) putLimit(l lease.Limit) {
+	w.note("limit %d becomes %d, burst %d", l.ID, l.Max, l.Burst)
+	s := w.log.leader
+	if s == nil {
+		return
+	}
+	w.propose(s, func(st *state) any { return st.table.PutLimit(l) }, func(any) {
+		if s.grantor != nil {
+			s.grantor.PutLimit(l)
+		}
+	})
+}
+
+// setQuota sets a day's quota and has relays recalled if it is lower.
+func (w *world) setQuota(subject warmup.Subject, ahead warmup.Day, quota uint32) {
+	s := w.log.leader
+	if s == nil {
+		return
+	}
+	w.propose(s, func(st *state) any {
+		day := st.ledger.Today() + ahead
+		if err := st.ledger.SetQuota(subject, 0, day, quota); err == nil {
+			k := quotaKey{subject, day}
+			st.history[k] = max(st.history[k], quota)
+			return recallResult{k, st.ledger.Recalls(subject, 0, day)}
+		}
+		return recallResult{}
+	}, func(result any) {
+		res := result.(recallResult)
+		for _, c := range res.recalls {
+			r := w.relays[c.Node-1]
+			w.send(&s.machine, &r.machine, func() { r.recalled(res.key, c.Epoch, c.Amount) })
+		}
+	})
+}
+
+type recallResult struct {
+	key     quotaKey
+	recalls []warmup.Recall
+}
+
+// roll begins a day. Whoever thinks that it is time says which day that is, so one
+// that was begun meanwhile is not begun twice.
+func (w *world) roll(next warmup.Day) {
+	w.dutiful(func(st *state) any { return st.ledger.Roll(next, false) })
+}
+
+func (w *world) tomorrow() warmup.Day { return w.log.state.ledger.Today() + 1 }
+
+// assign gives a subject to a relay under a new epoch.
+func (w *world) assign(subject warmup.Subject, to *relay) {
+	s := w.log.leader
+	if s == nil {
+		return
+	}
+	w.propose(s, func(st *state) any {
+		st.epochs[subject]++
+		if err := st.ledger.Assign(subject, st.epochs[subject]); err != nil {
+			panic(err)
+		}
+		return st.epochs[subject]
+	}, func(result any) {
+		epoch := result.(uint64)
+		w.note("subject %d goes to %s, epoch %d", subject, to.name, epoch)
+		for _, r := range w.relays {
+			w.send(&s.machine, &r.machine, func() { r.assigned(subject, epoch, r == to) })
+		}
+	})
+}
