@@ -12,7 +12,7 @@ import (
 
 // Explanation names the one thing a recipient waits for.
 type Explanation struct {
-	Reason   string    `json:"reason"` // stable word: retry, dns, resolve, source, family, backoff, source-connections, relay-connections, sessions, rate, session, held, in-flight
+	Reason   string    `json:"reason"` // stable word: retry, dns, resolve, source, family, backoff, source-connections, unproven, relay-connections, provider-share, sessions, connects, rate, session, held, in-flight
 	Text     string    `json:"text"`
 	Until    time.Time `json:"until,omitzero"` // when it ends, if that is known
 	Source   string    `json:"source,omitempty"`
@@ -27,8 +27,11 @@ var whyTexts = map[string]string{
 	"family":             "the provider's profile rules out the address family of every source of the pool",
 	"backoff":            "the mail hosts could not be reached and are left alone for a while",
 	"source-connections": "every source has as many connections to the provider as it may",
+	"unproven":           "its mail hosts have not taken mail promptly of late, and such hosts have as many sessions of this relay as they may",
 	"relay-connections":  "this relay has as many connections to the provider as it may",
+	"provider-share":     "the provider has as many of this relay's sessions, or of the connections being opened, as one provider may",
 	"sessions":           "this relay has as many sessions as it may",
+	"connects":           "this relay opens as many connections at once as it may",
 	"rate":               "the provider's rate limit is used up",
 	"session":            "it is next for a session",
 }

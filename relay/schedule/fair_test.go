@@ -303,3 +303,37 @@ func TestSlowHostsSaveNoCredit(t *testing.T) {
 		t.Errorf("turns %v of 1000 after one host was slow for long", counts)
 	}
 }
+
+// TestAccounts has the rules of an account one by one.
+func TestAccounts(t *testing.T) {
+	p := pass{round: 100}
+	a := account{weight: 30}
+	p.enter(&a)
+	if a.round != 100 || a.deficit != 30 {
+		t.Errorf("a newcomer is at round %d with %d, want 100 with 30", a.round, a.deficit)
+	}
+	for range 3 { // a weight of 30 pays three messages a round
+		if a.round != 100 {
+			t.Errorf("it is at round %d with mail of this one to pay for", a.round)
+		}
+		p.charge(&a, messageCost)
+	}
+	if a.round != 101 {
+		t.Errorf("it is at round %d after its three messages", a.round)
+	}
+	p.round = 200
+	p.enter(&a) // with nothing to offer meanwhile
+	if a.round != 200 {
+		t.Errorf("it comes again at round %d of 200: it was given credit", a.round)
+	}
+	a.round = 250
+	p.enter(&a)
+	if a.round != 250 {
+		t.Errorf("what it spent ahead is forgotten: round %d", a.round)
+	}
+	slow := account{weight: 1, seq: 1, round: 10, deficit: messageCost}
+	p.charge(&slow, messageCost)
+	if want := uint64(200 - maxLagRounds + messageCost); slow.round != want {
+		t.Errorf("a weight of 1 that fell behind is at round %d after a message, want %d", slow.round, want)
+	}
+}
