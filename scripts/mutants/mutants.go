@@ -48,7 +48,7 @@ var mutants = []mutant{
 	{
 		"a push prolongs a lease", lease + "grant.go",
 		"Nonce: n.answered}", "Nonce: n.nonce}",
-		"Test01OldLeaderResumes",
+		"Test01PushOfAFormerLeader",
 	},
 	{
 		"a raised bucket begins full", lease + "bucket.go",

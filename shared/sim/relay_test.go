@@ -25,6 +25,7 @@ type relay struct {
 	stamps   map[lease.LimitID]lease.Stamp
 	steady   bool // demands do not change by themselves
 	saving   bool // of floors
+	saved    time.Duration
 	today    warmup.Day
 	owned    map[warmup.Subject]ownership
 	accounts map[accountID]*account
@@ -157,7 +158,8 @@ func (r *relay) loop(life int) {
 		r.moods()
 	}
 	r.work(now)
-	if r.holder.FloorsUnsaved() && !r.saving {
+	// Larger floors are saved for a restart while cut off: that has time.
+	if !r.saving && (r.holder.FloorsUnsaved() || w.now >= r.saved+8*time.Second) {
 		r.saveFloors()
 	}
 	r.warm()
@@ -298,7 +300,7 @@ func (r *relay) hardCloseOnce() {
 }
 
 func (r *relay) saveFloors() {
-	r.saving = true
+	r.saving, r.saved = true, r.w.now
 	floors, version := r.holder.SaveFloors()
 	holder := r.holder
 	r.write(func() { r.disk.floors = floors }, func() {

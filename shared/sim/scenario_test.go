@@ -119,6 +119,29 @@ func oldLeaderResumes(t *testing.T, stop time.Duration) {
 	}
 }
 
+// Test01PushOfAFormerLeader: a leader that is cut off from the other servers, and
+// does not know it, still hears a relay and takes a part of its share away. That
+// prolongs nothing.
+func Test01PushOfAFormerLeader(t *testing.T) {
+	w := fixture(t, 2, rateOf(20, 20))
+	a, old := w.relays[0], w.servers[0]
+	for range 5 {
+		answered := a.answered
+		w.waitFor(t, "a reply", time.Minute, func() bool { return a.answered > answered && len(w.log.pending) == 0 })
+	}
+	w.unaware = true
+	w.blockBoth(&w.relays[1].machine, &old.machine, time.Hour)
+	w.elect(w.servers[1])
+	w.run(900 * time.Millisecond)
+	a.demand[1] = 2_000
+	before := a.rights(1).Stamp()
+	w.waitFor(t, "the former leader pushes", 5*time.Second, func() bool { return a.rights(1).Stamp() != before })
+	for _, s := range w.servers[1:] {
+		w.blockBoth(&a.machine, &s.machine, time.Hour)
+	}
+	w.run(time.Minute)
+}
+
 // Test02PauseBetweenCommitAndReply: the leader is stopped when its command is
 // committed and it has not answered; it answers a minute later.
 func Test02PauseBetweenCommitAndReply(t *testing.T) {
@@ -242,18 +265,30 @@ func TestReleasesRace(t *testing.T) {
 	}
 }
 
-// TestFloorsAreSavedFirst: floors change often, and relays crash right after.
+// TestFloorsAreSavedFirst: floors move to where the use is, writes take a while, and
+// a relay crashes right after its floor became smaller.
 func TestFloorsAreSavedFirst(t *testing.T) {
-	w := fixture(t, 3, floored(rateOf(40, 40)))
-	w.sync = func() time.Duration { return 2 * time.Second }
-	for i := range 120 {
-		for j, r := range w.relays {
-			r.demand[1] = int64((i/6+j)%3)*20_000 + 100
+	w := fixture(t, 2, floored(rateOf(40, 40)))
+	w.sync = func() time.Duration { return 4 * time.Second }
+	moved := 0
+	for i := range 24 {
+		r, other := w.relays[i%2], w.relays[(i+1)%2]
+		r.demand[1], other.demand[1] = 100, 40_000
+		begun, former := w.now, w.log.state.table.Holding(1, r.node).Floor
+		for w.now < begun+2*time.Minute && w.failed == "" {
+			w.run(100 * time.Millisecond)
+			if _, _, floor := r.rights(1).Lease(); floor.Amount < former.Amount {
+				moved++
+				w.run(2 * time.Second) // the leader may have heard, the disk has not
+				r.crash(100 * time.Millisecond)
+				w.cut(&r.machine, 20*time.Second)
+				break
+			}
 		}
-		w.run(w.between(0, 5*time.Second))
-		if i%2 == 0 {
-			w.relays[w.rng.IntN(3)].crash(w.between(0, time.Second))
-		}
+		w.run(30 * time.Second)
+	}
+	if moved < 5 {
+		t.Errorf("only %d floors became smaller", moved)
 	}
 }
 

@@ -45,7 +45,7 @@ func (w *world) elect(s *server) {
 	w.log.leader = s
 	term := w.log.term
 	w.note("%s leads term %d", s.name, term)
-	if old != nil && old != s {
+	if old != nil && old != s && !w.unaware {
 		// If it is stopped, then when it goes on, and not first of all.
 		hears := max(old.until, w.now) - w.now + w.between(0, 10*time.Second)
 		w.on(&old.machine, hears, func() { old.depose(term) })
