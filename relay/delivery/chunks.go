@@ -65,6 +65,7 @@ func (s *Session) sendChunks(t *transfer) {
 	b.out = b.out[:0]
 	blocks.Put(b) // the reply may take minutes
 	if sent {
+		s.traceMessage(t, false)
 		s.readVerdict(t)
 	}
 }
@@ -94,6 +95,9 @@ func (c *chunker) run(fields []byte) bool {
 			c.b.out = append(c.b.out, " LAST"...)
 		}
 		c.b.out = append(c.b.out, '\r', '\n')
+		if s.trace.On() {
+			s.trace.Sent(c.b.out)
+		}
 		c.b.out = append(c.b.out, fields...)
 		if !c.check(fields) || !c.write(at, n) {
 			return false
@@ -180,6 +184,7 @@ func (c *chunker) taken(outstanding int) bool {
 		r, err := s.in.read(timeout)
 		switch {
 		case err != nil:
+			s.traceBreak(err)
 			s.dead = true
 			t.settle(relay.Deferred, relay.PhaseDATA, brokenReply(err))
 		case r.positive():

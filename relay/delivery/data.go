@@ -57,6 +57,7 @@ func (s *Session) sendData(t *transfer) {
 	b.out = b.out[:0]
 	pool.Put(b) // the reply may take minutes
 	if sent {
+		s.traceMessage(t, true)
 		s.readVerdict(t)
 	}
 }
@@ -195,6 +196,9 @@ func (s *Session) abandon() {
 // interrupted ends a transaction that the host broke off before the end of the
 // data was sent. If it said why, that is the answer.
 func (s *Session) interrupted(t *transfer, cause error) {
+	if cause != nil {
+		s.traceBreak(cause)
+	}
 	out := brokenReply(cause)
 	status := relay.Deferred
 	if cause == nil || s.readable() {
@@ -216,6 +220,7 @@ func (s *Session) readVerdict(t *transfer) {
 	r, err := s.in.read(orFallback(t.timeouts.FinalDotTimeout))
 	switch {
 	case err != nil:
+		s.traceBreak(err)
 		s.dead = true
 		t.settle(relay.InDoubt, relay.PhaseFinalDot, brokenReply(err))
 	case r.positive():

@@ -13,6 +13,7 @@ import (
 	"github.com/relais-mta/relais/relay"
 	"github.com/relais-mta/relais/relay/resolve"
 	"github.com/relais-mta/relais/relay/tlspolicy"
+	"github.com/relais-mta/relais/relay/trace"
 	"github.com/relais-mta/relais/shared/fault"
 	"github.com/relais-mta/relais/shared/ids"
 	"github.com/relais-mta/relais/shared/policy"
@@ -36,6 +37,7 @@ type Config struct {
 	// use, so that a change reaches open sessions.
 	Policy     func() *policy.Delivery
 	TLS        *tls.Config // nil: tlspolicy.Config()
+	Trace      *trace.Hub  // who watches dialogues; nil: nobody can
 	Log        *slog.Logger
 	Registerer prometheus.Registerer
 }
@@ -47,6 +49,7 @@ type Dialer struct {
 	port    uint16
 	policy  func() *policy.Delivery
 	tls     *tls.Config
+	trace   *trace.Hub
 	log     *slog.Logger
 	backoff *backoff
 	opened  *prometheus.CounterVec
@@ -59,7 +62,7 @@ func New(cfg Config) (*Dialer, error) {
 	if cfg.Egress == nil || cfg.Broken == nil || cfg.Policy == nil || cfg.Log == nil || cfg.Registerer == nil {
 		return nil, fault.New(fault.Internal, op, "egress, TLS memory, policy, logger and metrics registry are needed")
 	}
-	d := &Dialer{egress: cfg.Egress, broken: cfg.Broken, port: cfg.Port, policy: cfg.Policy, tls: cfg.TLS, log: cfg.Log,
+	d := &Dialer{egress: cfg.Egress, broken: cfg.Broken, port: cfg.Port, policy: cfg.Policy, tls: cfg.TLS, trace: cfg.Trace, log: cfg.Log,
 		backoff: newBackoff(),
 		opened: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "relais_relay_smtp_sessions_total", Help: "Outgoing SMTP sessions opened, by TLS version (\"none\" for clear text).",
@@ -87,6 +90,9 @@ type Target struct {
 	Hosts  []resolve.Host // in the order to try: resolve.Route.Order
 	Source policy.Source  // bound locally; its EHLO name is said
 	TLS    policy.TLSMode
+	// Provider and Subject are for those who watch the dialogue.
+	Provider string
+	Subject  trace.Subject
 }
 
 // Failure says why no session could be opened to any host. Its status is
@@ -176,11 +182,21 @@ func (d *Dialer) open(ctx context.Context, t *Target, host string, addr netip.Ad
 }
 
 func (d *Dialer) connect(ctx context.Context, t *Target, host string, addr netip.Addr, decision tlspolicy.Decision, p *policy.Delivery) (*Session, *Failure) {
+	watched := d.trace.Session(trace.Party{Kind: trace.Out, Provider: t.Provider, MX: host, Remote: addr, Local: t.Source.Bind})
+	watched.About(t.Subject)
+	if watched.On() {
+		watched.Note("connects to %s [%s] port %d from %s", host, addr, d.port, t.Source.Bind)
+	}
 	conn, err := d.egress.Dial(ctx, t.Source.ID, netip.AddrPortFrom(addr, d.port), p.ConnectTimeout.D())
 	if err != nil {
-		return nil, d.connectFailure(t, addr, err, p)
+		failure := d.connectFailure(t, addr, err, p)
+		if watched.On() {
+			watched.Note("no connection: %s", failure.Reply.Text)
+		}
+		return nil, failure
 	}
 	s := newSession(conn, d.policy, Peer{MX: host, RemoteIP: addr, Source: t.Source.ID, SourceIP: t.Source.Bind, Epoch: t.Source.Epoch})
+	s.trace = watched
 	// The dialogue below blocks on the connection only, so an ending context
 	// ends it there.
 	stop := context.AfterFunc(ctx, s.Abort)

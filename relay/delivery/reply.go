@@ -8,6 +8,7 @@ import (
 	"unicode/utf8"
 
 	"github.com/relais-mta/relais/relay"
+	"github.com/relais-mta/relais/relay/trace"
 	"github.com/relais-mta/relais/relay/verdict"
 )
 
@@ -83,6 +84,7 @@ type replyReader struct {
 	conn     net.Conn
 	from, to int               // unread bytes of buf
 	text     []byte            // of the reply being read, reused
+	trace    *trace.Session    // may be nil
 	onLine   func(text []byte) // given every line but the first of a positive reply; nil: nobody
 	buf      [maxReplyLineBytes]byte
 }
@@ -100,6 +102,9 @@ func (r *replyReader) read(timeout time.Duration) (reply, error) {
 		line, err := r.line(timeout, &deadline)
 		if err != nil {
 			return out, err
+		}
+		if r.trace != nil && r.trace.On() {
+			r.trace.Received(line)
 		}
 		if total += len(line); lines >= maxReplyLines || total > maxReplyBytes {
 			return out, errTooManyLines

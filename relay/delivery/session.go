@@ -18,6 +18,7 @@ import (
 
 	"github.com/relais-mta/relais/relay"
 	"github.com/relais-mta/relais/relay/tlspolicy"
+	"github.com/relais-mta/relais/relay/trace"
 	"github.com/relais-mta/relais/shared/ids"
 	"github.com/relais-mta/relais/shared/policy"
 )
@@ -72,11 +73,12 @@ type Session struct {
 	peek    func(fd uintptr) bool // reads one byte without taking it
 	peekErr error
 	run     transfer // of the current transaction, reused
+	trace   trace.Session
 }
 
 func newSession(conn net.Conn, p func() *policy.Delivery, peer Peer) *Session {
 	s := &Session{conn: conn, raw: conn, policy: p, peer: peer}
-	s.in.conn = conn
+	s.in.conn, s.in.trace = conn, &s.trace
 	s.peek = func(fd uintptr) bool {
 		var b [1]byte
 		n, _, err := unix.Recvfrom(int(fd), b[:], unix.MSG_PEEK|unix.MSG_DONTWAIT)
@@ -148,10 +150,14 @@ func (s *Session) Quit() {
 		deadline := time.Now().Add(quitWait)
 		if s.conn.SetDeadline(deadline) == nil {
 			s.out = append(s.out[:0], "QUIT\r\n"...)
+			s.trace.Sent(s.out)
 			if _, err := s.conn.Write(s.out); err == nil {
 				_, _ = s.in.read(quitWait) // RFC 5321 section 4.1.1.10: whatever it is
 			}
 		}
+	}
+	if s.trace.On() {
+		s.trace.Note("the session is over")
 	}
 	s.dead = true
 	s.Abort()
@@ -232,6 +238,9 @@ func (s *Session) flush(timeout time.Duration) error {
 	if err := s.conn.SetWriteDeadline(time.Now().Add(timeout)); err != nil {
 		return err
 	}
+	if s.trace.On() {
+		s.trace.Sent(s.out)
+	}
 	_, err := s.conn.Write(s.out)
 	s.out = s.out[:0]
 	return err
@@ -295,6 +304,9 @@ func (s *Session) startTLS(ehlo string, decision tlspolicy.Decision, base *tls.C
 	}
 	s.conn, s.in.conn = conn, conn
 	s.peer.TLS = tlspolicy.VersionName(conn.ConnectionState().Version)
+	if s.trace.On() {
+		s.trace.Note("%s, %s", s.peer.TLS, tls.CipherSuiteName(conn.ConnectionState().CipherSuite))
+	}
 	if f := s.hello(ehlo, p); f != nil {
 		if f.Reply.Code == 0 {
 			f.Phase = relay.PhaseSTARTTLS // broken right after the handshake
@@ -305,6 +317,9 @@ func (s *Session) startTLS(ehlo string, decision tlspolicy.Decision, base *tls.C
 }
 
 func (s *Session) noTLS(text string, cause error) *Failure {
+	if s.trace.On() {
+		s.trace.Note("%s", text)
+	}
 	if cause != nil {
 		s.dead = true
 	}
@@ -318,6 +333,7 @@ func (s *Session) refused(phase relay.Phase, r *reply) *Failure {
 
 // lost is the failure of a connection that broke or made no sense.
 func (s *Session) lost(phase relay.Phase, err error) *Failure {
+	s.traceBreak(err)
 	s.dead = true
 	return &Failure{Status: relay.Deferred, Phase: phase, Reply: brokenReply(err), Cause: err}
 }

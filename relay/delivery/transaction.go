@@ -4,6 +4,7 @@ import (
 	"io"
 
 	"github.com/relais-mta/relais/relay"
+	"github.com/relais-mta/relais/relay/trace"
 	"github.com/relais-mta/relais/shared/mailaddr"
 )
 
@@ -48,6 +49,8 @@ type Transaction struct {
 	// Chunking is the policy of the provider: policy.ChunkAuto and the others;
 	// empty: that of the delivery section.
 	Chunking string
+	// Subject is for those who watch the dialogue.
+	Subject trace.Subject
 	// SignatureBytes is about how long Sign's result will be, for SIZE.
 	SignatureBytes int
 	// Sign returns header fields to put in front of the content, each ending

@@ -55,6 +55,8 @@ const (
 func (s *Session) Send(tx *Transaction) []relay.Outcome {
 	t := &s.run
 	*t = transfer{tx: tx, content: tx.Content, timeouts: s.policy(), step: stepMail, outcomes: tx.Outcomes[:0]}
+	s.trace.About(tx.Subject)
+	s.trace.Hide(tx.Sender.Local) // a signed return path
 	for i := range tx.Recipients {
 		t.outcomes = append(t.outcomes, relay.Outcome{Index: tx.Recipients[i].Index})
 	}
@@ -414,6 +416,7 @@ func (s *Session) nonsense(t *transfer, phase relay.Phase) {
 // reply came and the session is an old one, the host had closed it while it
 // was idle, and the message was never offered.
 func (s *Session) broken(t *transfer, err error) {
+	s.traceBreak(err)
 	s.dead, t.over = true, true
 	_, phase := t.expect()
 	if t.replies == 0 && s.started > 1 && !isProtocol(err) {

@@ -10,6 +10,7 @@ import (
 	"github.com/relais-mta/relais/relay/queue"
 	"github.com/relais-mta/relais/relay/sign"
 	"github.com/relais-mta/relais/relay/store"
+	"github.com/relais-mta/relais/relay/trace"
 	"github.com/relais-mta/relais/shared/fault"
 	"github.com/relais-mta/relais/shared/mailaddr"
 	"github.com/relais-mta/relais/shared/policy"
@@ -103,6 +104,11 @@ func localFailure(work *queue.Work, err error) []relay.Outcome {
 	return out
 }
 
+// subjectOf says what a dialogue about the work is about.
+func subjectOf(work *queue.Work) trace.Subject {
+	return trace.Subject{Message: work.Env.ID, Tenant: work.Env.Tenant, Domain: work.Key.Domain}
+}
+
 // prepare fills the transaction. The closer, if any, lets go of the body.
 func (w *worker) prepare(work *queue.Work, dir *policy.Directory) (io.Closer, error) {
 	env := work.Env
@@ -136,6 +142,7 @@ func (w *worker) prepare(work *queue.Work, dir *policy.Directory) (io.Closer, er
 			w.signer.want = sign.OnlyAlgorithm(p.OnlySignature())
 		}
 	}
+	tx.Subject = subjectOf(work)
 	tx.Chunking = ""
 	if p, ok := dir.Providers().Named(w.lane.Provider); ok {
 		tx.Chunking = p.Chunking()

@@ -269,7 +269,7 @@ func (w *worker) dial(ctx context.Context, work *queue.Work, hosts []resolve.Hos
 		mode = p.TLS
 	}
 	dialing, over := e.dialContext(ctx, work.Env, started)
-	session, failure := e.cfg.Dialer.Dial(dialing, &delivery.Target{Hosts: hosts, Source: source, TLS: mode})
+	session, failure := e.cfg.Dialer.Dial(dialing, &delivery.Target{Hosts: hosts, Source: source, TLS: mode, Provider: w.lane.Provider, Subject: subjectOf(work)})
 	expired := over() && ctx.Err() == nil
 	if failure == nil {
 		w.session = session

@@ -11,6 +11,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/relais-mta/relais/relay/smtpconn"
+	"github.com/relais-mta/relais/relay/trace"
 	"github.com/relais-mta/relais/shared/fault"
 	"github.com/relais-mta/relais/shared/policy"
 )
@@ -33,6 +34,7 @@ type Options struct {
 	Closed     func() string            // why no mail is taken now, for the client; empty: it is; nil: it always is
 	Spool      Spool
 	MemoryOver func(percent int, now time.Time) bool // whether more than this part of the memory is held; nil: never
+	Trace      *trace.Hub                            // who watches dialogues; nil: nobody can
 	Logger     *slog.Logger
 	Registerer prometheus.Registerer // nil: metrics are not exported
 }
@@ -75,6 +77,8 @@ func New(opt Options) (*Server, error) {
 		TLS:        opt.TLS,
 		Limits:     s.limits,
 		MemoryOver: opt.MemoryOver,
+		Trace:      opt.Trace,
+		Kind:       trace.Inbound,
 		NewSession: func(c *smtpconn.Conn) smtp.Session { return &session{server: s, conn: c} },
 		Logger:     opt.Logger,
 		Registerer: opt.Registerer,

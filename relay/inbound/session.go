@@ -14,6 +14,7 @@ import (
 	"github.com/relais-mta/relais/relay/queue"
 	"github.com/relais-mta/relais/relay/sign"
 	"github.com/relais-mta/relais/relay/smtpconn"
+	"github.com/relais-mta/relais/relay/trace"
 	"github.com/relais-mta/relais/shared/fault"
 	"github.com/relais-mta/relais/shared/ids"
 	"github.com/relais-mta/relais/shared/mailaddr"
@@ -105,6 +106,7 @@ func (s *session) Rcpt(string, *smtp.RcptOptions) error {
 			return nil // once is enough
 		}
 	}
+	s.conn.Trace().About(trace.Subject{Tenant: domain.Tenant, Message: path.Message, Domain: to.Domain})
 	m := &queue.Inbound{Tenant: domain.Tenant, Original: path.Message, To: to, Sender: s.sender, RemoteIP: s.conn.Remote()}
 	if path.Recipient != sign.NoRecipient {
 		m.Index, m.PerRecipient = uint16(path.Recipient), true

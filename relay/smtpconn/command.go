@@ -99,6 +99,9 @@ func (c *Conn) nextLine() (verb, arg string, err error) {
 	if err != nil {
 		return "", "", err
 	}
+	if c.trace.On() {
+		c.trace.Command(line)
+	}
 	if c.commands++; c.commands > c.limits.MaxCommandsPerSession {
 		return "", "", c.fail("commands", "421 4.7.0 Too many commands in one session, connect again")
 	}
@@ -307,6 +310,7 @@ func (c *Conn) nextAuthLine() error {
 	if err != nil {
 		return err
 	}
+	c.trace.Secret()
 	c.mode = modeCommand // until go-smtp asks for another line
 	text := string(line)
 	if text == "" {

@@ -13,6 +13,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/relais-mta/relais/relay/trace"
 	"github.com/relais-mta/relais/shared/throttle"
 )
 
@@ -87,12 +88,13 @@ type Conn struct {
 	putOff     bool   // MAIL or RCPT got a 4xx, so that what was sent behind it is no error of the client's
 	errorRate  string // the rate that the client's errors broke; empty: none
 	data       dataState
+	trace      trace.Session
 
 	commandBucket throttle.Bucket
 }
 
 func newConn(s *Server, raw net.Conn, security Security, ip netip.Addr, limits Limits) *Conn {
-	return &Conn{server: s, security: security, remote: ip, limits: limits, raw: raw, nc: raw}
+	return &Conn{server: s, security: security, remote: ip, limits: limits, raw: raw, nc: raw, trace: s.cfg.Trace.Session(trace.Party{Kind: s.cfg.Kind, Remote: ip})}
 }
 
 // Remote is the client's address.
@@ -100,6 +102,9 @@ func (c *Conn) Remote() netip.Addr { return c.remote }
 
 // TLS returns the state of TLS, nil in clear text.
 func (c *Conn) TLS() *tls.ConnectionState { return c.tls }
+
+// Trace is the dialogue for those who watch.
+func (c *Conn) Trace() *trace.Session { return &c.trace }
 
 // Argument is what followed the verb in the command that is being handled.
 func (c *Conn) Argument() string { return c.arg }
@@ -160,6 +165,9 @@ func (c *Conn) begin() {
 	if c.proxied && c.readProxy() != nil {
 		return
 	}
+	if c.trace.On() {
+		c.trace.Note("%s connects to %s", c.remote, c.raw.LocalAddr())
+	}
 	c.in = make([]byte, inputBytes)
 	if c.security == ImplicitTLS && c.handshake() != nil {
 		return
@@ -190,6 +198,9 @@ func (c *Conn) handshake() error {
 	_ = c.raw.SetDeadline(deadline) // a failure shows in the handshake
 	if err := t.Handshake(); err != nil {
 		c.server.metrics.handshakes.WithLabelValues("failed").Inc()
+		if c.trace.On() {
+			c.trace.Note("the TLS handshake failed: %v", err)
+		}
 		c.server.cfg.Logger.Info("TLS handshake failed", "listener", c.server.cfg.Name, "client_ip", c.remote, "error", err)
 		c.dead = true
 		return err
@@ -197,6 +208,9 @@ func (c *Conn) handshake() error {
 	c.server.metrics.handshakes.WithLabelValues("ok").Inc()
 	_ = c.raw.SetDeadline(time.Time{})
 	state := t.ConnectionState()
+	if c.trace.On() {
+		c.trace.Note("%s, %s", tls.VersionName(state.Version), tls.CipherSuiteName(state.CipherSuite))
+	}
 	c.tls, c.suite = &state, tls.CipherSuiteName(state.CipherSuite)
 	c.mu.Lock()
 	c.nc = t
@@ -277,6 +291,9 @@ func (c *Conn) say(reply string) {
 
 // queue appends a reply line to those that wait to be sent.
 func (c *Conn) queue(reply string) {
+	if c.trace.On() {
+		c.trace.Sent([]byte(reply))
+	}
 	c.out = append(c.out, reply...)
 	c.out = append(c.out, '\r', '\n')
 	if len(c.out) > maxHeldBytes {
@@ -346,6 +363,9 @@ func (c *Conn) Close() error {
 	c.mu.Unlock()
 	if was {
 		return nil
+	}
+	if c.trace.On() {
+		c.trace.Note("the session is over")
 	}
 	// First, so that a client that sees the end finds room when it comes back.
 	c.server.release(c)

@@ -57,6 +57,7 @@ func (c *Conn) readProxy() error {
 func (s *Server) identify(c *Conn, client netip.Addr) {
 	if client.IsValid() {
 		c.remote = client
+		c.trace.From(client)
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()

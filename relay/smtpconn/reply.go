@@ -124,6 +124,9 @@ func (c *Conn) replyToData(code int, text string) {
 		_ = c.fail("bdat", strconv.Itoa(code)+" "+text) // the next read ends
 		return
 	}
+	if c.mode != modeData && c.trace.On() {
+		c.trace.Note("a message of %d octets", c.data.total)
+	}
 	c.say(strconv.Itoa(code) + " " + text)
 	if c.mode != modeData {
 		// The message was taken or refused as a whole.

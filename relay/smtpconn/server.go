@@ -15,6 +15,7 @@ import (
 	"github.com/emersion/go-smtp"
 	"github.com/prometheus/client_golang/prometheus"
 
+	"github.com/relais-mta/relais/relay/trace"
 	"github.com/relais-mta/relais/shared/fault"
 	"github.com/relais-mta/relais/shared/policy"
 )
@@ -78,6 +79,8 @@ type Config struct {
 	Proxies    []netip.Prefix // balancers that tell the client's address by the PROXY protocol, and must
 	Limits     func() Limits
 	MemoryOver func(percent int, now time.Time) bool // whether more than this part of the memory is held; nil: never
+	Trace      *trace.Hub                            // who watches dialogues; nil: nobody can
+	Kind       trace.Kind                            // of the dialogues
 	NewSession func(*Conn) smtp.Session              // called at the first EHLO or HELO of a connection
 	Logger     *slog.Logger
 	Registerer prometheus.Registerer // nil: metrics are not exported

@@ -10,6 +10,7 @@ import (
 	"github.com/emersion/go-sasl"
 	"github.com/emersion/go-smtp"
 
+	"github.com/relais-mta/relais/relay/trace"
 	"github.com/relais-mta/relais/shared/ids"
 	"github.com/relais-mta/relais/shared/policy"
 )
@@ -112,6 +113,7 @@ func (s *session) login(user string, secret []byte) error {
 	s.server.metrics.auth.WithLabelValues("ok").Inc()
 	s.server.logins.succeeded(s.loginKeys)
 	s.credential, s.secretHash = id, hash
+	s.conn.Trace().About(trace.Subject{Tenant: credential.Tenant})
 	return nil
 }
 

@@ -16,6 +16,7 @@ import (
 	"github.com/relais-mta/relais/relay"
 	"github.com/relais-mta/relais/relay/sign"
 	"github.com/relais-mta/relais/relay/smtpconn"
+	"github.com/relais-mta/relais/relay/trace"
 	"github.com/relais-mta/relais/shared/ids"
 	"github.com/relais-mta/relais/shared/policy"
 )
@@ -35,10 +36,14 @@ func (s *session) Data(io.Reader) error {
 		Sender: s.sender, Recipients: s.recipients, ClientIP: s.conn.Remote(),
 		EnvID: s.params.EnvID, RetFull: s.params.RetFull, AcceptedAt: now, Revision: s.dir.View().Revision,
 	}
+	subject := s.conn.Trace().Subject()
+	subject.Message = env.ID
+	s.conn.Trace().About(subject)
 	rest, err := s.readHeader()
 	if err != nil {
 		return err
 	}
+	s.conn.Trace().Header(trace.Received, s.header)
 	if s.params.Body == smtpconn.BodyBinary && !isText(s.header, s.conn.Limits().MaxLineBytes) {
 		// RFC 3030 section 3: a header section is text whatever the body is.
 		return s.conn.Drain(s.conn.Refuse("message_rule", 554, smtp.EnhancedCode{5, 6, 0}, "The header section holds NUL, CR or LF alone, or a line longer than %d octets", s.conn.Limits().MaxLineBytes))

@@ -13,6 +13,7 @@ import (
 
 	"github.com/relais-mta/relais/relay/outbox"
 	"github.com/relais-mta/relais/relay/smtpconn"
+	"github.com/relais-mta/relais/relay/trace"
 	"github.com/relais-mta/relais/shared/fault"
 	"github.com/relais-mta/relais/shared/policy"
 )
@@ -29,6 +30,7 @@ type Options struct {
 	BinaryMIME bool                                        // announce BINARYMIME; only when delivery keeps such messages from hosts that lack it
 	MemoryOver func(percent int, now time.Time) bool       // whether more than this part of the memory is held; nil: never
 	Events     func(context.Context, []outbox.Event) error // keeps events of locks, for Run; nil: there are none
+	Trace      *trace.Hub                                  // who watches dialogues; nil: nobody can
 	Logger     *slog.Logger
 	Registerer prometheus.Registerer // nil: metrics are not exported
 }
@@ -74,6 +76,8 @@ func New(opt Options) (*Server, error) {
 		Proxies:    opt.Proxies,
 		Limits:     s.limits,
 		MemoryOver: opt.MemoryOver,
+		Trace:      opt.Trace,
+		Kind:       trace.Submission,
 		NewSession: func(c *smtpconn.Conn) smtp.Session { return &session{server: s, conn: c} },
 		Logger:     opt.Logger,
 		Registerer: opt.Registerer,

@@ -9,6 +9,7 @@ import (
 	"github.com/relais-mta/relais/relay"
 	"github.com/relais-mta/relais/relay/sign"
 	"github.com/relais-mta/relais/relay/smtpconn"
+	"github.com/relais-mta/relais/relay/trace"
 	"github.com/relais-mta/relais/shared/fault"
 	"github.com/relais-mta/relais/shared/ids"
 	"github.com/relais-mta/relais/shared/mailaddr"
@@ -88,6 +89,7 @@ func (s *session) Mail(string, *smtp.MailOptions) error {
 		return s.refuseStore(err)
 	}
 	s.sender, s.params = sender, params
+	s.conn.Trace().About(trace.Subject{Tenant: s.cred.Tenant})
 	return nil
 }
 
@@ -141,6 +143,10 @@ func (s *session) Rcpt(string, *smtp.RcptOptions) error {
 	address, err := s.conn.Path()
 	if err != nil {
 		return s.conn.Refuse("recipient_syntax", 501, smtp.EnhancedCode{5, 1, 3}, "RCPT: %s", fault.Public(err))
+	}
+	if subject := s.conn.Trace().Subject(); subject.Domain != address.Domain {
+		subject.Domain = address.Domain
+		s.conn.Trace().About(subject)
 	}
 	if address.IsNull() {
 		return s.conn.Refuse("recipient_syntax", 501, smtp.EnhancedCode{5, 1, 3}, "RCPT: a recipient has an address")

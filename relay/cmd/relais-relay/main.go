@@ -79,7 +79,7 @@ func newRoot() *cobra.Command {
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
 	queue := newQueue(&o)
 	queue.AddCommand(newQueueFsck(&o))
-	root.AddCommand(newJoin(&o), newServe(&o), queue, newLanes(&o), newStatus(&o), newEvents(&o), newClassify())
+	root.AddCommand(newJoin(&o), newServe(&o), queue, newLanes(&o), newTrace(&o), newStatus(&o), newEvents(&o), newClassify())
 	return root
 }
 

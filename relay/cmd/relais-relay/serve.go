@@ -26,6 +26,7 @@ import (
 	"github.com/relais-mta/relais/relay/queue"
 	"github.com/relais-mta/relais/relay/store"
 	"github.com/relais-mta/relais/relay/submission"
+	"github.com/relais-mta/relais/relay/trace"
 	"github.com/relais-mta/relais/shared/buildinfo"
 	"github.com/relais-mta/relais/shared/fault"
 	"github.com/relais-mta/relais/shared/memlimit"
@@ -91,6 +92,7 @@ type node struct {
 	admin      *admin.Server
 	listeners  listeners
 	supervisor telemetry.Supervisor
+	traces     trace.Hub
 
 	background sync.WaitGroup
 	failed     chan error
@@ -178,19 +180,19 @@ func (n *node) openServers(context.Context) (err error) {
 	name := hostname(n.cfg)
 	n.submission, err = submission.New(submission.Options{
 		Hostname: name, TLS: serverTLS, Policy: n.agent.Directory, Connected: n.agent.Connected, Closed: n.closed,
-		Spool: submission.NewSpool(n.store, n.queue), Proxies: n.cfg.Listen.Proxies, BinaryMIME: true, MemoryOver: n.memory.Over, Events: n.outbox.Write, Logger: n.log, Registerer: n.registry,
+		Spool: submission.NewSpool(n.store, n.queue), Proxies: n.cfg.Listen.Proxies, BinaryMIME: true, MemoryOver: n.memory.Over, Events: n.outbox.Write, Trace: &n.traces, Logger: n.log, Registerer: n.registry,
 	})
 	if err != nil {
 		return err
 	}
 	n.inbound, err = inbound.New(inbound.Options{
-		Hostname: name, TLS: serverTLS, Policy: n.agent.Directory, Closed: n.closed, Spool: inbound.NewSpool(n.store, n.queue), MemoryOver: n.memory.Over, Logger: n.log, Registerer: n.registry,
+		Hostname: name, TLS: serverTLS, Policy: n.agent.Directory, Closed: n.closed, Spool: inbound.NewSpool(n.store, n.queue), MemoryOver: n.memory.Over, Trace: &n.traces, Logger: n.log, Registerer: n.registry,
 	})
 	if err != nil {
 		return err
 	}
 	n.admin, err = admin.Listen(admin.Config{
-		Dir: n.dir, Queue: n.queue, Outbox: n.outbox, Engine: n.engine, Status: n.status, Logger: n.log,
+		Dir: n.dir, Queue: n.queue, Outbox: n.outbox, Engine: n.engine, Status: n.status, Trace: &n.traces, Logger: n.log,
 	})
 	return err
 }
@@ -246,6 +248,7 @@ func (n *node) run(ctx context.Context) (err error) {
 	n.stopSMTP(grace)
 	<-engineDone
 	stopLink()
+	n.traces.Close()
 	_ = n.admin.Close()
 	n.background.Wait()
 	return err

@@ -46,7 +46,7 @@ func (n *node) openEngine(ctx context.Context) (err error) {
 		return err
 	}
 	dialer, err := delivery.New(delivery.Config{
-		Egress: n.egress, Broken: tlspolicy.NewMemory(), Port: n.cfg.Lab.SMTPPort, Policy: delivering, Log: n.log, Registerer: n.registry,
+		Egress: n.egress, Broken: tlspolicy.NewMemory(), Port: n.cfg.Lab.SMTPPort, Policy: delivering, Trace: &n.traces, Log: n.log, Registerer: n.registry,
 	})
 	if err != nil {
 		return err

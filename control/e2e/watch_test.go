@@ -1,0 +1,108 @@
+package e2e
+
+import (
+	"bufio"
+	"bytes"
+	"encoding/json"
+	"io"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/relais-mta/relais/shared/lab/fleet"
+)
+
+// watching runs a command of the relay until it ends by itself and returns what
+// it prints. It has begun when it has said so on standard error.
+func watching(t *testing.T, r *fleet.Relay, args ...string) (output func() string) {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), filepath.Join(binaries, "relais-relay"), append(args, "--data", r.Dir)...)
+	var out bytes.Buffer
+	cmd.Stdout = &out
+	told, err := cmd.StderrPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	line, err := bufio.NewReader(told).ReadString('\n')
+	if err != nil || !strings.HasPrefix(line, "watching") {
+		t.Fatalf("%q says %q, %v", args, line, err)
+	}
+	return func() string {
+		t.Helper()
+		rest, _ := io.ReadAll(told)
+		if err := cmd.Wait(); err != nil {
+			t.Fatalf("%q: %v\n%s", args, err, rest)
+		}
+		return out.String()
+	}
+}
+
+// TestTrace watches mail come in and go out.
+func TestTrace(t *testing.T) {
+	f := start(t, fleet.Config{Open: true})
+	r := f.Relays[0]
+	to := recipients(t, f, 8)
+	_, domain, _ := strings.Cut(to[0], "@")
+	for i := range to {
+		local, _, _ := strings.Cut(to[i], "@")
+		to[i] = local + "@" + domain
+	}
+	incoming := watching(t, r, "trace", "--inbound", "--json", "--count", "30", "--for", "1m")
+	headers := watching(t, r, "trace", "--domain", domain, "--headers", "--count", "60", "--for", "1m")
+	mine := watching(t, r, "trace", "--domain", domain, "--json", "--count", "10", "--for", "1m")
+	nothing := watching(t, r, "trace", "--mx", "nowhere.example", "--for", "3s")
+	if _, err := f.Submit(t.Context(), fleet.Stream{Recipients: to, Size: 2000, Connections: 2}); err != nil {
+		t.Fatal(err)
+	}
+	in, out, text := incoming(), mine(), headers()
+	verbs := ""
+	for line := range strings.Lines(in) {
+		var l struct {
+			Kind, Side, Text, Remote string
+		}
+		if err := json.Unmarshal([]byte(line), &l); err != nil || l.Kind != "submission" && l.Kind != "inbound" || l.Remote == "" {
+			t.Errorf("%v: %s", err, line)
+		}
+		verbs += l.Side + l.Text + "\n"
+	}
+	for _, want := range []string{"*TLS 1.3, ", "<EHLO ", "<AUTH PLAIN (secret)\n", ">235 ", "<MAIL FROM:<news@"} {
+		if !strings.Contains(verbs, want) {
+			t.Errorf("%q is missing in\n%s", want, verbs)
+		}
+	}
+	for line := range strings.Lines(out) {
+		var l struct {
+			Kind, Domain, Message, MX, Source, Provider string
+			At                                          time.Time
+		}
+		if err := json.Unmarshal([]byte(line), &l); err != nil || l.Kind != "out" || l.Domain != domain || l.MX == "" || l.Source != r.Sources[0].String() || l.Provider == "" || !strings.HasPrefix(l.Message, "msg_") {
+			t.Errorf("%v: %s", err, line)
+		}
+	}
+	for _, want := range []string{"* connects to ", "< 220", "> MAIL FROM:<(secret)@", "> RCPT TO:<", " | Subject: "} {
+		if !strings.Contains(text, want) {
+			t.Errorf("%q is missing in\n%s", want, text)
+		}
+	}
+	for name, printed := range map[string]string{"incoming": in, "out": out, "headers": text} {
+		if strings.Contains(printed, f.Secret) {
+			t.Errorf("%s shows the password", name)
+		}
+		if n := strings.Count(printed, "\n"); n < 10 {
+			t.Errorf("%s has %d lines", name, n)
+		}
+	}
+	if got := nothing(); got != "" {
+		t.Errorf("a trace of nothing prints %q", got)
+	}
+	for _, args := range [][]string{{"--source", "x"}, {"--tenant", "x"}, {"--inbound", "--mx", "x"}} {
+		if said, err := program(t, "relais-relay", append([]string{"trace", "--for", "1s"}, args...)...); err == nil || !strings.Contains(said, args[len(args)-2][2:]) {
+			t.Errorf("%q: %v, %s", args, err, said)
+		}
+	}
+}
