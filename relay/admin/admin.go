@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"time"
 
@@ -19,10 +20,8 @@ import (
 	"github.com/relais-mta/relais/relay/engine"
 	"github.com/relais-mta/relais/relay/outbox"
 	"github.com/relais-mta/relais/relay/queue"
-	"github.com/relais-mta/relais/relay/trace"
 	"github.com/relais-mta/relais/shared/fault"
 	"github.com/relais-mta/relais/shared/ids"
-	"github.com/relais-mta/relais/shared/mailaddr"
 )
 
 // SocketName is the socket's name in the data directory.
@@ -43,7 +42,6 @@ type Config struct {
 	Outbox *outbox.Outbox
 	Engine *engine.Engine
 	Status func() Status
-	Trace  *trace.Hub // nil: dialogues are not shown
 	Logger *slog.Logger
 }
 
@@ -86,13 +84,17 @@ func Listen(cfg Config) (*Server, error) {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /v1/status", s.answer(func(*http.Request) (any, error) { return cfg.Status(), nil }))
 	mux.HandleFunc("GET /v1/queue/summary", s.answer(s.summary))
+	mux.HandleFunc("GET /v1/queue/survey", s.survey)
 	mux.HandleFunc("GET /v1/queue/messages", s.answer(s.list))
 	mux.HandleFunc("GET /v1/queue/messages/{id}", s.answer(s.show))
 	mux.HandleFunc("POST /v1/queue/import", s.answer(s.importQueue))
+	mux.HandleFunc("POST /v1/queue/operations", s.operate)
+	mux.HandleFunc("GET /v1/queue/holds", s.answer(s.holds))
+	mux.HandleFunc("POST /v1/queue/holds", s.answer(s.putHold))
+	mux.HandleFunc("DELETE /v1/queue/holds/{id}", s.answer(s.removeHold))
 	mux.HandleFunc("GET /v1/lanes", s.answer(func(*http.Request) (any, error) { return cfg.Engine.Lanes(), nil }))
-	mux.HandleFunc("GET /v1/trace", s.trace)
 	mux.HandleFunc("GET /v1/events", s.answer(s.events))
-	s.http = http.Server{Handler: mux, ReadHeaderTimeout: headerDeadline, ErrorLog: slog.NewLogLogger(cfg.Logger.Handler(), slog.LevelWarn)}
+	s.http = http.Server{Handler: mux, ReadHeaderTimeout: headerDeadline, ConnContext: withActor, ErrorLog: slog.NewLogLogger(cfg.Logger.Handler(), slog.LevelWarn)}
 	return s, nil
 }
 
@@ -123,39 +125,30 @@ var statuses = map[fault.Kind]int{
 func (s *Server) answer(f func(*http.Request) (any, error)) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		v, err := f(r)
-		status := http.StatusOK
-		w.Header().Set("Content-Type", "application/json")
 		if err != nil {
-			kind := fault.KindOf(err)
-			if status = statuses[kind]; status == 0 {
-				status = http.StatusInternalServerError
-				s.cfg.Logger.Error("admin request failed", "path", r.URL.Path, "error", err)
-			}
-			w.Header().Set("Content-Type", "application/problem+json")
-			v = Problem{Type: "about:blank", Title: kind.String(), Status: status, Detail: fault.Public(err)}
+			s.fail(w, r, err)
+			return
 		}
-		w.WriteHeader(status)
-		if err := json.NewEncoder(w).Encode(v); err != nil {
-			s.cfg.Logger.Debug("admin answer not written", "error", err)
-		}
+		s.write(w, http.StatusOK, "application/json", v)
 	}
 }
 
-// Summary is the queue in numbers.
-type Summary struct {
-	Queues        int     `json:"queues"`
-	Waiting       int64   `json:"waiting"`   // recipients, those being delivered included
-	InFlight      int64   `json:"in_flight"` // recipients being delivered
-	OverdueSecond float64 `json:"oldest_past_deadline_seconds"`
-	LastEvent     uint64  `json:"last_event"`
+func (s *Server) fail(w http.ResponseWriter, r *http.Request, err error) {
+	kind := fault.KindOf(err)
+	status := statuses[kind]
+	if status == 0 {
+		status = http.StatusInternalServerError
+		s.cfg.Logger.Error("admin request failed", "path", r.URL.Path, "error", err)
+	}
+	s.write(w, status, "application/problem+json", Problem{Type: "about:blank", Title: kind.String(), Status: status, Detail: fault.Public(err)})
 }
 
-func (s *Server) summary(*http.Request) (any, error) {
-	q := s.cfg.Queue.Summary()
-	return Summary{
-		Queues: q.Queues, Waiting: q.Waiting, InFlight: q.InFlight,
-		OverdueSecond: q.OldestOverdue.Seconds(), LastEvent: s.cfg.Outbox.Last(),
-	}, nil
+func (s *Server) write(w http.ResponseWriter, status int, kind string, v any) {
+	w.Header().Set("Content-Type", kind)
+	w.WriteHeader(status)
+	if err := json.NewEncoder(w).Encode(v); err != nil {
+		s.cfg.Logger.Debug("admin answer not written", "error", err)
+	}
 }
 
 // Recipient is one recipient for people.
@@ -170,7 +163,19 @@ type Recipient struct {
 	LastClass string              `json:"last_class,omitempty"`
 	LastMX    string              `json:"last_mx,omitempty"`
 	InDoubt   uint8               `json:"in_doubt,omitempty"`
+	InFlight  bool                `json:"in_flight,omitempty"` // being tried at the moment
+	Provider  string              `json:"provider,omitempty"`
+	Source    string              `json:"source,omitempty"` // of the last attempt
+	Held      *Holder             `json:"held,omitempty"`
 	Why       *engine.Explanation `json:"why,omitempty"`
+}
+
+// Holder is who holds a recipient and why.
+type Holder struct {
+	Rule  string    `json:"rule,omitempty"` // absent: held by hand
+	By    string    `json:"by"`
+	Why   string    `json:"why,omitempty"`
+	Since time.Time `json:"since"`
 }
 
 // Message is one message for people.
@@ -200,13 +205,35 @@ func (s *Server) message(m *queue.MessageInfo, why bool) Message {
 			State: st.State.String(), Attempts: st.Attempts, Next: st.Next, LastTry: st.LastAttempt,
 			LastReply: st.LastReply.String(), LastClass: st.LastClass, LastMX: st.LastMX, InDoubt: st.InDoubt,
 		}
+		s.attribute(&r, env, uint16(i), &st)
+		r.InFlight = slices.Contains(m.InFlight, uint16(i))
 		if why && !st.State.Final() {
-			x := s.cfg.Engine.Explain(env, i, st)
+			explain := s.cfg.Engine.Explain
+			if r.InFlight {
+				explain = s.cfg.Engine.ExplainInFlight
+			}
+			x := explain(env, i, st)
 			r.Why = &x
 		}
 		out.Recipients = append(out.Recipients, r)
 	}
 	return out
+}
+
+// attribute says who has to do with a recipient.
+func (s *Server) attribute(r *Recipient, env *relay.Envelope, index uint16, st *relay.RecipientState) {
+	if p := s.providerFor(env, index, st); p != unknownProvider {
+		r.Provider = p
+	}
+	if st.Source.IsValid() {
+		r.Source = st.Source.String()
+	}
+	if h := st.Held; h != nil {
+		r.Held = &Holder{By: h.By, Why: h.Why, Since: h.Since}
+		if !h.Rule.IsZero() {
+			r.Held.Rule = h.Rule.String()
+		}
+	}
 }
 
 func (s *Server) show(r *http.Request) (any, error) {
@@ -224,46 +251,38 @@ func (s *Server) show(r *http.Request) (any, error) {
 	return s.message(m, true), nil
 }
 
-var stateNames = map[string]relay.State{"": 0, "waiting": relay.StateWaiting, "held": relay.StateHeld}
-
 func (s *Server) list(r *http.Request) (any, error) {
 	const op = "admin.list"
 	v := r.URL.Query()
-	f := queue.Filter{Match: queue.Match{Stream: v.Get("stream")}}
-	limit := defaultListed
-	var err error
-	if t := v.Get("tenant"); t != "" {
-		if err = f.Tenant.UnmarshalText([]byte(t)); err != nil {
-			return nil, fault.Field(op, "tenant", "%s", fault.Public(err))
-		}
+	text := filterFrom(v)
+	f, err := text.parse(s.directory(), time.Now())
+	if err != nil {
+		return nil, err
 	}
+	limit := defaultListed
 	if t := v.Get("after"); t != "" {
 		if f.After, err = ids.ParseMessage(t); err != nil {
 			return nil, err
 		}
 	}
-	if t := v.Get("domain"); t != "" {
-		if f.Domain, err = mailaddr.ParseDomain(t); err != nil {
-			return nil, err
-		}
-	}
-	state, ok := stateNames[v.Get("state")]
-	if !ok {
-		return nil, fault.Field(op, "state", "%q is not a state of queued mail; write waiting or held", v.Get("state"))
-	}
-	f.State = state
 	if t := v.Get("limit"); t != "" {
 		if limit, err = strconv.Atoi(t); err != nil || limit < 1 || limit > maxListed {
 			return nil, fault.Field(op, "limit", "%q is not a number from 1 to %d", t, maxListed)
 		}
 	}
-	found, _, err := s.cfg.Queue.List(f, limit)
-	if err != nil {
-		return nil, err
-	}
-	out := make([]Message, 0, len(found))
-	for i := range found {
-		out = append(out, s.message(&found[i], false))
+	out := make([]Message, 0, min(limit, defaultListed))
+	for len(out) < limit && r.Context().Err() == nil {
+		found, next, err := s.cfg.Queue.List(f, limit-len(out))
+		if err != nil {
+			return nil, err
+		}
+		for i := range found {
+			out = append(out, s.message(&found[i], false))
+		}
+		if next.IsZero() {
+			break
+		}
+		f.After = next
 	}
 	return out, nil
 }
@@ -277,6 +296,7 @@ type Event struct {
 	Recipient uint16    `json:"recipient"`
 	Address   string    `json:"address"`
 	Tag       string    `json:"tag,omitempty"`
+	Actor     string    `json:"actor,omitempty"`
 	Source    string    `json:"source,omitempty"`
 	Provider  string    `json:"provider,omitempty"`
 	MX        string    `json:"mx,omitempty"`
@@ -299,7 +319,7 @@ func (s *Server) events(r *http.Request) (any, error) {
 	for i := range events {
 		ev := &events[i]
 		e := Event{
-			Seq: ev.Seq, Type: ev.Type.String(), At: ev.At, Message: ev.Message.String(), Recipient: ev.Index, Address: ev.Address, Tag: ev.Tag,
+			Seq: ev.Seq, Type: ev.Type.String(), At: ev.At, Message: ev.Message.String(), Recipient: ev.Index, Address: ev.Address, Tag: ev.Tag, Actor: ev.Actor,
 			Provider: ev.Provider, MX: ev.MX, Phase: ev.Phase.String(), Class: ev.Class, Reply: ev.Reply.String(), Attempts: ev.Attempts,
 		}
 		if ev.SourceIP.IsValid() {

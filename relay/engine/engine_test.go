@@ -8,6 +8,7 @@ import (
 	"github.com/relais-mta/relais/relay"
 	"github.com/relais-mta/relais/relay/outbox"
 	"github.com/relais-mta/relais/shared/fault"
+	"github.com/relais-mta/relais/shared/ids"
 	"github.com/relais-mta/relais/shared/lab"
 	"github.com/relais-mta/relais/shared/mailaddr"
 	"github.com/relais-mta/relais/shared/policy"
@@ -223,7 +224,7 @@ func TestExplainsWhatMailWaitsFor(t *testing.T) {
 	env := w.accept(nil, w.at(lab.Google, 0, lab.Accept))
 	state := relay.RecipientState{State: relay.StateWaiting, Next: env.AcceptedAt}
 	w.until("the source is named", func() bool { return w.engine.Explain(env, 0, state).Reason == "source" })
-	later := relay.RecipientState{State: relay.StateWaiting, Next: time.Now().Add(time.Hour), LastReply: relay.Reply{Code: 451, Enhanced: "4.7.1", Text: "later"}}
+	later := relay.RecipientState{State: relay.StateWaiting, Next: time.Now().Add(30 * time.Minute), LastReply: relay.Reply{Code: 451, Enhanced: "4.7.1", Text: "later"}}
 	for _, tc := range []struct {
 		state  relay.RecipientState
 		reason string
@@ -232,6 +233,11 @@ func TestExplainsWhatMailWaitsFor(t *testing.T) {
 		{relay.RecipientState{State: relay.StateHeld}, "held", "operator"},
 		{relay.RecipientState{State: relay.StateBounced}, "bounced", "nothing more"},
 		{later, "retry", "451 4.7.1 later"},
+		{relay.RecipientState{State: relay.StateHeld, Held: &relay.Held{By: "local:ada", Why: "wrong list"}}, "held", "local:ada holds it until it is released; its deadline counts: wrong list"},
+		{relay.RecipientState{State: relay.StateHeld, Held: &relay.Held{Rule: ids.Hold{1}}}, "held", "is being released"},
+		{relay.RecipientState{State: relay.StateWaiting, Next: env.ExpiresAt}, "deadline", "no further attempt fits in"},
+		{relay.RecipientState{State: relay.StateWaiting, Next: time.Now().Add(30 * time.Minute), InDoubt: 1, LastClass: classInDoubt}, "in-doubt", "may have arrived"},
+		{relay.RecipientState{State: relay.StateWaiting, Next: time.Now().Add(time.Minute), Sticky: first.Bind, LastReply: later.LastReply}, "retry", "greylisted"},
 	} {
 		if x := w.engine.Explain(env, 0, tc.state); x.Reason != tc.reason || !strings.Contains(x.Text, tc.text) {
 			t.Errorf("explained %+v, want %s", x, tc.reason)

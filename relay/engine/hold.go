@@ -7,6 +7,7 @@ import (
 	"github.com/relais-mta/relais/relay/queue"
 	"github.com/relais-mta/relais/relay/schedule"
 	"github.com/relais-mta/relais/shared/mailaddr"
+	"github.com/relais-mta/relais/shared/policy"
 )
 
 // maxHeldPerTake bounds how much mail of one queue rules hold in one go while
@@ -40,6 +41,9 @@ func (e *Engine) bindOf(id sourceID) netip.Addr {
 	}
 	return netip.Addr{}
 }
+
+// Directory is the view in force; nil before the first.
+func (e *Engine) Directory() *policy.Directory { return e.cfg.Directory() }
 
 // Provider names the provider of a recipient domain if the domain was looked up
 // lately, else "".

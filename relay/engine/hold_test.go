@@ -10,6 +10,7 @@ import (
 	"github.com/relais-mta/relais/shared/ids"
 	"github.com/relais-mta/relais/shared/lab"
 	"github.com/relais-mta/relais/shared/mailaddr"
+	"github.com/relais-mta/relais/shared/policy"
 )
 
 func (w *world) hold(m queue.Match) ids.Hold {
@@ -86,5 +87,40 @@ func TestARuleTakesWhatAnOpenSessionWouldCarry(t *testing.T) {
 	w.gone(env)
 	if n := len(w.arrived(lab.Yahoo)); n != 2 {
 		t.Errorf("%d arrived", n)
+	}
+}
+
+// TestBounceTellsEachSenderOnce ends mail to several domains for an operator:
+// one notification for all of it, with the reason, where policy has one sent.
+func TestBounceTellsEachSenderOnce(t *testing.T) {
+	w := newWorld(t, nil, first)
+	w.hostSender()
+	w.hold(queue.Match{Tag: "mistake"})
+	tagged := func(kind policy.StreamKind) func(*relay.Envelope) {
+		return func(env *relay.Envelope) { env.Tag, env.Kind = "mistake", kind }
+	}
+	told := w.accept(tagged(policy.Transactional), w.at(lab.Google, 0, lab.Accept), w.at(lab.Orange, 0, lab.Accept), w.at(lab.Google, 1, lab.Accept))
+	silent := w.accept(tagged(policy.Bulk), w.at(lab.Google, 0, lab.Accept))
+	p, err := w.queue.Operate(t.Context(), queue.Operation{
+		Action: queue.ActionBounce, Filter: queue.Filter{Match: queue.Match{Tag: "mistake"}}, Actor: "local:ada", Reason: "sent by mistake",
+		End: w.engine.Bounce("local:ada", "sent by mistake"),
+	}, func(queue.Progress) {})
+	if err != nil || p.Done != 4 || !p.Finished {
+		t.Fatalf("%+v, %v", p, err)
+	}
+	w.gone(told)
+	w.gone(silent)
+	w.until("the notification", func() bool { return len(w.reports()) == 1 && w.empty() })
+	bounced := 0
+	for _, e := range w.events() {
+		if e.Type == outbox.Bounced {
+			bounced++
+			if e.Actor != "local:ada" || e.Class != classOperator || e.Reply.Text != "sent by mistake" || e.Attempts != 0 {
+				t.Errorf("event %+v", e)
+			}
+		}
+	}
+	if bounced != 4 {
+		t.Errorf("%d bounced", bounced)
 	}
 }

@@ -6,13 +6,12 @@ import (
 	"time"
 
 	"github.com/relais-mta/relais/relay"
-	"github.com/relais-mta/relais/relay/queue"
 	"github.com/relais-mta/relais/relay/schedule"
 )
 
 // Explanation names the one thing a recipient waits for.
 type Explanation struct {
-	Reason   string    `json:"reason"` // stable word: retry, dns, resolve, source, family, backoff, source-connections, unproven, relay-connections, provider-share, sessions, connects, rate, session, held, in-flight
+	Reason   string    `json:"reason"` // stable word: retry, in-doubt, scheduled, deadline, dns, resolve, source, family, backoff, source-connections, unproven, relay-connections, provider-share, sessions, connects, rate, session, held, in-flight
 	Text     string    `json:"text"`
 	Until    time.Time `json:"until,omitzero"` // when it ends, if that is known
 	Source   string    `json:"source,omitempty"`
@@ -45,24 +44,29 @@ func (e *Engine) Explain(env *relay.Envelope, index int, st relay.RecipientState
 	case st.State.Final():
 		return Explanation{Reason: st.State.String(), Text: "nothing more will happen to it"}
 	case st.Next.After(now):
-		text := "it waits for its next attempt"
-		if st.LastReply.Text != "" {
-			text = fmt.Sprintf("the last attempt ended with %q; it waits for the next one", replyText(&st.LastReply))
-		}
-		return Explanation{Reason: "retry", Text: text, Until: st.Next}
-	}
-	n, ok := e.queueOf(env, index)
-	if !ok {
-		return Explanation{Reason: "in-flight", Text: "it is being delivered"}
+		return explainRetry(env, &st, now)
 	}
 	e.mu.Lock()
-	w := e.sched.Why(schedule.Queue(n), now)
+	n, pinned := e.pinnedFor(env, index)
+	e.mu.Unlock()
+	if !pinned {
+		number, ok := e.queue.Find(env, index)
+		if !ok {
+			return Explanation{Reason: "in-flight", Text: "it is being delivered"}
+		}
+		n = schedule.Queue(number)
+	}
+	e.mu.Lock()
+	w := e.sched.Why(n, now)
 	failure := e.failures[siteKey{w.Lane.Source, w.Site}]
 	e.mu.Unlock()
 	if w.Reason == "" || w.Reason == "due" {
 		return Explanation{Reason: "in-flight", Text: "it is being delivered", Provider: w.Lane.Provider}
 	}
 	x := Explanation{Reason: w.Reason, Text: whyTexts[w.Reason], Until: w.Until, Provider: w.Lane.Provider}
+	if x.Text == "" {
+		x.Text = "it waits for: " + w.Reason
+	}
 	if w.Reason == "backoff" && failure.why != "" {
 		x.Text += "; the last attempt failed at " + failure.why
 	}
@@ -82,16 +86,55 @@ func replyText(r *relay.Reply) string {
 	return fmt.Sprintf("%d %s %s", r.Code, r.Enhanced, r.Text)
 }
 
-// queueOf finds the number of the work queue that holds a recipient.
-func (e *Engine) queueOf(env *relay.Envelope, index int) (number queue.Number, found bool) {
-	want := queue.Key{Tenant: env.Tenant, Stream: env.Stream, Pool: env.Pool, Domain: env.Recipients[index].Address.Domain, Kind: env.Kind}
-	e.queue.Queues(func(info queue.QueueInfo) bool {
-		if info.Key == want {
-			number, found = info.Number, info.InMemory > 0 || info.More
+// ExplainInFlight is Explain for a recipient that the engine has taken from the
+// queue: it is being delivered, or waits for the one lane that it belongs to.
+func (e *Engine) ExplainInFlight(env *relay.Envelope, index int, st relay.RecipientState) Explanation {
+	e.mu.Lock()
+	_, pinned := e.pinnedFor(env, index)
+	e.mu.Unlock()
+	if pinned {
+		return e.Explain(env, index, st)
+	}
+	return Explanation{Reason: "in-flight", Text: "it is being delivered", Provider: st.Provider}
+}
+
+// explainRetry says which time a recipient waits for.
+func explainRetry(env *relay.Envelope, st *relay.RecipientState, now time.Time) Explanation {
+	x := Explanation{Reason: "retry", Text: "it waits for its next attempt", Until: st.Next, Provider: st.Provider}
+	ended := ""
+	if st.LastReply.Text != "" {
+		ended = fmt.Sprintf("the last attempt ended with %q; ", replyText(&st.LastReply))
+	}
+	switch {
+	case !st.Next.Before(env.ExpiresAt):
+		// retryAt lets it wait so when the schedule has no further attempt.
+		x.Reason, x.Text = "deadline", ended+"no further attempt fits in before its deadline, which ends it"
+	case st.InDoubt > 0 && (st.LastClass == classInDoubt || st.LastClass == classBadConnection):
+		x.Reason, x.Text = "in-doubt", "the end of the last attempt was not seen, so it may have arrived; it is tried once more then"
+	case st.Attempts == 0 && env.NotBefore.After(now):
+		x.Reason, x.Text = "scheduled", "its client asked for it not to be sent before"
+	case st.Sticky.IsValid():
+		x.Text, x.Source = ended+"it was greylisted and is tried again from the same source", st.Sticky.String()
+	case ended != "":
+		x.Text = ended + "it waits for the next one"
+	}
+	return x
+}
+
+// classInDoubt is the class that the queue gives to attempts that a crash cut
+// short.
+const classInDoubt = "in-doubt"
+
+// pinnedFor finds the queue of one lane that holds a recipient. e.mu is held.
+func (e *Engine) pinnedFor(env *relay.Envelope, index int) (schedule.Queue, bool) {
+	for n, p := range e.pinned {
+		for _, w := range p.work {
+			if w.Env.ID == env.ID && find(w, uint16(index)) != nil {
+				return n, true
+			}
 		}
-		return !found
-	})
-	return number, found
+	}
+	return 0, false
 }
 
 func (e *Engine) sourceName(id sourceID) string {

@@ -279,25 +279,27 @@ func (e *Engine) expireWork(works []*queue.Work, now time.Time, dir *policy.Dire
 		e.logResults(w, a, s)
 		settlements[i] = s
 	}
-	e.finishExpired(works, settlements, e.notices(works[0].Env, now, dir, settlements...))
+	e.finishEnds(works, settlements, e.notices(works[0].Env, now, dir, settlements...), nil)
 }
 
-// finishExpired stores the ends one after the other. The notification goes with
+// finishEnds stores the ends of one message's works one after the other. The notification goes with
 // the first, so that a crash can have it sent twice but never lost.
-func (e *Engine) finishExpired(works []*queue.Work, settlements []*settlement, mail []queue.Mail) {
+func (e *Engine) finishEnds(works []*queue.Work, settlements []*settlement, mail []queue.Mail, done func(error)) {
 	e.queue.Finish(works[0], nil, settlements[0].results, mail, func(err error) {
 		if err != nil {
-			e.log.Error("the expiry of a message could not be stored", "message", works[0].Env.ID, "error", err)
+			e.log.Error("the end of a message could not be stored", "message", works[0].Env.ID, "error", err)
 			for _, m := range mail {
 				m.Body.Discard()
 			}
 			for _, w := range works {
 				e.queue.Return(w)
 			}
-			return
 		}
-		if len(works) > 1 {
-			e.finishExpired(works[1:], settlements[1:], nil)
+		switch {
+		case err == nil && len(works) > 1:
+			e.finishEnds(works[1:], settlements[1:], nil, done)
+		case done != nil:
+			done(err)
 		}
 	})
 }

@@ -223,6 +223,7 @@ func (q *Queue) accepted(mail *placedMail, err error) {
 			continue
 		}
 		q.waiting++
+		wq.waits++
 		it := item{pos: pos{mail.firstDue, env.ID, uint16(i)}, fresh: true}
 		if keep {
 			it.msg = m

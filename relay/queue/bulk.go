@@ -1,6 +1,7 @@
 package queue
 
 import (
+	"bytes"
 	"context"
 	"slices"
 	"time"
@@ -215,19 +216,21 @@ func (q *Queue) seizeRound(f *Filter, targets []*target, works []*Work, inFlight
 func (q *Queue) readStates(f *Filter, targets []*target) error {
 	snap := q.st.Snapshot()
 	defer snap.Close()
-	var key, value []byte
-	var err error
 	for _, t := range targets {
-		t.states, t.match = nil, t.match[:0]
-		key = store.AppendMessageKey(key[:0], t.env.ID)
-		if value, err = snap.Get(key, value[:0]); fault.Is(err, fault.NotFound) {
-			t.gone = true
+		t.gone, t.states, t.match = true, nil, t.match[:0]
+	}
+	// Targets that were found one behind the other are read likewise, which is
+	// several times faster than one by one.
+	read := readEach
+	if f.Chosen == nil && f.rule == nil {
+		read = readRange
+	}
+	if err := read(snap, targets); err != nil {
+		return err
+	}
+	for _, t := range targets {
+		if t.gone {
 			continue
-		} else if err != nil {
-			return err
-		}
-		if err = t.readStates(snap); err != nil {
-			return err
 		}
 		for i := range t.env.Recipients {
 			index := uint16(i)
@@ -243,27 +246,107 @@ func (q *Queue) readStates(f *Filter, targets []*target) error {
 	return nil
 }
 
-func (t *target) readStates(snap *store.Snapshot) error {
+// readEach finds out which targets exist, and their states, one by one.
+func readEach(snap *store.Snapshot, targets []*target) error {
+	var key, value []byte
+	var err error
+	for _, t := range targets {
+		key = store.AppendMessageKey(key[:0], t.env.ID)
+		if value, err = snap.Get(key, value[:0]); fault.Is(err, fault.NotFound) {
+			continue
+		} else if err != nil {
+			return err
+		}
+		t.gone = false
+		if err = t.readStates(snap); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (t *target) readStates(snap *store.Snapshot) (err error) {
 	if len(t.env.Recipients) == 1 {
 		value, err := snap.Get(store.AppendStateKey(nil, t.env.ID, 0), nil)
 		if fault.Is(err, fault.NotFound) {
 			return nil
 		}
-		var s relay.RecipientState
 		if err == nil {
-			s, err = parseState(value)
+			err = t.setState(0, value)
 		}
-		t.states = map[uint16]relay.RecipientState{0: s}
 		return err
 	}
-	t.states = make(map[uint16]relay.RecipientState)
-	var inner error
-	err := snap.Iterate(store.AppendStatePrefix(nil, t.env.ID), nil, false, func(k, v []byte) bool {
-		_, index, ok := store.ParseStateKey(k)
-		if ok && int(index) < len(t.env.Recipients) {
-			t.states[index], inner = parseState(v)
+	iterErr := snap.Iterate(store.AppendStatePrefix(nil, t.env.ID), nil, false, func(k, v []byte) bool {
+		if _, index, ok := store.ParseStateKey(k); ok {
+			err = t.setState(index, v)
 		}
-		return inner == nil
+		return err == nil
+	})
+	if iterErr != nil {
+		return iterErr
+	}
+	return err
+}
+
+func (t *target) setState(index uint16, value []byte) error {
+	if int(index) >= len(t.env.Recipients) {
+		return nil
+	}
+	s, err := parseState(value)
+	if err != nil {
+		return err
+	}
+	if t.states == nil {
+		t.states = make(map[uint16]relay.RecipientState, 1)
+	}
+	t.states[index] = s
+	return nil
+}
+
+// readRange is readEach for targets in the order of their ids between which
+// there is little else.
+func readRange(snap *store.Snapshot, targets []*target) error {
+	if len(targets) == 0 {
+		return nil
+	}
+	first := targets[0].env.ID
+	at := 0
+	// find moves on to the target of an id; more is false behind the last.
+	find := func(id ids.Message) (t *target, more bool) {
+		for at < len(targets) && bytes.Compare(targets[at].env.ID[:], id[:]) < 0 {
+			at++
+		}
+		if at < len(targets) && targets[at].env.ID == id {
+			return targets[at], true
+		}
+		return nil, at < len(targets)
+	}
+	err := snap.Iterate([]byte{store.SpaceMessage}, store.AppendMessageKey(nil, first), true, func(k, _ []byte) bool {
+		id, ok := store.ParseMessageKey(k)
+		if !ok {
+			return true
+		}
+		t, more := find(id)
+		if t != nil {
+			t.gone = false
+		}
+		return more
+	})
+	if err != nil {
+		return err
+	}
+	at = 0
+	var inner error
+	err = snap.Iterate([]byte{store.SpaceState}, store.AppendStatePrefix(nil, first), false, func(k, v []byte) bool {
+		id, index, ok := store.ParseStateKey(k)
+		if !ok {
+			return true
+		}
+		t, more := find(id)
+		if t != nil {
+			inner = t.setState(index, v)
+		}
+		return more && inner == nil
 	})
 	if err == nil {
 		err = inner

@@ -297,6 +297,7 @@ func (q *Queue) finished(end *ending, err error) {
 	}
 	w.wq.stored = true
 	q.waiting -= int64(end.deleted)
+	w.wq.waits -= int64(end.deleted)
 	q.disown(w)
 	next := 0
 	for i := range w.Recipients {
@@ -316,6 +317,7 @@ func (q *Queue) finished(end *ending, err error) {
 			m.setFinal(r.Index)
 		case r.State.State == relay.StateWaiting:
 			q.waiting++
+			w.wq.waits++
 			q.enqueue(w.wq, item{pos: pos{store.Milliseconds(r.State.Next), m.id, r.Index}})
 		}
 	}

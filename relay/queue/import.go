@@ -234,6 +234,7 @@ func (q *Queue) imported(mail *importedMail, err error) {
 		}
 		if mail.waits[i] {
 			q.waiting++
+			wq.waits++
 			q.enqueue(wq, item{pos: pos{mail.due[i], mail.env.ID, uint16(i)}})
 		}
 	}

@@ -13,6 +13,7 @@ import (
 type QueueInfo struct {
 	Number   Number
 	Key      Key
+	Waiting  int64     // recipients with a next time, those in flight included; without those from before the start until they are counted
 	InMemory int       // recipients in the window
 	InFlight int       // recipients owned by callers
 	More     bool      // others wait on disk
@@ -25,7 +26,7 @@ func (q *Queue) Queues(f func(QueueInfo) bool) {
 	q.mu.Lock()
 	infos := make([]QueueInfo, 0, len(q.byNumber))
 	for _, wq := range q.byNumber {
-		info := QueueInfo{Number: wq.number, Key: wq.key, InMemory: wq.win.len(), InFlight: wq.inFlight, More: !wq.complete}
+		info := QueueInfo{Number: wq.number, Key: wq.key, Waiting: wq.waits, InMemory: wq.win.len(), InFlight: wq.inFlight, More: !wq.complete}
 		if wq.win.len() > 0 {
 			info.Next = time.UnixMilli(wq.win.first().due)
 		}
@@ -50,11 +51,24 @@ func (q *Queue) Key(n Number) (Key, bool) {
 	return wq.key, true
 }
 
+// Find returns the number of the work queue of one recipient. False: there is
+// no such queue (any more).
+func (q *Queue) Find(env *relay.Envelope, index int) (Number, bool) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	wq := q.byKey[keyOf(env, index)]
+	if wq == nil {
+		return 0, false
+	}
+	return wq.number, true
+}
+
 // Summary counts what the queue holds.
 type Summary struct {
 	Queues         int           // work queues that have work, or had until a moment ago
 	Waiting        int64         // recipients with a next time, those in flight included
-	Counted        bool          // Waiting includes what waited at start
+	Held           int64         // held recipients
+	Counted        bool          // Waiting and Held include what was there at start
 	InMemory       int64         // waiting recipients in memory
 	InFlight       int64         // recipients owned by callers
 	InboundBytes   int64         // inbound mail kept
@@ -73,6 +87,9 @@ func (q *Queue) Summary() Summary {
 		Queues: len(q.byNumber), Waiting: q.base + q.waiting, Counted: q.counted, InMemory: int64(q.inMemory),
 		InFlight: int64(q.inFlight), InboundBytes: q.inbound, OldestOverdue: q.oldestOverdue(now),
 		Messages: len(q.live), DeadlinesKnown: q.deadlines.win.len(),
+	}
+	for _, n := range q.heldBy {
+		s.Held += n
 	}
 	for _, wq := range q.byNumber {
 		if !wq.complete {

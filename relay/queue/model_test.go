@@ -348,6 +348,7 @@ func (m *model) check(t *rapid.T) {
 	if s.InFlight != owned || s.Counted && s.Waiting != waiting {
 		t.Fatalf("summary %+v, want %d in flight and %d waiting", s, owned, waiting)
 	}
+	m.checkCounts(t, s)
 }
 
 // settled reports that the queue's head is in memory.
@@ -387,6 +388,7 @@ func runModel(outer *testing.T, t *rapid.T, sz sizes) {
 		"return":  m.giveBack,
 		"expire":  m.expire,
 		"rule":    m.rule,
+		"operate": m.operate,
 		"restart": m.restart,
 		"pass": func(t *rapid.T) {
 			f.clock.Add(time.Duration(rapid.IntRange(1, 900).Draw(t, "seconds")) * time.Second)

@@ -405,7 +405,11 @@ func (q *Queue) countWaiting(snap *store.Snapshot) {
 	defer snap.Close()
 	var n int64
 	stopped := false
-	err := snap.Iterate([]byte{store.SpaceWaiting}, nil, true, func(_, _ []byte) bool {
+	waits := make(map[Number]int64)
+	err := snap.Iterate([]byte{store.SpaceWaiting}, nil, true, func(k, _ []byte) bool {
+		if number, _, _, _, ok := store.ParseWaitingKey(k); ok {
+			waits[Number(number)]++
+		}
 		n++
 		if n%4096 == 0 {
 			select {
@@ -427,6 +431,11 @@ func (q *Queue) countWaiting(snap *store.Snapshot) {
 	q.mu.Lock()
 	for rule, n := range held {
 		q.heldBy[rule] += n
+	}
+	for number, n := range waits {
+		if wq := q.byNumber[number]; wq != nil {
+			wq.waits += n
+		}
 	}
 	q.base, q.counted = n, true
 	q.mu.Unlock()

@@ -176,6 +176,7 @@ type workQueue struct {
 
 	stored    bool  // its record is durable
 	pins      int   // commits under way that write under its number
+	waits     int64 // waiting keys written minus deleted, since start or, once that is counted, ever
 	inFlight  int   // recipients owned by callers
 	removed   int   // waiting keys deleted since the floor was stored
 	floor     int64 // no waiting key has an earlier due time

@@ -251,6 +251,7 @@ func (q *Queue) dropOrphans(w *Work) {
 		q.unref(m, len(w.Recipients))
 		if err == nil {
 			q.waiting -= int64(len(w.Recipients))
+			w.wq.waits -= int64(len(w.Recipients))
 		}
 		q.mu.Unlock()
 		q.pending.Done()

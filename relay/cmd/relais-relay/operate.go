@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -28,34 +29,62 @@ import (
 // maxAnswerBytes bounds an answer of the admin socket.
 const maxAnswerBytes = 256 << 20
 
-// ask gets a path from the admin socket of the running relay and decodes it.
-func ask(ctx context.Context, o *options, path string, v any) error {
+// request asks the admin socket of the running relay. The answer's body, which
+// is there if the error is nil, must be closed.
+func request(ctx context.Context, o *options, method, path string, in any) (*http.Response, error) {
 	const op = "relais-relay.ask"
 	socket := filepath.Join(o.data, admin.SocketName)
-	client := http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		var d net.Dialer
 		return d.DialContext(ctx, "unix", socket)
 	}}}
-	defer client.CloseIdleConnections()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://relay"+path, nil)
+	var body io.Reader
+	if in != nil {
+		text, err := json.Marshal(in)
+		if err != nil {
+			return nil, err
+		}
+		body = bytes.NewReader(text)
+	}
+	req, err := http.NewRequestWithContext(ctx, method, "http://relay"+path, body)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	resp, err := client.Do(req)
 	if err != nil {
-		return fault.Wrap(err, fault.Unavailable, op, "no relay answers on %s: is it running with --data %s, and may you read its socket?", socket, o.data)
+		return nil, fault.Wrap(err, fault.Unavailable, op, "no relay answers on %s: is it running with --data %s, and may you read its socket?", socket, o.data)
+	}
+	if resp.StatusCode == http.StatusOK {
+		return resp, nil
+	}
+	defer resp.Body.Close()
+	text, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswerBytes))
+	if err != nil {
+		return nil, fault.Wrap(err, fault.Unavailable, op, "the relay broke off its answer")
+	}
+	var p admin.Problem
+	if json.Unmarshal(text, &p) == nil && p.Detail != "" {
+		return nil, fault.New(fault.Invalid, op, "%s", p.Detail)
+	}
+	return nil, fault.New(fault.Internal, op, "the relay answered %s", resp.Status)
+}
+
+// ask gets a path from the admin socket of the running relay and decodes it.
+func ask(ctx context.Context, o *options, path string, v any) error {
+	return call(ctx, o, http.MethodGet, path, nil, v)
+}
+
+// call is ask with a method and what to send. With --json the answer is written
+// as it is.
+func call(ctx context.Context, o *options, method, path string, in, v any) error {
+	resp, err := request(ctx, o, method, path, in)
+	if err != nil {
+		return err
 	}
 	defer resp.Body.Close()
 	body, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswerBytes))
 	if err != nil {
-		return fault.Wrap(err, fault.Unavailable, op, "the relay broke off its answer")
-	}
-	if resp.StatusCode != http.StatusOK {
-		var p admin.Problem
-		if json.Unmarshal(body, &p) == nil && p.Detail != "" {
-			return fault.New(fault.Invalid, op, "%s", p.Detail)
-		}
-		return fault.New(fault.Internal, op, "the relay answered %s", resp.Status)
+		return fault.Wrap(err, fault.Unavailable, "relais-relay.ask", "the relay broke off its answer")
 	}
 	if o.json {
 		_, err = os.Stdout.Write(body)
@@ -65,68 +94,16 @@ func ask(ctx context.Context, o *options, path string, v any) error {
 }
 
 func newQueue(o *options) *cobra.Command {
-	cmd := &cobra.Command{Use: "queue", Args: noCommand, Short: "See what waits and why, export and import it", RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() }}
+	cmd := &cobra.Command{Use: "queue", Args: noCommand, Short: "See what waits and why, and act on it", RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() }}
 	cmd.AddCommand(newQueueSummary(o), newQueueList(o), newQueueShow(o), newQueueWhy(o), newQueueExport(o), newQueueImport(o))
-	return cmd
-}
-
-func newQueueSummary(o *options) *cobra.Command {
-	return &cobra.Command{
-		Use: "summary", Short: "Count what is in the queue", Args: exactly(0),
-		Example: "  relais-relay queue summary --json",
-		Long:    "Count what is in the queue of the relay, whether it runs or not.",
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			s, err := summary(cmd.Context(), o)
-			if err != nil || o.json {
-				return err
-			}
-			fmt.Printf("waiting recipients    %d\nbeing delivered       %d\nwork queues           %d\nlongest past deadline %.0f s\n",
-				s.Waiting, s.InFlight, s.Queues, s.OverdueSecond)
-			return nil
-		},
-	}
-}
-
-func newQueueList(o *options) *cobra.Command {
-	v := url.Values{}
-	flags := map[string]*string{}
-	cmd := &cobra.Command{
-		Use: "list", Short: "List queued messages, oldest first", Args: exactly(0),
-		Example: "  relais-relay queue list --domain example.com --limit 20\n  relais-relay queue list --state held --json",
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			for name, value := range flags {
-				if *value != "" {
-					v.Set(name, *value)
-				}
-			}
-			var list []admin.Message
-			if err := ask(cmd.Context(), o, "/v1/queue/messages?"+v.Encode(), &list); err != nil || o.json {
-				return err
-			}
-			if len(list) == 0 {
-				fmt.Println("No queued message matches.")
-				return nil
-			}
-			w := tabwriter.NewWriter(os.Stdout, 0, 4, 2, ' ', 0)
-			fmt.Fprintln(w, "MESSAGE\tSTREAM\tSENDER\tRECIPIENT\tSTATE\tATTEMPTS\tNEXT\tLAST REPLY")
-			for i := range list {
-				printMessage(w, &list[i])
-			}
-			return w.Flush()
-		},
-	}
-	for name, help := range map[string]string{
-		"tenant": "tenant id", "stream": "stream name", "domain": "recipient domain", "state": "waiting or held",
-		"after": "continue behind this message id", "limit": "number of messages (default 100)",
-	} {
-		flags[name] = cmd.Flags().String(name, "", help)
-	}
+	cmd.AddCommand(newQueueActions(o)...)
 	return cmd
 }
 
 func printMessage(w io.Writer, m *admin.Message) {
-	for _, r := range m.Recipients {
-		fmt.Fprintf(w, "%s\t%s\t<%s>\t<%s>\t%s\t%d\t%s\t%s\n", m.ID, m.Stream, m.Sender, r.Address, r.State, r.Attempts, timeText(r.Next), clip(r.LastReply))
+	for i := range m.Recipients {
+		r := &m.Recipients[i]
+		fmt.Fprintf(w, "%s\t%s\t<%s>\t<%s>\t%s\t%d\t%s\t%s\n", m.ID, m.Stream, m.Sender, r.Address, stateText(r), r.Attempts, timeText(r.Next), clip(r.LastReply))
 	}
 }
 
@@ -158,8 +135,9 @@ func newQueueShow(o *options) *cobra.Command {
 				m.ID, m.Tenant, m.Stream, m.Pool, m.Sender, m.Bytes, timeText(m.Accepted), timeText(m.Expires))
 			w := tabwriter.NewWriter(os.Stdout, 0, 4, 2, ' ', 0)
 			fmt.Fprintln(w, "RECIPIENT\tSTATE\tATTEMPTS\tNEXT\tMX\tCLASS\tLAST REPLY")
-			for _, r := range m.Recipients {
-				fmt.Fprintf(w, "<%s>\t%s\t%d\t%s\t%s\t%s\t%s\n", r.Address, r.State, r.Attempts, timeText(r.Next), r.LastMX, r.LastClass, r.LastReply)
+			for i := range m.Recipients {
+				r := &m.Recipients[i]
+				fmt.Fprintf(w, "<%s>\t%s\t%d\t%s\t%s\t%s\t%s\n", r.Address, stateText(r), r.Attempts, timeText(r.Next), r.LastMX, r.LastClass, r.LastReply)
 			}
 			return w.Flush()
 		},

@@ -23,13 +23,14 @@ type Event struct {
 	Address   string    `json:"address"`
 	Provider  string    `json:"provider"`
 	Class     string    `json:"class"`
+	Actor     string    `json:"actor"`
 	Reply     string    `json:"reply"`
 }
 
 // Final reports whether the event ends its recipient.
 func (e *Event) Final() bool {
 	switch e.Type {
-	case "delivered", "bounced", "expired", "unknown":
+	case "delivered", "bounced", "expired", "unknown", "purged":
 		return true
 	}
 	return false

@@ -1,0 +1,101 @@
+package admin
+
+import (
+	"fmt"
+	"reflect"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/relais-mta/relais/relay"
+	"github.com/relais-mta/relais/relay/queue"
+	"github.com/relais-mta/relais/shared/fault"
+	"github.com/relais-mta/relais/shared/ids"
+	"github.com/relais-mta/relais/shared/policy"
+)
+
+var (
+	filterNow = time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
+	acme      = ids.Tenant{15: 2}
+	pool      = ids.Pool{15: 3}
+)
+
+func directory(t *testing.T) *policy.Directory {
+	t.Helper()
+	doc, err := policy.Parse(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir, err := policy.Compile(&policy.View{
+		Revision: 1, Document: doc, Tenants: []policy.Tenant{{ID: acme, Name: "acme"}},
+		Pools: []policy.Pool{{ID: pool, Name: "default", Kind: policy.PoolShared}},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+func TestFilterWords(t *testing.T) {
+	id := ids.NewMessage(filterNow)
+	for name, tc := range map[string]struct {
+		in   Filter
+		want queue.Filter
+	}{
+		"nothing":      {Filter{}, queue.Filter{}},
+		"tenant":       {Filter{Tenant: "acme"}, queue.Filter{Match: queue.Match{Tenant: acme}}},
+		"tenant by id": {Filter{Tenant: acme.String()}, queue.Filter{Match: queue.Match{Tenant: acme}}},
+		"pool":         {Filter{Pool: "default"}, queue.Filter{Match: queue.Match{Pool: pool}}},
+		"pool by id":   {Filter{Pool: pool.String()}, queue.Filter{Match: queue.Match{Pool: pool}}},
+		"domains":      {Filter{FromDomain: "Brand.Example", Domain: "BÜCHER.example"}, queue.Filter{Match: queue.Match{From: "brand.example", Domain: "xn--bcher-kva.example"}}},
+		"words":        {Filter{Stream: "bulk", Provider: "google", Tag: "june", LastReply: "421"}, queue.Filter{Match: queue.Match{Stream: "bulk", Provider: "google", Tag: "june"}, LastReply: "421"}},
+		"held":         {Filter{State: "held"}, queue.Filter{State: relay.StateHeld}},
+		"waiting":      {Filter{State: "waiting"}, queue.Filter{State: relay.StateWaiting}},
+		"in doubt":     {Filter{State: "in-doubt"}, queue.Filter{State: relay.StateWaiting, InDoubt: true}},
+		"ages":         {Filter{OlderThan: "2h", YoungerThan: "3d"}, queue.Filter{AcceptedBefore: filterNow.Add(-2 * time.Hour), AcceptedAfter: filterNow.Add(-72 * time.Hour)}},
+		"ids": {Filter{IDs: []string{id.String(), ids.Recipient{Message: id, Index: 7}.String()}},
+			queue.Filter{Chosen: []queue.Chosen{{Message: id, Index: queue.AllRecipients}, {Message: id, Index: 7}}}},
+	} {
+		got, err := tc.in.parse(directory(t), filterNow)
+		if err != nil || !reflect.DeepEqual(got, tc.want) {
+			t.Errorf("%s: %+v, %v, want %+v", name, got, err, tc.want)
+		}
+		if back := filterFrom(tc.in.Values()); !reflect.DeepEqual(back, tc.in) {
+			t.Errorf("%s: as a query %+v", name, back)
+		}
+		if tc.in.Empty() != (name == "nothing") {
+			t.Errorf("%s: empty is %v", name, tc.in.Empty())
+		}
+	}
+}
+
+// TestFilterMistakes: a mistake names the field, and never selects more than
+// was meant.
+func TestFilterMistakes(t *testing.T) {
+	many := make([]string, maxFilterIDs+1)
+	for name, tc := range map[string]struct {
+		in    Filter
+		field string
+	}{
+		"tenant":      {Filter{Tenant: "nobody"}, "tenant"},
+		"pool":        {Filter{Pool: "nowhere"}, "pool"},
+		"from domain": {Filter{FromDomain: "a b"}, "from_domain"},
+		"domain":      {Filter{Domain: "a@b.example"}, "domain"},
+		"source":      {Filter{Source: "mx1.example"}, "source"},
+		"state":       {Filter{State: "delivered"}, "state"},
+		"age":         {Filter{OlderThan: "old"}, "older_than"},
+		"other age":   {Filter{YoungerThan: "-2h"}, "younger_than"},
+		"id":          {Filter{IDs: []string{"tnt_" + strings.Repeat("0", 25) + "1"}}, "ids"},
+		"recipient":   {Filter{IDs: []string{"rcp_1"}}, "ids"},
+		"ids":         {Filter{IDs: many}, "ids"},
+		"length":      {Filter{Tag: fmt.Sprintf("%300d", 1)}, "tag"},
+	} {
+		_, err := tc.in.parse(directory(t), filterNow)
+		if e, ok := err.(*fault.Error); !ok || e.Field != tc.field || e.Kind != fault.Invalid {
+			t.Errorf("%s: %v", name, err)
+		}
+		if _, err := tc.in.parse(nil, filterNow); err == nil {
+			t.Errorf("%s: passes without a view", name)
+		}
+	}
+}
