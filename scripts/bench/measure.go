@@ -67,7 +67,11 @@ const (
 	maxMessages    = 60000
 	drainTimeout   = 4 * time.Minute
 	measureTimeout = 8 * time.Minute
-	settleTime     = 500 * time.Millisecond // for what a system still does when the last mail has left
+
+	// What a system puts off until the last mail has left is its work too.
+	settleTime    = 500 * time.Millisecond // in which a system that has settled
+	settledTime   = 20 * time.Millisecond  // uses no more CPU than this
+	settleTimeout = 15 * time.Second
 )
 
 // measure starts a system, warms it up, measures it and stops it.
@@ -113,7 +117,7 @@ func (w *world) measure(ctx context.Context, o *options, name string, c testCase
 		stopPeak()
 		return nil, err
 	}
-	settle(ctx)
+	settle(ctx, t.pids)
 	cell.CPU = float64((cpuTime(t.pids) - before).Microseconds()) / 1000 / float64(messages)
 	cell.harness = float64((ownTime() - own).Microseconds()) / 1000 / float64(messages)
 	cell.RSS = float64(stopPeak()) / (1 << 20)
@@ -137,11 +141,21 @@ func ownTime() time.Duration {
 	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }
 
-// settle gives a system its time.
-func settle(ctx context.Context) {
-	select {
-	case <-time.After(settleTime):
-	case <-ctx.Done():
+// settle waits until a system has nothing more to do.
+func settle(ctx context.Context, pids []int) {
+	ctx, cancel := context.WithTimeout(ctx, settleTimeout)
+	defer cancel()
+	for before := cpuTime(pids); ; {
+		select {
+		case <-time.After(settleTime):
+		case <-ctx.Done():
+			return
+		}
+		now := cpuTime(pids)
+		if now-before <= settledTime {
+			return
+		}
+		before = now
 	}
 }
 
