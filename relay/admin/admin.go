@@ -20,6 +20,7 @@ import (
 	"github.com/relais-mta/relais/relay/engine"
 	"github.com/relais-mta/relais/relay/outbox"
 	"github.com/relais-mta/relais/relay/queue"
+	"github.com/relais-mta/relais/relay/trace"
 	"github.com/relais-mta/relais/shared/fault"
 	"github.com/relais-mta/relais/shared/ids"
 )
@@ -42,6 +43,7 @@ type Config struct {
 	Outbox *outbox.Outbox
 	Engine *engine.Engine
 	Status func() Status
+	Trace  *trace.Hub // nil: dialogues are not shown
 	Logger *slog.Logger
 }
 
@@ -93,6 +95,7 @@ func Listen(cfg Config) (*Server, error) {
 	mux.HandleFunc("POST /v1/queue/holds", s.answer(s.putHold))
 	mux.HandleFunc("DELETE /v1/queue/holds/{id}", s.answer(s.removeHold))
 	mux.HandleFunc("GET /v1/lanes", s.answer(func(*http.Request) (any, error) { return cfg.Engine.Lanes(), nil }))
+	mux.HandleFunc("GET /v1/trace", s.trace)
 	mux.HandleFunc("GET /v1/events", s.answer(s.events))
 	s.http = http.Server{Handler: mux, ReadHeaderTimeout: headerDeadline, ConnContext: withActor, ErrorLog: slog.NewLogLogger(cfg.Logger.Handler(), slog.LevelWarn)}
 	return s, nil
