@@ -99,6 +99,7 @@ func (g *Grantor) entry(l *limitState, n *nodeState) *entry {
 	if found {
 		return l.entries[at]
 	}
+	g.parts++
 	e := &entry{n: n, l: l}
 	l.entries = slices.Insert(l.entries, at, e)
 	at, _ = n.search(l.ID)
@@ -110,6 +111,7 @@ func (g *Grantor) entry(l *limitState, n *nodeState) *entry {
 func (g *Grantor) remove(e *entry) {
 	if at, found := e.l.search(e.n.id); found {
 		e.l.entries = slices.Delete(e.l.entries, at, at+1)
+		g.parts--
 	}
 	e.n.forget(e)
 }
@@ -127,7 +129,9 @@ type Status struct {
 	Floor         Share
 	Granted       Share // was told to the relay last
 	Demand        int64
-	Heard         bool // the relay reported within a lease
+	Used          int64 // events started or slots opened between its last two reports
+	Denied        int64 // times that the limit said no meanwhile
+	Heard         bool  // the relay reported within a lease
 	SilentSince   Instant
 	WaitsForASeat bool
 }
@@ -141,7 +145,7 @@ func (g *Grantor) Status(id LimitID) (holders []Status, free Share) {
 	}
 	for _, e := range row.entries {
 		holders = append(holders, Status{
-			Node: e.n.id, Ceiling: e.ceiling, Floor: e.floor, Granted: e.sent, Demand: e.demand,
+			Node: e.n.id, Ceiling: e.ceiling, Floor: e.floor, Granted: e.sent, Demand: e.demand, Used: e.used, Denied: e.denied,
 			Heard: e.n.heard, SilentSince: e.n.basis, WaitsForASeat: row.rotates && !e.seated && e.demand > 0,
 		})
 	}

@@ -20,6 +20,7 @@ type Grantor struct {
 	generation uint64
 	term       uint64
 	seq        uint64
+	parts      int // entries of all limits
 
 	limits []*limitState
 	byID   map[LimitID]*limitState
@@ -80,6 +81,8 @@ type entry struct {
 	held           int64  // as that report said
 
 	demand int64
+	used   int64 // as the last report said
+	denied int64
 	recent int64 // use, averaged over minutes: what floors are divided by
 	want   Share // what it is to have, as of the last allocation
 	floorW Share
@@ -139,6 +142,7 @@ func (g *Grantor) DropLimit(id LimitID) {
 		return
 	}
 	row.dropped = true
+	g.parts -= len(row.entries)
 	for _, e := range row.entries {
 		e.n.forget(e)
 	}
@@ -165,6 +169,9 @@ func (g *Grantor) Stop() { g.stopped = true }
 
 // Hello takes a relay's greeting.
 func (g *Grantor) Hello(now Instant, h Hello) {
+	if g.byNode[h.Node] == nil && len(g.nodes) >= MaxNodes {
+		return // the table would refuse it
+	}
 	n := g.node(h.Node)
 	if n.gone || h.Incarnation < n.incarnation || h.Incarnation < n.hello {
 		return
@@ -198,6 +205,9 @@ func (g *Grantor) Report(now Instant, r *Report) {
 			at++
 		}
 		if at == len(n.entries) || n.entries[at].l != row {
+			if g.parts >= MaxHolders {
+				continue
+			}
 			g.entry(row, n) // inserts at this very place
 		}
 		n.entries[at].report(g, line)
@@ -211,7 +221,7 @@ func (g *Grantor) Report(now Instant, r *Report) {
 
 // report takes one line of a report.
 func (e *entry) report(g *Grantor, line *Line) {
-	e.demand = max(line.Demand, 0)
+	e.demand, e.used, e.denied = max(line.Demand, 0), max(line.Used, 0), max(line.Denied, 0)
 	e.recent += (e.demand - e.recent) / 16
 	if e.recent == 0 {
 		e.recent = e.demand

@@ -86,7 +86,7 @@ func (h *Holder) Incarnation() uint64 { return h.incarnation }
 
 // Hello returns what begins a session with a leader.
 func (h *Holder) Hello() Hello {
-	return Hello{Node: h.node, Incarnation: h.incarnation, Floors: h.Floors()}
+	return Hello{Node: h.node, Incarnation: h.incarnation}
 }
 
 // Floors returns what must be on the relay's disk, in the order of limits.

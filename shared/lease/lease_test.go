@@ -378,3 +378,64 @@ func TestEvictedRelayGetsNothing(t *testing.T) {
 		t.Error("an evicted relay began a session")
 	}
 }
+
+// TestStatus: what people are shown of a limit.
+func TestStatus(t *testing.T) {
+	c := newCluster(t, 3, slotLimit(1, 2))
+	for n := Node(1); n <= 3; n++ {
+		c.want(n, 1, 2)
+	}
+	c.run(5 * time.Second)
+	for n := Node(1); n <= 3; n++ {
+		for range 3 {
+			c.rights(n, 1).Open(c.now)
+		}
+	}
+	c.run(11 * time.Second)
+	holders, free := c.grantor.Status(1)
+	waiting, held, used, denied := 0, int64(0), int64(0), int64(0)
+	for _, h := range holders {
+		held += h.Ceiling.Amount
+		used, denied = used+h.Used, denied+h.Denied
+		if h.WaitsForASeat {
+			waiting++
+		}
+		if !h.Heard || h.Demand != 2 {
+			t.Errorf("%+v", h)
+		}
+	}
+	if len(holders) != 3 || waiting != 1 || held != 2 || !free.zero() || used != 2 || denied != 7 {
+		t.Errorf("%d holders, %d wait, %d held, %v free, %d used, %d denied", len(holders), waiting, held, free, used, denied)
+	}
+	if holders, _ := c.grantor.Status(9); holders != nil {
+		t.Errorf("an unknown limit has %v", holders)
+	}
+}
+
+// TestPartsAreForgotten: a leader keeps nothing of who neither has nor wants
+// anything, and takes no more than its bounds.
+func TestPartsAreForgotten(t *testing.T) {
+	c := newCluster(t, 5, rateLimit(1, 100, 20), slotLimit(2, 10))
+	for n := Node(1); n <= 5; n++ {
+		c.want(n, 1, 50_000)
+		c.want(n, 2, 5)
+	}
+	c.run(12 * time.Second)
+	if c.grantor.parts != 10 {
+		t.Errorf("%d parts, want 10", c.grantor.parts)
+	}
+	for n := Node(1); n <= 5; n++ {
+		c.want(n, 1, 0)
+		c.want(n, 2, 0)
+	}
+	c.run(30 * time.Second)
+	if c.grantor.parts != 0 || len(c.grantor.byID[1].entries) != 0 || len(c.grantor.nodes[0].entries) != 0 {
+		t.Errorf("%d parts are kept of relays that want nothing", c.grantor.parts)
+	}
+	c.grantor.parts = MaxHolders
+	c.want(1, 1, 50_000)
+	c.run(12 * time.Second)
+	if got := c.usable(1, 1); !got.zero() {
+		t.Errorf("above the bound a relay got %v", got)
+	}
+}

@@ -8,7 +8,6 @@ import "time"
 type Hello struct {
 	Node        Node
 	Incarnation uint64 // higher at every start of the process, from stable storage
-	Floors      []Floor
 }
 
 // Floor is a relay's reserved part of a limit, as it is kept on its disk.

@@ -14,7 +14,7 @@ import (
 )
 
 var (
-	seeds = flag.Int("seeds", 20, "how many random worlds to run")
+	seeds = flag.Int("seeds", 12, "how many random worlds to run")
 	seed  = flag.Uint64("seed", 1, "the first world's seed")
 	show  = flag.Bool("show", false, "print what happened in the last world")
 )
@@ -22,7 +22,7 @@ var (
 // config has short times, so that everything happens often.
 func config() lease.Config {
 	return lease.Config{
-		TTL: 10 * time.Second, FloorTTL: 2 * time.Minute, Guard: 200 * time.Millisecond,
+		TTL: 10 * time.Second, FloorTTL: 90 * time.Second, Guard: 200 * time.Millisecond,
 		Linger: 15 * time.Second, Hold: 5 * time.Second, FloorGap: 20 * time.Second,
 	}
 }
@@ -66,7 +66,7 @@ func (w *world) misfortune() {
 	case 1:
 		w.stop(&r.machine, w.between(0, time.Minute))
 	case 2:
-		w.cut(&r.machine, w.between(0, time.Minute))
+		w.cut(&r.machine, w.between(0, 150*time.Second))
 	case 3: // one way only
 		if a, b := &r.machine, &s.machine; w.chance(50) {
 			w.block(a, b, w.between(0, time.Minute))
