@@ -53,7 +53,7 @@ func (s *Scheduler) evaluate(st *site, now time.Time) {
 	case st.aside || st.trial != nowhere:
 	case !served || g.otherLanes() || st.pinnedApart():
 		var at time.Time
-		if want, at = st.wantsSession(now); !at.IsZero() && (st.timer.index == 0 || at.Before(st.timer.at)) {
+		if want, at = st.wantsSession(now); !want && !at.IsZero() && (st.timer.index == 0 || at.Before(st.timer.at)) {
 			s.siteTimers.set(st, at)
 		}
 	}
@@ -127,8 +127,10 @@ func (st *site) wantsSession(now time.Time) (bool, time.Time) {
 		return true, time.Time{}
 	case st.opening > st.open || total >= st.room(now):
 		// As in slow start: a host that has not answered yet, or takes long for
-		// a message, is not asked for ever more connections.
-		return false, time.Time{}
+		// a message, is not asked for ever more connections. But another host
+		// of the site may be quicker.
+		at := st.since.Add(prompt)
+		return !at.After(now), at
 	case st.backlog > backlogPerSession*total:
 		return true, time.Time{}
 	}

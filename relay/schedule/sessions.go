@@ -146,6 +146,9 @@ func (s *Scheduler) makesWay(ss *session) bool {
 		if n := s.waiters.len(); n > 1 || n == 1 && g.queued == nowhere {
 			return spent || calm && s.waiters.count[1] > 0
 		}
+		if s.trialsWait() && (spent || calm && s.trials.count[1] > 0) {
+			return true
+		}
 		mine = mine || g.queued != nowhere
 	}
 	if g.relayFull() || s.shareFull(g.use) {

@@ -114,6 +114,7 @@ func TestNoSiteIsForgottenWhenConnectionsAreFew(t *testing.T) {
 		"of a source":   {Limits{}, Shape{SourceConnections: 2}},
 		"to a provider": {Limits{}, Shape{RelayConnections: 3}},
 		"of the relay":  {Limits{MaxSessions: 3}, Shape{}},
+		"to new hosts":  {Limits{MaxSessions: 4, UnprovenShare: 25}, Shape{}},
 		"under a rate":  {Limits{}, Shape{SourceConnections: 2, SourceMessageRate: Rate{Max: 100, Per: time.Second, Burst: 1}}},
 		"in flight":     {Limits{MaxConnectsInFlight: 1, MaxSessions: 4}, Shape{}},
 	} {
@@ -236,6 +237,35 @@ func TestWhyNamesTheLimit(t *testing.T) {
 			w.run(3 * time.Hour)
 			if left := w.queues[2].waiting; left > 0 {
 				t.Errorf("it never went when there was room: %+v", w.s.Why(2, w.now))
+			}
+		})
+	}
+}
+
+// TestSecondHostIsTried: when a session hangs at one host of a site, another
+// one is opened before the first has timed out, but no flood of them.
+func TestSecondHostIsTried(t *testing.T) {
+	for name, hang := range map[string]func(w *world, d time.Duration){
+		"in a dial":    func(w *world, d time.Duration) { w.dials["mx"] = d },
+		"in a message": func(w *world, d time.Duration) { w.takes["mx"] = d },
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t, 1, Limits{})
+			w.s.SetPool(testPool(1), sources(1))
+			w.route("a.test", "p", "mx", Shape{})
+			hang(w, time.Hour)
+			w.add(1, testKey(1, policy.Bulk, "a.test"), 1000)
+			w.run(10 * time.Second)
+			if n := len(w.sessions); n != 1 {
+				t.Errorf("%d sessions after 10 s without an answer", n)
+			}
+			w.run(10 * time.Second)
+			if n := len(w.sessions); n != 2 {
+				t.Errorf("%d sessions after 20 s without an answer, the second host was not tried", n)
+			}
+			w.run(5 * time.Minute)
+			if n := len(w.sessions); n > 22 {
+				t.Errorf("%d sessions after 5 minutes without an answer", n)
 			}
 		})
 	}

@@ -111,6 +111,17 @@ func (s *Scheduler) serveWaiters(now time.Time) {
 	}
 	clear(s.freed)
 	s.freed = s.freed[:0]
+	// New hosts first: they have a bound of their own.
+	for s.relayHolds() == "" && s.trialsWait() {
+		st, ok := s.trials.pop()
+		if !ok {
+			break
+		}
+		st.trialTurn, st.group.relayTurn = true, true
+		s.evaluate(st, now)
+		s.serveOpen(st.group, now)
+		st.trialTurn, st.group.relayTurn = false, false
+	}
 	for s.relayHolds() == "" {
 		g, ok := s.waiters.pop()
 		if !ok {
@@ -120,18 +131,8 @@ func (s *Scheduler) serveWaiters(now time.Time) {
 		s.serveOpen(g, now)
 		g.relayTurn = false
 	}
-	if s.waiters.len() > 0 && s.sessionsFull() {
+	if s.sessionsFull() && (s.waiters.len() > 0 || s.trialsWait()) {
 		s.stealIdle(nil, holdSessions)
-	}
-	for s.trials.len() > 0 && s.relayHolds() == "" && s.trialRoom() {
-		st, ok := s.trials.pop()
-		if !ok {
-			break
-		}
-		st.trialTurn, st.group.relayTurn = true, true
-		s.evaluate(st, now)
-		s.serveOpen(st.group, now)
-		st.trialTurn, st.group.relayTurn = false, false
 	}
 }
 
@@ -167,6 +168,10 @@ func (s *Scheduler) serveUse(u *providerUse, now time.Time) {
 		g.useTurn = false
 	}
 }
+
+// trialsWait reports whether an unproven host waits for nothing but room of the
+// relay.
+func (s *Scheduler) trialsWait() bool { return s.trials.len() > 0 && s.trialRoom() }
 
 func (s *Scheduler) trialRoom() bool {
 	return !reached(s.trialSessions, part(s.limits.MaxSessions, s.limits.UnprovenShare)) &&
