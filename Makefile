@@ -13,7 +13,7 @@ export CGO_ENABLED := 0
 # A test run must not depend on what an earlier one left in the cache.
 TESTFLAGS := -count=1
 
-.PHONY: all build run bench bench-deep check generate test unit e2e test-race sim sim-mutants fuzz deb test-deb peers clean
+.PHONY: all build run bench bench-deep check generate test unit e2e test-race sim sim-mutants fuzz deb test-deb peers soak clean
 
 all: build
 
@@ -57,6 +57,11 @@ unit:
 
 e2e: build
 	$(GO) test $(TESTFLAGS) -timeout 60m ./control/e2e
+
+# make soak [DURATION=10m] [SEED=1]: kills and power cuts at random moments, by root
+DURATION ?= 10m
+soak:
+	@$(GO) run ./scripts/soak -duration '$(DURATION)' $(if $(SEED),-seed '$(SEED)')
 
 # The packages in which goroutines share memory on the hot path.
 test-race:

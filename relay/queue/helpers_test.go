@@ -87,9 +87,13 @@ func newFixtureIn(t tester, dir string) *fixture {
 	return &fixture{t: t, dir: dir, sizes: defaultSizes, clock: newClock(), policy: testPolicy, storage: testStorage, changed: make(chan struct{})}
 }
 
+func (f *fixture) log() *slog.Logger {
+	return slog.New(slog.NewTextHandler(testWriter{f.t}, &slog.HandlerOptions{Level: slog.LevelWarn}))
+}
+
 func (f *fixture) open() *fixture {
 	f.t.Helper()
-	log := slog.New(slog.NewTextHandler(testWriter{f.t}, &slog.HandlerOptions{Level: slog.LevelWarn}))
+	log := f.log()
 	var err error
 	f.st, err = store.Open(context.Background(), store.Config{Dir: f.dir, Storage: f.storage, Logger: log, MemTableBytes: 8 << 20, FS: f.fs})
 	if err != nil {

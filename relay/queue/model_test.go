@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"path/filepath"
 	"slices"
 	"sort"
 	"testing"
@@ -37,6 +38,7 @@ type model struct {
 	works      []*Work
 	events     int
 	rules      map[string]ids.Hold // by the domain that they hold
+	lives      int                 // crashes and moves so far
 }
 
 func (m *model) open(id ids.Message) (n int) {
@@ -371,7 +373,7 @@ func TestQueueEqualsItsModelWithHardlyAnyMemory(t *testing.T) {
 }
 
 func runModel(outer *testing.T, t *rapid.T, sz sizes) {
-	f := newFixtureIn(t, outer.TempDir())
+	f := newFixtureIn(t, filepath.Join(quickDir(outer), "store"))
 	defer f.close()
 	f.sizes = sz
 	f.policy.MaxMemoryRecipients = sz.minMemory
@@ -390,6 +392,8 @@ func runModel(outer *testing.T, t *rapid.T, sz sizes) {
 		"rule":    m.rule,
 		"operate": m.operate,
 		"restart": m.restart,
+		"crash":   m.crash,
+		"move":    m.move,
 		"pass": func(t *rapid.T) {
 			f.clock.Add(time.Duration(rapid.IntRange(1, 900).Draw(t, "seconds")) * time.Second)
 		},
