@@ -113,6 +113,7 @@ func (s *session) login(user string, secret []byte) error {
 	s.server.metrics.auth.WithLabelValues("ok").Inc()
 	s.server.logins.succeeded(s.loginKeys)
 	s.credential, s.secretHash = id, hash
+	s.credentialText, s.clientText = id.String(), s.conn.Remote().String()
 	s.conn.Trace().About(trace.Subject{Tenant: credential.Tenant})
 	return nil
 }

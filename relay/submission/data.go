@@ -329,8 +329,8 @@ func (s *session) accepted(env *relay.Envelope, h *header, size int64) error {
 		version = tls.VersionName(state.Version)
 	}
 	s.server.opt.Logger.LogAttrs(context.Background(), slog.LevelInfo, "message accepted",
-		slog.String("message", id), slog.String("credential", s.credential.String()), slog.String("stream", env.Stream),
-		slog.Int("recipients", len(env.Recipients)), slog.Int64("bytes", size), slog.Any("client_ip", env.ClientIP),
+		slog.String("message", id), slog.String("credential", s.credentialText), slog.String("stream", env.Stream),
+		slog.Int("recipients", len(env.Recipients)), slog.Int64("bytes", size), slog.String("client_ip", s.clientText),
 		slog.String("tls", version), slog.String("tag", h.options.tag))
 	return smtpconn.Reply(250, smtp.EnhancedCode{2, 0, 0}, "OK queued as %s", id)
 }

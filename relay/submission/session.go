@@ -37,6 +37,9 @@ type session struct {
 	issuer      *x509.Certificate // the CA that the client's certificate was found to be of
 	issuerUntil time.Time
 
+	// What the log says of every message; made once.
+	credentialText, clientText string
+
 	// The transaction.
 	dir        *policy.Directory // one policy for the whole transaction
 	cred       *policy.Credential
