@@ -82,7 +82,7 @@ func (m *mutant) run(dir string, seeds int) (string, error) {
 		return how, nil
 	}
 	began = time.Now()
-	if err := fails(binary, "-test.run", "^TestSeeds$", "-seeds", fmt.Sprint(seeds)); err != nil {
+	if err := fails(binary, "-test.run", "^TestSeeds$", "-seeds", fmt.Sprint(seeds), "-stop", "1"); err != nil {
 		return "", fmt.Errorf("%s, but not by random worlds: %w", how, err)
 	}
 	return fmt.Sprintf("%s, by random worlds in %v", how, time.Since(began).Round(10*time.Millisecond)), nil
@@ -116,7 +116,7 @@ func (m *mutant) overlay(dir string) (string, error) {
 // fails runs tests that must break a promise: failing for another reason, such as a
 // panic, does not count.
 func fails(binary string, args ...string) error {
-	cmd := exec.Command(binary, append(args, "-test.timeout", "5m")...)
+	cmd := exec.Command(binary, append(args, "-test.timeout", "20m")...)
 	cmd.Dir = filepath.Dir(binary)
 	out, err := cmd.CombinedOutput()
 	var exit *exec.ExitError

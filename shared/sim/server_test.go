@@ -25,9 +25,13 @@ func (w *world) addServer() *server {
 }
 
 func (w *world) machineNamed(kind string, n int) machine {
+	ppm := w.rng.Int64N(8001) - 4000
+	if w.chance(50) { // as fast or slow as clocks may be
+		ppm = 4000 - 8000*w.rng.Int64N(2)
+	}
 	return machine{
 		name: kind + string(rune('A'+n)), life: 1,
-		ppm: w.rng.Int64N(8001) - 4000, offset: w.between(time.Hour, 1000*time.Hour),
+		ppm: ppm, offset: w.between(time.Hour, 1000*time.Hour),
 	}
 }
 

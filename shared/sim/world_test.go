@@ -25,6 +25,7 @@ type world struct {
 	relays  []*relay
 	limits  []lease.LimitID
 	checker checker
+	reign   bool                 // the leader stays
 	unaware bool                 // a former leader never hears that it is none any more
 	quiet   bool                 // no faults any more
 	sync    func() time.Duration // how long a write takes; nil: as usual
