@@ -65,8 +65,11 @@ func (b *bucket) set(at Instant, s Share, per time.Duration) {
 }
 
 // take starts n events if they may start now; otherwise it returns how long to
-// wait, negative if they never may.
+// wait, negative if they never may. Nothing always may.
 func (b *bucket) take(now Instant, n int64) (bool, time.Duration) {
+	if n < 1 {
+		return true, 0
+	}
 	if b.interval == 0 || n > b.burst {
 		return false, -1
 	}

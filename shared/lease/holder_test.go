@@ -300,6 +300,24 @@ func TestTakeWaits(t *testing.T) {
 	})
 }
 
+// TestTakeOfNothing gives nothing back either.
+func TestTakeOfNothing(t *testing.T) {
+	h, r := grantee()
+	h.Grant(at0, grant(1, 1, 1, 1_000, 1))
+	later := at0.Add(2 * time.Second)
+	if ok, _ := r.Take(later, 1); !ok {
+		t.Fatal("the first event was refused")
+	}
+	for _, n := range []int64{0, -1, -100} {
+		if ok, _ := r.Take(later, n); !ok {
+			t.Errorf("%d events were refused", n)
+		}
+	}
+	if ok, wait := r.Take(later, 1); ok || wait != time.Second {
+		t.Errorf("after taking less than nothing: %v, wait %v; want 1s", ok, wait)
+	}
+}
+
 func TestTakeDoesNotAllocate(t *testing.T) {
 	h, r := grantee()
 	h.Grant(at0, grant(1, 1, 1, 1_000_000, 100))

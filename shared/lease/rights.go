@@ -46,7 +46,7 @@ func (r *Rights) Take(now Instant, n int64) (bool, time.Duration) {
 	}
 	ok, wait := r.bucket.take(now, n)
 	if ok {
-		r.used += n
+		r.used += max(n, 0)
 	} else {
 		r.denied++
 	}
