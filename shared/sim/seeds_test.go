@@ -41,9 +41,7 @@ func randomWorld(seed uint64) *world {
 		{ID: 3, Kind: lease.Slots, Max: w.rng.Int64N(20) + 10, FloorPercent: 20, ReservePercent: 5},
 		{ID: 4, Kind: lease.Slots, Max: 2}, // likewise
 	} {
-		if err := w.log.state.table.PutLimit(l); err != nil {
-			panic(err)
-		}
+		w.install(l)
 	}
 	w.reign = w.chance(30)
 	w.elect(w.servers[0])
@@ -54,6 +52,15 @@ func randomWorld(seed uint64) *world {
 	w.setQuota(address, 0, 100)
 	w.setQuota(domain, 0, 200)
 	return w
+}
+
+// install begins the log with a limit.
+func (w *world) install(l lease.Limit) {
+	cmd := func(st *state) any { return st.table.PutLimit(l) }
+	if err, ok := cmd(w.log.state).(error); ok {
+		panic(err)
+	}
+	w.log.entries = append(w.log.entries, cmd)
 }
 
 // misfortune does something to somebody, and comes again.
@@ -199,12 +206,6 @@ func play(seed uint64) *world {
 // replay applies the log to an empty state: it must come out the same.
 func (w *world) replay() {
 	st := newState()
-	for _, l := range w.log.state.table.Limits() {
-		first := l
-		if err := st.table.PutLimit(first); err != nil {
-			panic(err)
-		}
-	}
 	for _, cmd := range w.log.entries {
 		cmd(st)
 	}
