@@ -38,13 +38,13 @@ func TestBenchDeep(t *testing.T) {
 	}
 	for _, name := range []string{
 		"load", "waiting", "rss_peak", "rss_steady", "disk", "restart_to_first_attempt", "restart_to_first_attempt_after_kill",
-		"throughput_empty", "throughput", "throughput_share", "cpu", "cpu_empty", "drain",
+		"throughput_empty", "throughput", "throughput_share", "cpu", "cpu_empty", "drain", "purge",
 	} {
 		if values[name] <= 0 {
 			t.Errorf("%s is %v", name, values[name])
 		}
 	}
-	for _, name := range []string{"transactional_p99_empty", "transactional_p99", "transactional_p99_draining", "oldest_overdue", "lost", "duplicated"} {
+	for _, name := range []string{"transactional_p99_empty", "transactional_p99", "transactional_p99_draining", "transactional_p99_purging", "oldest_overdue", "lost", "duplicated"} {
 		if v, ok := values[name]; !ok || v < 0 {
 			t.Errorf("%s is %v", name, v)
 		}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -25,6 +26,8 @@ const (
 	metricExpired = `relais_relay_queue_results_total{state="expired"}`
 	metricBounced = `relais_relay_queue_results_total{state="bounced"}`
 	metricUnknown = `relais_relay_queue_results_total{state="unknown"}`
+	metricPurged  = `relais_relay_queue_results_total{state="purged"}`
+	purgeTarget   = 60 // seconds for 1,000,000 recipients
 )
 
 // policy is the shipped one where it matters for a deep queue; only the retry
@@ -124,7 +127,7 @@ func (b *bench) steps(ctx context.Context) error {
 		do   func(context.Context) error
 	}{
 		{"empty", b.empty}, {"load", b.load}, {"settle", b.settle}, {"backlog", b.backlog},
-		{"kill", b.kill}, {"drain", b.drain}, {"account", b.account},
+		{"kill", b.kill}, {"drain", b.drain}, {"purge", b.purge}, {"account", b.account},
 	} {
 		b.setPhase(step.name)
 		if err := step.do(ctx); err != nil {
@@ -288,8 +291,8 @@ func (b *bench) restart(ctx context.Context) (first, ready time.Duration, err er
 
 // keepCounts remembers what a process that is about to end has counted.
 func (b *bench) keepCounts(ctx context.Context) error {
-	got, err := readMetrics(ctx, b.relay.Metrics(), metricExpired, metricBounced, metricUnknown)
-	b.ended += got[metricExpired] + got[metricBounced] + got[metricUnknown]
+	got, err := readMetrics(ctx, b.relay.Metrics(), metricExpired, metricBounced, metricUnknown, metricPurged)
+	b.ended += got[metricExpired] + got[metricBounced] + got[metricUnknown] + got[metricPurged]
 	return err
 }
 
@@ -316,6 +319,39 @@ func (b *bench) drain(ctx context.Context) error {
 	took := b.seen.lastTaken(backlogMail).Sub(begun) // less than all when the due part ended
 	b.r.add("drain", float64(b.seen.count(backlogMail)-before)/max(took.Seconds(), 1), "1/s", "of the backlog, beside new mail")
 	b.r.add("transactional_p99_draining", p99.Seconds(), "s", "accepted to first attempt, while the backlog leaves")
+	return nil
+}
+
+// purge removes what is left of the backlog, while transactional mail goes on.
+func (b *bench) purge(ctx context.Context) error {
+	type result struct {
+		out  []byte
+		took time.Duration
+		err  error
+	}
+	purged := make(chan result, 1)
+	begun := time.Now()
+	go func() {
+		out, err := exec.CommandContext(ctx, filepath.Join(b.o.bin, "relais-relay"), "queue", "purge", "--stream", "bulk", "--yes", "--json", "--data", b.relay.Dir).Output()
+		purged <- result{out, time.Since(begun), err}
+	}()
+	p99, err := b.prompt(ctx, "purge", b.times.prompt)
+	r := <-purged
+	if err != nil {
+		return err
+	}
+	if r.err != nil {
+		return fault.Wrap(r.err, fault.Unavailable, "bench-deep", "the backlog could not be purged")
+	}
+	lines := bytes.Split(bytes.TrimSpace(r.out), []byte("\n"))
+	var last struct {
+		Done int64 `json:"done"`
+	}
+	if err := json.Unmarshal(lines[len(lines)-1], &last); err != nil {
+		return fault.Wrap(err, fault.Internal, "bench-deep", "the last line of the purge is no JSON")
+	}
+	b.r.atMost("purge", r.took.Seconds(), purgeTarget*max(1, float64(last.Done)/spaceFor), "s", fmt.Sprintf("%d recipients, %.0f a second, %d lines of progress", last.Done, float64(last.Done)/r.took.Seconds(), len(lines)))
+	b.r.add("transactional_p99_purging", p99.Seconds(), "s", "accepted to first attempt, while the backlog is purged")
 	return nil
 }
 
