@@ -163,3 +163,36 @@ func TestSweepForgetsWhatIsUnused(t *testing.T) {
 		t.Errorf("after a day of silence %+v and %d relay counters are kept", st, len(w.s.relays))
 	}
 }
+
+// TestSweepForgetsTenants: what is known of tenants that have nothing to send
+// does not grow with their number.
+func TestSweepForgetsTenants(t *testing.T) {
+	w := newWorld(t, 1, Limits{TransactionalReserve: 50})
+	w.s.SetPool(testPool(1), sources(2))
+	for i := range 200 {
+		domain := "d" + string(rune('a'+i%20)) + ".test"
+		w.route(domain, "p", domain, Shape{SourceConnections: 3, SourceMessageRate: Rate{Max: 50, Per: time.Second, Burst: 1}})
+		w.add(Queue(i), testKey(byte(i), policy.Transactional, domain), 3)
+	}
+	w.run(time.Minute)
+	for id := range w.sessions {
+		w.end(id)
+	}
+	w.s.Next(w.now)
+	w.now = w.now.Add(2 * provenFor)
+	w.s.Sweep(w.now)
+	for _, g := range w.s.groups {
+		kept := len(g.members) + len(g.order) + len(g.open[general].entrants) + len(g.open[reserved].entrants)
+		for _, l := range g.lanes {
+			kept += len(l.idle[general].entrants) + len(l.idle[reserved].entrants)
+		}
+		if kept > 0 || len(w.s.queues) > 0 {
+			t.Errorf("%d tenants, sites and their places are kept, and %d queues", kept, len(w.s.queues))
+		}
+	}
+	w.add(1000, testKey(7, policy.Transactional, "da.test"), 10)
+	w.run(time.Minute)
+	if left := w.queues[1000].waiting; left > 0 {
+		t.Errorf("%d of 10 mails were left behind after the sweep", left)
+	}
+}

@@ -66,8 +66,12 @@ func (g *group) sweepSites(s *Scheduler, now time.Time) {
 	}
 	clear(g.order[len(kept):])
 	g.order = kept
+	alone := true // nobody waits, so nobody is ahead of others
+	for _, m := range g.members {
+		alone = alone && m.queues == 0
+	}
 	for id, m := range g.members {
-		if m.inUse(g) {
+		if !alone && m.inUse(g) {
 			continue
 		}
 		for way := range ways {
