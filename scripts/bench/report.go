@@ -154,7 +154,7 @@ func (r *report) print(w io.Writer) error {
 // setting tells what the numbers stand for.
 func (r *report) setting() string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "%s, %d cores, %s; %s; queues on %s\n", r.machine.CPU, r.machine.Cores, r.machine.Memory, r.machine.Kernel, r.machine.Disk)
+	fmt.Fprintf(&b, "%s, %d cores, %s; %s; queues on %s; load average before it began %s\n", r.machine.CPU, r.machine.Cores, r.machine.Memory, r.machine.Kernel, r.machine.Disk, r.machine.Load)
 	fmt.Fprintf(&b, "%d connections, %d destination domains, one recipient a message, plaintext; %d rounds, medians\n", connections, domains, r.options.rounds)
 	if r.signing > 0 {
 		fmt.Fprintf(&b, "bare signatures, RSA-2048 and Ed25519: %.3f ms a message\n", float64(r.signing.Microseconds())/1000)
@@ -213,8 +213,8 @@ var durability = map[string]string{
 func (r *report) markdown() string {
 	medians := r.medians()
 	var b strings.Builder
-	fmt.Fprintf(&b, "\nMeasured %s: %s, %d cores, %s of memory, %s, queues on %s. %d rounds of about %d seconds, medians.\n\n",
-		time.Now().UTC().Format("2006-01-02"), r.machine.CPU, r.machine.Cores, r.machine.Memory, r.machine.Kernel, r.machine.Disk, r.options.rounds, r.options.seconds)
+	fmt.Fprintf(&b, "\nMeasured %s: %s, %d cores, %s of memory, %s, queues on %s; load average before it began %s. %d rounds of about %d seconds, medians.\n\n",
+		time.Now().UTC().Format("2006-01-02"), r.machine.CPU, r.machine.Cores, r.machine.Memory, r.machine.Kernel, r.machine.Disk, r.machine.Load, r.options.rounds, r.options.seconds)
 	b.WriteString("| size | system | kept before 250 | accepted/s | delivered/s | CPU ms a message | memory MiB | p50 ms | p99 ms | lost | duplicated |\n| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n")
 	for _, m := range medians {
 		fmt.Fprintf(&b, "| %s | %s | %s | %.0f | %.0f | %.3f | %.0f | %.1f | %.1f | %d | %d |\n", m.Case, m.System, durability[m.System], m.AcceptedPerS, m.DeliveredPerS, m.CPU, m.RSS, m.P50, m.P99, m.Lost, m.Duplicated)

@@ -87,13 +87,15 @@ func nameServer(ctx context.Context, dir string) (*lab.Lab, error) {
 
 // machine is what the results were measured on.
 type machine struct {
-	CPU, Kernel, Disk, Memory string
-	Cores                     int
+	CPU, Kernel, Disk, Memory, Load string
+	Cores                           int
 }
 
 func describeMachine(dir string) machine {
 	m := machine{CPU: field("/proc/cpuinfo", "model name"), Memory: field("/proc/meminfo", "MemTotal"), Disk: "unknown", Kernel: "unknown"}
 	m.Cores = strings.Count(read("/proc/cpuinfo"), "processor\t")
+	// At the start, when nothing of the benchmark runs: what others use.
+	m.Load, _, _ = strings.Cut(read("/proc/loadavg"), " ")
 	var u syscall.Utsname
 	if syscall.Uname(&u) == nil {
 		var b strings.Builder
