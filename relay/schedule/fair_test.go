@@ -182,7 +182,7 @@ func TestReserve(t *testing.T) {
 // one has one turn in as many as it is below the highest, and never waits for
 // longer than that and one turn for each other priority.
 func TestPriorities(t *testing.T) {
-	for seed := range uint64(12) {
+	for seed := range uint64(8) {
 		rng := rand.New(rand.NewPCG(seed, 4))
 		w := newWorld(t, seed, Limits{})
 		w.s.SetPool(testPool(1), sources(1))
@@ -217,7 +217,7 @@ func TestPriorities(t *testing.T) {
 			last[i], worst[i] = turn, 0
 		}
 		clear(counts)
-		w.run(2 * time.Minute)
+		w.run(time.Minute)
 		top := slices.Max(priorities)
 		levels := map[int]int{}
 		for _, p := range priorities {
@@ -228,8 +228,15 @@ func TestPriorities(t *testing.T) {
 			if worst[i] > bound || counts[i] == 0 {
 				t.Errorf("seed %d: of priorities %v the stream of %d waited %d turns (had %d), the bound is %d", seed, priorities, p, worst[i], counts[i], bound)
 			}
-			if p == top && counts[i]*levels[p] < turn/(2*len(levels)) {
-				t.Errorf("seed %d: the streams of the highest of %v had %v of %d turns", seed, priorities, counts, turn)
+		}
+		total, ofLevel := 0, map[int]int{}
+		for i, p := range priorities {
+			ofLevel[p] += counts[i]
+			total += counts[i]
+		}
+		for p, n := range ofLevel {
+			if p < top && n > total/(top-p)+2 {
+				t.Errorf("seed %d: of priorities %v that of %d had %d of %d turns: the higher do not go first", seed, priorities, p, n, total)
 			}
 		}
 	}
