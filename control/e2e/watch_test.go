@@ -42,6 +42,37 @@ func watching(t *testing.T, r *fleet.Relay, args ...string) (output func() strin
 	}
 }
 
+// checkLanes has the lanes show what was delivered. Without a terminal the live
+// view prints once.
+func checkLanes(t *testing.T, f *fleet.Fleet, delivered int) {
+	t.Helper()
+	eventually(t, 30*time.Second, "the lanes have counted the mail", func() bool {
+		printed, err := program(t, "relais-relay", "lanes", "--json", "--data", f.Relays[0].Dir)
+		var lanes []struct {
+			Source, Provider, Pool string
+			Sessions, Delivered    int
+			InFlight               int `json:"in_flight"`
+		}
+		if err != nil || json.Unmarshal([]byte(printed), &lanes) != nil {
+			t.Fatalf("%v\n%s", err, printed)
+		}
+		n := 0
+		for _, l := range lanes {
+			if n += l.Delivered; l.Source != f.Relays[0].Sources[0].String() || l.Provider == "" || l.Pool == "" {
+				t.Errorf("lane %+v", l)
+			}
+		}
+		return n == delivered
+	})
+	printed, err := program(t, "relais-relay", "lanes", "--top", "--sort", "delivered", "--data", f.Relays[0].Dir)
+	if err != nil || !strings.HasPrefix(printed, "SOURCE ") || !strings.Contains(printed, f.Relays[0].Sources[0].String()) || strings.Contains(printed, "\x1b") {
+		t.Errorf("%v\n%s", err, printed)
+	}
+	if said, err := program(t, "relais-relay", "lanes", "--sort", "colour"); err == nil || !strings.Contains(said, "oldest") {
+		t.Errorf("%v, %s", err, said)
+	}
+}
+
 // TestTrace watches mail come in and go out.
 func TestTrace(t *testing.T) {
 	f := start(t, fleet.Config{Open: true})
@@ -52,7 +83,7 @@ func TestTrace(t *testing.T) {
 		local, _, _ := strings.Cut(to[i], "@")
 		to[i] = local + "@" + domain
 	}
-	incoming := watching(t, r, "trace", "--inbound", "--json", "--count", "30", "--for", "1m")
+	incoming := watching(t, r, "trace", "--inbound", "--json", "--count", "80", "--for", "1m")
 	headers := watching(t, r, "trace", "--domain", domain, "--headers", "--count", "60", "--for", "1m")
 	mine := watching(t, r, "trace", "--domain", domain, "--json", "--count", "10", "--for", "1m")
 	nothing := watching(t, r, "trace", "--mx", "nowhere.example", "--for", "3s")
@@ -97,6 +128,7 @@ func TestTrace(t *testing.T) {
 			t.Errorf("%s has %d lines", name, n)
 		}
 	}
+	checkLanes(t, f, len(to))
 	if got := nothing(); got != "" {
 		t.Errorf("a trace of nothing prints %q", got)
 	}

@@ -2,7 +2,6 @@ package engine
 
 import (
 	"fmt"
-	"sort"
 	"time"
 
 	"github.com/relais-mta/relais/relay"
@@ -146,42 +145,4 @@ func (e *Engine) sourceName(id sourceID) string {
 		}
 	}
 	return id.String()
-}
-
-// LaneInfo is one lane for people.
-type LaneInfo struct {
-	Source   string `json:"source"`
-	Provider string `json:"provider"`
-	Pool     string `json:"pool"`
-	Sessions int    `json:"sessions"`
-	Waiting  int    `json:"waiting"` // recipients due for the provider in the pool, all its sources
-}
-
-// Lanes lists the lanes that have sessions or work, busiest first.
-func (e *Engine) Lanes() []LaneInfo {
-	e.mu.Lock()
-	lanes := e.sched.Lanes()
-	e.mu.Unlock()
-	out := make([]LaneInfo, 0, len(lanes))
-	dir := e.cfg.Directory()
-	for _, l := range lanes {
-		info := LaneInfo{Source: e.sourceName(l.Lane.Source), Provider: l.Lane.Provider, Pool: l.Pool.String(), Sessions: l.Sessions, Waiting: l.Waiting}
-		if dir != nil {
-			if p, ok := dir.Pool(l.Pool); ok {
-				info.Pool = p.Name
-			}
-		}
-		out = append(out, info)
-	}
-	sort.Slice(out, func(i, j int) bool {
-		a, b := &out[i], &out[j]
-		if a.Sessions != b.Sessions {
-			return a.Sessions > b.Sessions
-		}
-		if a.Waiting != b.Waiting {
-			return a.Waiting > b.Waiting
-		}
-		return a.Provider+a.Source < b.Provider+b.Source
-	})
-	return out
 }

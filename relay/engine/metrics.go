@@ -21,6 +21,7 @@ type metrics struct {
 	attempts prometheus.Histogram
 	dsns     *prometheus.CounterVec
 	untold   *prometheus.CounterVec
+	lanes    laneCounts // too many for series
 }
 
 func newMetrics(reg prometheus.Registerer, e *Engine) (*metrics, error) {
@@ -78,6 +79,7 @@ func providerLabel(name string) string {
 }
 
 func (m *metrics) count(a *relay.Attempt, s *settlement) {
+	m.lanes.count(a, s)
 	label := providerLabel(a.Provider)
 	for i := range s.results {
 		m.outcomes.WithLabelValues(label, s.results[i].State.State.String()).Inc()

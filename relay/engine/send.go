@@ -73,7 +73,9 @@ func (w *worker) attempt(work *queue.Work, dir *policy.Directory, now time.Time)
 	}
 	w.waited, w.guard = false, e.watch(work.Env, now, w.session.Abort)
 	e.queue.Begin(work, a, func(err error) { w.journal <- err })
+	e.metrics.lanes.begin(w.lane, len(w.tx.Recipients), now)
 	a.Outcomes = w.session.Send(&w.tx)
+	e.metrics.lanes.end(w.lane, len(w.tx.Recipients))
 	if !w.waited {
 		<-w.journal // refused before the data: the record is on its way all the same
 	}

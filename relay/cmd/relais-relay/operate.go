@@ -182,29 +182,6 @@ func untilText(t time.Time) string {
 	return ", until " + timeText(t)
 }
 
-func newLanes(o *options) *cobra.Command {
-	return &cobra.Command{
-		Use: "lanes", Short: "List source × provider with sessions and waiting work, busiest first", Args: exactly(0),
-		Example: "  relais-relay lanes --json",
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			var lanes []engine.LaneInfo
-			if err := ask(cmd.Context(), o, "/v1/lanes", &lanes); err != nil || o.json {
-				return err
-			}
-			if len(lanes) == 0 {
-				fmt.Println("There are no lanes: nothing was sent lately.")
-				return nil
-			}
-			w := tabwriter.NewWriter(os.Stdout, 0, 4, 2, ' ', 0)
-			fmt.Fprintln(w, "SOURCE\tPROVIDER\tPOOL\tSESSIONS\tWAITING")
-			for _, l := range lanes {
-				fmt.Fprintf(w, "%s\t%s\t%s\t%d\t%d\n", l.Source, l.Provider, l.Pool, l.Sessions, l.Waiting)
-			}
-			return w.Flush()
-		},
-	}
-}
-
 func newStatus(o *options) *cobra.Command {
 	return &cobra.Command{
 		Use: "status", Short: "Say which node this is and whether control is reachable", Args: exactly(0),
