@@ -72,7 +72,7 @@ type Envelope struct {
 	Recipients []Recipient
 	Body       BodyRef
 	EightBit   bool // holds octets above 127 (RFC 6152)
-	SMTPUTF8   bool // its header section holds UTF-8, so that it cannot go without SMTPUTF8 (RFC 6531 section 3.4); addresses are judged by themselves
+	SMTPUTF8   bool // its header section, or that of a MIME part, holds UTF-8, so that it cannot go without SMTPUTF8 (RFC 6531 section 3.4); addresses are judged by themselves
 	BinaryMIME bool // has lines that are not text lines (RFC 3030): too long, or with a bare CR, LF or NUL
 	ClientDKIM bool // the client had signed it already
 	Internal   bool // made by Relais (DSN): never bounced, never counted as the tenant's own volume

@@ -306,7 +306,11 @@ type Event struct {
 	Phase     string    `json:"phase,omitempty"`
 	Class     string    `json:"class,omitempty"`
 	Reply     string    `json:"reply,omitempty"`
-	Attempts  uint32    `json:"attempts,omitempty"`
+	Attempts  uint32    `json:"attempts,omitempty"` // of locked and unlocked: logins that failed or were refused
+
+	Credential string    `json:"credential,omitempty"` // of locked and unlocked: whose logins
+	Client     string    `json:"client,omitempty"`     // of locked and unlocked: who failed last
+	Until      time.Time `json:"until,omitzero"`       // of locked
 }
 
 func (s *Server) events(r *http.Request) (any, error) {
@@ -327,6 +331,12 @@ func (s *Server) events(r *http.Request) (any, error) {
 		}
 		if ev.SourceIP.IsValid() {
 			e.Source = ev.SourceIP.String()
+		}
+		if ev.Type == outbox.Locked || ev.Type == outbox.Unlocked {
+			e.Client, e.Until = ev.RemoteIP.String(), ev.Next
+			if !ev.Credential.IsZero() {
+				e.Credential = ev.Credential.String()
+			}
 		}
 		out = append(out, e)
 	}
