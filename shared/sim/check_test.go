@@ -186,6 +186,9 @@ func (c *checker) committed(w *world, before totals, result any) {
 			w.fail("W5: %d are settled for subject %d on %v, relays said %d", used, subject, day, claimed)
 		}
 	}
+	for _, r := range w.relays {
+		c.reserved(w, r)
+	}
 	switch res := result.(type) {
 	case []lease.Refusal:
 		for _, r := range res {
@@ -198,6 +201,24 @@ func (c *checker) committed(w *world, before totals, result any) {
 	case ledgerResult:
 		if res.stale {
 			w.fail("W4: an owner that is none any more acquired of %v", res.id)
+		}
+	}
+}
+
+// reserved holds what a relay takes for reserved against the ledger's word: that is
+// stricter than W2. Days that are over for the ledger are over.
+func (c *checker) reserved(w *world, r *relay) {
+	if r.holder == nil {
+		return
+	}
+	l := w.log.state.ledger
+	for _, id := range r.order {
+		if id.day < l.Today()-1 {
+			continue
+		}
+		may, _ := l.Reserved(id.subject, 0, id.day, warmup.Node(r.node), id.epoch)
+		if has := r.accounts[id].spender.Reserved(); has > may {
+			w.fail("W2: %s takes %d of %v for reserved, the ledger says %d", r.name, has, id, may)
 		}
 	}
 }

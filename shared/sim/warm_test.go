@@ -211,6 +211,7 @@ func (r *relay) replied(id accountID, reply warmup.Reply) {
 	if a == nil || r.holder == nil || !a.spender.Granted(reply) {
 		return
 	}
+	r.w.checker.reserved(r.w, r)
 	a.seq = 0
 	if a.cut {
 		a.cut = false

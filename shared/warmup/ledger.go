@@ -257,6 +257,17 @@ func (l *Ledger) Totals(s Subject, c Class, d Day) (quota, reserved, used uint64
 	return quota, reserved, used
 }
 
+// Reserved returns what one relay, under an epoch, reserved and what of that is
+// settled.
+func (l *Ledger) Reserved(s Subject, c Class, d Day, n Node, epoch uint64) (amount, used uint32) {
+	p := l.page(d)
+	if p == nil || p.rows[s] == nil {
+		return 0, 0
+	}
+	r := p.rows[s].reply(Request{Class: c, Node: n, Epoch: epoch})
+	return r.Amount, r.Used
+}
+
 // Recall asks a relay to cut its reservation down to an amount.
 type Recall struct {
 	Node   Node

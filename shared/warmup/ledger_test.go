@@ -168,6 +168,12 @@ func TestReserveSettleCut(t *testing.T) {
 	if q, reserved, used := l.Totals(1, 0, today); q != 100 || reserved != 100 || used != 95 {
 		t.Errorf("quota %d, reserved %d, used %d", q, reserved, used)
 	}
+	if amount, used := l.Reserved(1, 0, today, 1, 0); amount != 35 || used != 30 {
+		t.Errorf("relay 1 reserved %d and used %d, want 35 and 30", amount, used)
+	}
+	if amount, used := l.Reserved(1, 0, today, 9, 0); amount != 0 || used != 0 {
+		t.Errorf("a relay that is not known reserved %d and used %d", amount, used)
+	}
 	// A smaller quota takes nothing back and gives nothing out.
 	if err := l.SetQuota(1, 0, today, 97); err != nil {
 		t.Fatal(err)

@@ -42,6 +42,9 @@ func (s *Spender) Take(n uint32) bool {
 // taken back.
 func (s *Spender) Refund(n uint32) { s.used = max(s.used-min(n, s.used), s.settled) }
 
+// Reserved returns what may be spent in all, as far as the relay knows.
+func (s *Spender) Reserved() uint32 { return s.amount }
+
 // Left returns what is reserved and not spent.
 func (s *Spender) Left() uint32 { return s.amount - min(s.used, s.amount) }
 
