@@ -3,6 +3,7 @@ package queue
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"io/fs"
@@ -61,25 +62,55 @@ func (m *model) quiesce(t *rapid.T) {
 	}
 }
 
-// copyTree copies a data directory, holes and all. What vanishes meanwhile
-// would have been gone a moment later.
+// copyTree copies a data directory, holes and all, as it was at one moment: a
+// compaction in between makes it begin again.
 func copyTree(t *rapid.T, from, to string) {
-	err := filepath.WalkDir(from, func(path string, d fs.DirEntry, err error) error {
+	for before := ""; ; {
+		after := tables(t, from)
+		if before == after {
+			return
+		}
+		before = after
+		if err := os.RemoveAll(to); err != nil {
+			t.Fatal(err)
+		}
+		err := filepath.WalkDir(from, func(path string, d fs.DirEntry, err error) error {
+			if err != nil {
+				return err
+			}
+			rel, err := filepath.Rel(from, path)
+			if err != nil {
+				return err
+			}
+			if d.IsDir() {
+				return os.MkdirAll(filepath.Join(to, rel), 0o700)
+			}
+			return copyFile(path, filepath.Join(to, rel))
+		})
+		if errors.Is(err, fs.ErrNotExist) {
+			before = "" // a table went meanwhile
+			continue
+		}
 		if err != nil {
-			return err
+			t.Fatal(err)
 		}
-		rel, err := filepath.Rel(from, path)
-		if err != nil {
-			return err
-		}
-		if d.IsDir() {
-			return os.MkdirAll(filepath.Join(to, rel), 0o700)
-		}
-		return copyFile(path, filepath.Join(to, rel))
-	})
+	}
+}
+
+// tables names the files of the index, with the length of what lists them.
+func tables(t *rapid.T, dir string) (out string) {
+	entries, err := os.ReadDir(filepath.Join(dir, "index"))
 	if err != nil {
 		t.Fatal(err)
 	}
+	for _, e := range entries {
+		out += e.Name() + "\n"
+	}
+	info, err := os.Stat(filepath.Join(dir, "index", "MANIFEST"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return fmt.Sprint(out, info.Size())
 }
 
 const copyPieceBytes = 64 << 10
