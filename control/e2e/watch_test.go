@@ -73,6 +73,42 @@ func checkLanes(t *testing.T, f *fleet.Fleet, delivered int) {
 	}
 }
 
+// checkLockEvent guesses a password until the account is locked for the network
+// of the guesser, and has the events say so once.
+func checkLockEvent(t *testing.T, f *fleet.Fleet) {
+	t.Helper()
+	c := dial(t, f.Relays[0].Submission())
+	c.startTLS(f.ClientTLS(f.Relays[0]))
+	c.cmd("EHLO client.test", "250")
+	const failures = 5 // submission.auth_failures_per_account
+	for range failures {
+		c.cmd("AUTH PLAIN "+plain(f.User, "guess"), "535")
+	}
+	c.cmd("AUTH PLAIN "+plain(f.User, f.Secret), "454 4.7.0")
+	eventually(t, 20*time.Second, "an event tells of the lock", func() bool {
+		printed, err := program(t, "relais-relay", "events", "--data", f.Relays[0].Dir)
+		if err != nil {
+			t.Fatalf("%v\n%s", err, printed)
+		}
+		found := 0
+		for line := range strings.Lines(printed) {
+			var e struct {
+				Type, Class, Credential, Reply string
+				Attempts                       int
+			}
+			if json.Unmarshal([]byte(line), &e) == nil && e.Type == "locked" {
+				if found++; e.Class != "account" || e.Credential != f.User || e.Attempts != failures || !strings.Contains(e.Reply, "no more until") {
+					t.Errorf("%s", line)
+				}
+			}
+		}
+		if strings.Contains(printed, f.Secret) || strings.Contains(printed, "guess") {
+			t.Error("the events show a password")
+		}
+		return found == 1
+	})
+}
+
 // TestTrace watches mail come in and go out.
 func TestTrace(t *testing.T) {
 	f := start(t, fleet.Config{Open: true})
@@ -129,6 +165,7 @@ func TestTrace(t *testing.T) {
 		}
 	}
 	checkLanes(t, f, len(to))
+	checkLockEvent(t, f)
 	if got := nothing(); got != "" {
 		t.Errorf("a trace of nothing prints %q", got)
 	}
