@@ -300,6 +300,7 @@ type Event struct {
 	Address   string    `json:"address"`
 	Tag       string    `json:"tag,omitempty"`
 	Actor     string    `json:"actor,omitempty"`
+	Domain    string    `json:"domain,omitempty"` // sending domain, of an event about one
 	Source    string    `json:"source,omitempty"`
 	Provider  string    `json:"provider,omitempty"`
 	MX        string    `json:"mx,omitempty"`
@@ -326,7 +327,7 @@ func (s *Server) events(r *http.Request) (any, error) {
 	for i := range events {
 		ev := &events[i]
 		e := Event{
-			Seq: ev.Seq, Type: ev.Type.String(), At: ev.At, Message: ev.Message.String(), Recipient: ev.Index, Address: ev.Address, Tag: ev.Tag, Actor: ev.Actor,
+			Seq: ev.Seq, Type: ev.Type.String(), At: ev.At, Message: ev.Message.String(), Recipient: ev.Index, Address: ev.Address, Tag: ev.Tag, Actor: ev.Actor, Domain: ev.Domain,
 			Provider: ev.Provider, MX: ev.MX, Phase: ev.Phase.String(), Class: ev.Class, Reply: ev.Reply.String(), Attempts: ev.Attempts,
 		}
 		if ev.SourceIP.IsValid() {

@@ -16,6 +16,7 @@ import (
 
 	"github.com/relais-mta/relais/relay/delivery"
 	"github.com/relais-mta/relais/relay/egress"
+	"github.com/relais-mta/relais/relay/outbox"
 	"github.com/relais-mta/relais/relay/queue"
 	"github.com/relais-mta/relais/relay/resolve"
 	"github.com/relais-mta/relais/relay/schedule"
@@ -44,7 +45,8 @@ type Config struct {
 	Resolver     *resolve.Resolver
 	Egress       *egress.Manager
 	Dialer       *delivery.Dialer
-	Hostname     string // Reporting-MTA of our DSNs
+	Outbox       *outbox.Outbox // takes the alerts about sending domains; nil: they are logged and shown only
+	Hostname     string         // Reporting-MTA of our DSNs
 	Now          func() time.Time
 	ClockTrusted func() bool // while it returns false nothing expires
 	Seed         uint64      // of the shuffle of equal MX preferences; 0: random
@@ -59,6 +61,7 @@ type Engine struct {
 	signers sign.Cache
 	metrics *metrics
 	limiter noticeLimiter
+	checks  *selfCheck
 	log     *slog.Logger
 
 	notify  notifier
@@ -118,6 +121,10 @@ func New(cfg Config) (*Engine, error) {
 		refusing: make(map[schedule.Queue]bool),
 		rng:      rand.New(rand.NewPCG(seed, 1)),
 	}
+	e.checks = newSelfCheck(e)
+	if err := e.checks.register(cfg.Registerer); err != nil {
+		return nil, err
+	}
 	var err error
 	e.metrics, err = newMetrics(cfg.Registerer, e)
 	return e, err
@@ -165,6 +172,7 @@ func (e *Engine) Run(ctx context.Context, grace time.Duration) {
 		return true
 	})
 	e.Changed()
+	e.lookups.Go(func() { e.checks.run(ctx) })
 	expiring := make(chan struct{})
 	go func() {
 		defer close(expiring)

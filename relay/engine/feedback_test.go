@@ -55,7 +55,7 @@ func (w *world) withFeedback(rules string) (verify func(mail []byte) error) {
 		w.t.Fatal(err)
 	}
 	w.view(func(d *policy.Document) {
-		d.Delivery.SignDKIM = true
+		d.Delivery.SignDKIM, d.Delivery.DKIMCheckEvery = true, 0 // no key is in DNS
 		d.Feedback = doc.Feedback
 	}, first)
 	view := *w.policy.Load().View()
@@ -90,7 +90,7 @@ func (w *world) withFeedback(rules string) (verify func(mail []byte) error) {
 // acceptText stores a message of that text.
 func (w *world) acceptText(text string, change func(*relay.Envelope), to ...string) *relay.Envelope {
 	w.t.Helper()
-	now := time.Now()
+	now := w.now()
 	env := &relay.Envelope{
 		ID: ids.NewMessage(now), Tenant: acme, Stream: "default", Kind: policy.Transactional, Pool: pool, From: "brand.test", Tag: "spring sale:1",
 		Sender: mailaddr.Address{Local: "me", Domain: "brand.test"}, AcceptedAt: now, ExpiresAt: now.Add(time.Hour), Revision: 7,

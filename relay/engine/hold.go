@@ -85,6 +85,9 @@ func (e *Engine) explainHeld(env *relay.Envelope, h *relay.Held) Explanation {
 		return Explanation{Reason: "held", Text: "the rule " + x.Rule + " that held it is gone; it is being released", Rule: x.Rule}
 	}
 	x.Text = "rule " + x.Rule + " of " + rule.Owner + " holds it: " + rule.Cause
+	if rule.Owner == AlertDKIM {
+		x.Text += e.checks.nextLook(env.From)
+	}
 	if !rule.Until.IsZero() && rule.Until.Before(env.ExpiresAt) {
 		x.Until = rule.Until
 	}

@@ -247,9 +247,11 @@ func (w *worker) sign(converted []byte) ([]byte, error) {
 		header, hash = converted[:n], h.Sum()
 	}
 	var err error
-	w.signature, err = w.signer.signer.Sign(w.signature[:0], w.signer.added, header, hash, w.signer.want, w.engine.cfg.Now())
+	now := w.engine.cfg.Now()
+	w.signature, err = w.signer.signer.Sign(w.signature[:0], w.signer.added, header, hash, w.signer.want, now)
 	if err == nil {
 		w.signature = append(w.signature, w.signer.added...)
+		w.engine.checks.offer(w, converted, header, now)
 	}
 	return w.signature, err
 }

@@ -17,7 +17,7 @@ import (
 func TestProviderGetsTheSignaturesItWants(t *testing.T) {
 	w := newWorld(t, nil, first)
 	w.view(func(doc *policy.Document) {
-		doc.Delivery.SignDKIM = true
+		doc.Delivery.SignDKIM, doc.Delivery.DKIMCheckEvery = true, 0 // no key is in DNS
 		for i := range doc.Providers.Provider {
 			if p := &doc.Providers.Provider[i]; p.Name == lab.Google {
 				p.SignAlgorithms = []string{policy.AlgorithmRSA}

@@ -18,6 +18,7 @@ func (e *Engine) applyView(now time.Time) {
 		return
 	}
 	doc := dir.Document()
+	e.checks.changed(doc)
 	e.mu.Lock()
 	e.sched.SetLimits(schedule.Limits{
 		MaxSessions:          doc.Delivery.MaxSessions,

@@ -43,6 +43,7 @@ type world struct {
 	lab     *lab.Lab
 	policy  atomic.Pointer[policy.Directory]
 	trusted atomic.Bool
+	skew    atomic.Int64 // nanoseconds by which the relay's clock is ahead
 	egress  *egress.Manager
 	fs      store.FileSystem // nil: the operating system's
 	store   *store.Store
@@ -147,15 +148,18 @@ func (w *world) open() {
 	check()
 	w.engine, err = New(Config{
 		Store: w.store, Directory: w.policy.Load, Resolver: resolver, Egress: w.egress, Dialer: dialer, Hostname: "relay.brand.test",
-		Now: time.Now, ClockTrusted: w.trusted.Load, Seed: 1, Logger: log, Registerer: reg,
+		Now: w.now, Outbox: w.outbox, ClockTrusted: w.trusted.Load, Seed: 1, Logger: log, Registerer: reg,
 	})
 	check()
 	w.queue, err = queue.Open(context.Background(), w.store, w.outbox, queue.Config{
-		Now: time.Now, ClockTrusted: w.trusted.Load, Notify: w.engine.Notify, Policy: dir.Document().Queue, Logger: log, Strict: true,
+		Now: w.now, ClockTrusted: w.trusted.Load, Notify: w.engine.Notify, Policy: dir.Document().Queue, Logger: log, Strict: true,
 	})
 	check()
 	w.engine.Attach(w.queue)
 }
+
+// now is the relay's clock.
+func (w *world) now() time.Time { return time.Now().Add(time.Duration(w.skew.Load())) }
 
 // run starts the engine; sessions get grace to finish when it is stopped.
 func (w *world) run(grace time.Duration) {
@@ -237,7 +241,7 @@ func (w *world) at(provider string, i int, o lab.Outcome) string {
 // accept stores a message; change may alter its envelope before.
 func (w *world) accept(change func(*relay.Envelope), to ...string) *relay.Envelope {
 	w.t.Helper()
-	now := time.Now()
+	now := w.now()
 	env := &relay.Envelope{
 		ID: ids.NewMessage(now), Tenant: acme, Stream: "default", Kind: policy.Transactional, Pool: pool, From: "brand.test",
 		Sender: mailaddr.Address{Local: "me", Domain: "brand.test"}, AcceptedAt: now, ExpiresAt: now.Add(time.Hour), Revision: 7,

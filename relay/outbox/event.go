@@ -39,11 +39,13 @@ const (
 	Hastened  Type = 16 // an operator made its next attempt due at once
 	Locked    Type = 17 // logins are refused for a time after Attempts failures: from the network Address, of Credential if one is named; Next is the end
 	Unlocked  Type = 18 // that time is over; Attempts logins were refused meanwhile
-	types          = 19
+	Alert     Type = 19 // an automatic check of a sending domain began to fail: Class names it, Reply says how
+	AlertOver Type = 20 // it does not any more
+	types          = 21
 )
 
 var typeNames = [types]string{"none", "accepted", "deferred", "delivered", "bounced", "expired", "in-doubt",
-	"unknown", "inbound", "dsn", "held", "released", "delayed", "gap", "untold", "purged", "hastened", "locked", "unlocked"}
+	"unknown", "inbound", "dsn", "held", "released", "delayed", "gap", "untold", "purged", "hastened", "locked", "unlocked", "alert", "alert-over"}
 
 // String returns the name that metrics and reports use.
 func (t Type) String() string {
@@ -90,6 +92,7 @@ type Event struct {
 	Revision   uint64         // policy revision
 	Actor      string         // who asked for it; empty: the relay by itself
 	Credential ids.Credential // of a lock; zero: the lock is the network's
+	Domain     string         // sending domain, of an event about one
 
 	Count uint64 // of a Gap: events dropped
 }
@@ -127,6 +130,7 @@ const (
 	fieldTag        protowire.Number = 28
 	fieldActor      protowire.Number = 29
 	fieldCredential protowire.Number = 30
+	fieldDomain     protowire.Number = 31
 )
 
 // eventHeaderBytes are in front of the fields: schema and type.
@@ -164,7 +168,8 @@ func (e *Event) Append(b []byte) []byte {
 	b = appendUint(b, fieldRevision, e.Revision)
 	b = appendString(b, fieldTag, e.Tag)
 	b = appendString(b, fieldActor, e.Actor)
-	return appendID(b, fieldCredential, e.Credential)
+	b = appendID(b, fieldCredential, e.Credential)
+	return appendString(b, fieldDomain, e.Domain)
 }
 
 func appendUint(b []byte, n protowire.Number, v uint64) []byte {
@@ -298,6 +303,8 @@ func (e *Event) setBytes(n protowire.Number, v []byte) {
 		e.Tag = string(v)
 	case fieldActor:
 		e.Actor = string(v)
+	case fieldDomain:
+		e.Domain = string(v)
 	case fieldAddress:
 		e.Address = string(v)
 	case fieldSourceIP:

@@ -140,6 +140,10 @@ type Delivery struct {
 	SignDKIM            bool     `toml:"sign_dkim"`
 	DKIMPublishHold     Duration `toml:"dkim_publish_hold"` // a new key signs once DNS has shown its record for so long
 	DKIMRotateEvery     Duration `toml:"dkim_rotate_every"` // keys that have signed for so long get successors; 0: never by itself
+
+	DKIMCheckEvery      Duration `toml:"dkim_check_every"`       // one signature of each key is checked against DNS in such a time; 0: none
+	DKIMCheckHold       bool     `toml:"dkim_check_hold"`        // mail of a domain whose signatures do not verify is held
+	DKIMCheckHoldExcept []string `toml:"dkim_check_hold_except"` // sending domains whose mail never is
 }
 
 // Storage guards the relay's disk.

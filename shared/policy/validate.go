@@ -32,6 +32,8 @@ const (
 	maxMessageBytes  = 1 << 30
 	maxInboundMail   = 256 << 20
 	maxSectionHeader = 16 << 20
+
+	maxCheckExceptions = 1_000 // domains that are never held by their self-check
 )
 
 // Short names that keep the tables below readable.
@@ -189,6 +191,17 @@ func (s *Delivery) validate(p *problems) {
 	p.lasts(in+"dkim_publish_hold", s.DKIMPublishHold, 0, 7*day)
 	if s.DKIMRotateEvery != 0 {
 		p.lasts(in+"dkim_rotate_every", s.DKIMRotateEvery, 30*day, 3650*day)
+	}
+	if s.DKIMCheckEvery != 0 {
+		p.lasts(in+"dkim_check_every", s.DKIMCheckEvery, second, day)
+	}
+	if len(s.DKIMCheckHoldExcept) > maxCheckExceptions {
+		p.add(in+"dkim_check_hold_except", "has %d domains, write at most %d or dkim_check_hold = false", len(s.DKIMCheckHoldExcept), maxCheckExceptions)
+	}
+	for i, d := range s.DKIMCheckHoldExcept {
+		if n, err := mailaddr.ParseDomain(d); err != nil || n.IsLiteral() || string(n) != d {
+			p.add(fmt.Sprintf("%sdkim_check_hold_except[%d]", in, i), "%q is not a sending domain: write its name as `domain list` shows it", clip(d))
+		}
 	}
 }
 

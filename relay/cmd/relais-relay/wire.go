@@ -52,7 +52,7 @@ func (n *node) openEngine(ctx context.Context) (err error) {
 		return err
 	}
 	n.engine, err = engine.New(engine.Config{
-		Store: n.store, Directory: n.agent.Directory, Resolver: resolver, Egress: n.egress, Dialer: dialer, Hostname: hostname(n.cfg),
+		Store: n.store, Directory: n.agent.Directory, Resolver: resolver, Egress: n.egress, Dialer: dialer, Outbox: n.outbox, Hostname: hostname(n.cfg),
 		Now: time.Now, ClockTrusted: n.trusted, Logger: n.log, Registerer: n.registry,
 	})
 	if err != nil {
@@ -209,6 +209,12 @@ func (n *node) watchHealth() {
 	n.health.Watch("memory", func() (telemetry.Severity, string) {
 		if most := n.document().Submission.MaxMemoryPercent; most > 0 && n.memory.Over(most, time.Now()) {
 			return telemetry.Warning, "more than submission.max_memory_percent of the memory is held: new SMTP connections get 421"
+		}
+		return telemetry.OK, ""
+	})
+	n.health.Watch("dkim", func() (telemetry.Severity, string) {
+		if p := n.engine.DKIMProblem(); p != "" {
+			return telemetry.Warning, p
 		}
 		return telemetry.OK, ""
 	})
