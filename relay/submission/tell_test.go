@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -47,9 +48,9 @@ func testLock(n byte, until time.Time) lock {
 // One event at the begin, one at the end, at their times.
 func TestLocksAreTold(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		refused := map[lockKey]uint32{}
+		var refused atomic.Uint32
 		d := &diary{}
-		teller := newLockTeller(func(k lockKey) uint32 { return refused[k] }, func() { t.Error("a lock has no events") })
+		teller := newLockTeller(func(lockKey) uint32 { return refused.Load() }, func() { t.Error("a lock has no events") })
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan struct{})
 		go func() { defer close(done); teller.run(ctx, d.write, slog.New(slog.DiscardHandler)) }()
@@ -68,7 +69,7 @@ func TestLocksAreTold(t *testing.T) {
 		if begun[1].Class != "account" || begun[1].Credential != short.account || begun[1].Tenant != tenant || begun[1].RemoteIP != client {
 			t.Errorf("the account's lock begins as %+v", begun[1])
 		}
-		refused[short.lockKey] = 25
+		refused.Store(25)
 		time.Sleep(time.Minute - time.Millisecond)
 		synctest.Wait()
 		if early := d.take(); len(early) > 0 {
