@@ -105,7 +105,7 @@ func TestCommandRateOfANetwork(t *testing.T) {
 func TestMailIsPutOff(t *testing.T) {
 	const most = 3
 	_, backend, addr := start(t, OfferSTARTTLS, func(_ *Config, l *Limits) {
-		l.CommandsPerSecondPerSession, l.MaxErrorsPerSession, l.MaxCommandsPerSession, l.MaxMessagesPerSession = 1, most, 100_000, 1000
+		l.CommandsPerSecondPerSession, l.MaxErrorsPerSession, l.MaxCommandsPerSession, l.MaxMessagesPerSession = 20, most, 1_000_000, 1000
 	})
 	p := dial(t, addr)
 	p.send("EHLO c\r\n")
