@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -279,8 +280,15 @@ func TestSilentDiskAnswers451AndRecovers(t *testing.T) {
 	var wg sync.WaitGroup
 	var under []fleet.Submitted
 	freeze("-f")
+	// A process that writes to a frozen file system cannot even be killed.
+	thawed := false
+	t.Cleanup(func() {
+		if !thawed {
+			_ = exec.Command("fsfreeze", "-u", d.path).Run()
+		}
+	})
 	wg.Go(func() { under = mails(t, f, 8, "under") })
-	mustSay(t, r, "has not answered a sync")
+	mustSay(t, r, "has not answered a write")
 	refused := mails(t, f, 8, "refused")
 	for i := range refused {
 		if refused[i].Result.Code != 451 {
@@ -289,6 +297,7 @@ func TestSilentDiskAnswers451AndRecovers(t *testing.T) {
 		}
 	}
 	freeze("-u")
+	thawed = true
 	wg.Wait()
 	all = append(all, under...)
 	settle(t, f, untilAccepted(t, f, all))

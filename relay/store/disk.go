@@ -14,7 +14,7 @@ import (
 
 // How long a disk may take before it counts as failed.
 const (
-	stallLimit    = 10 * time.Second // for one sync: then no mail is accepted until it has answered
+	stallLimit    = 10 * time.Second // for one write with its sync: then no mail is accepted until it has answered
 	readOnlyLimit = time.Minute      // read-only: then the files are let go, so that the file system can be repaired
 )
 
@@ -77,7 +77,7 @@ func tryDisk(path string) error {
 	return err
 }
 
-// stalled says whether a sync has been under way for too long. A failing disk
+// stalled says whether a write has been under way for too long. A failing disk
 // often hangs before it says so.
 func (s *Store) stalled() error {
 	for _, since := range []int64{s.commitSince.Load(), s.bodySince.Load()} {
@@ -85,7 +85,7 @@ func (s *Store) stalled() error {
 			continue
 		}
 		if took := time.Since(time.Unix(0, since)); took > stallLimit {
-			return fault.New(fault.Unavailable, "store.Admit", "the disk has not answered a sync for %d s", int(took.Seconds()))
+			return fault.New(fault.Unavailable, "store.Admit", "the disk has not answered a write for %d s", int(took.Seconds()))
 		}
 	}
 	return nil

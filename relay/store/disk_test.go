@@ -101,6 +101,56 @@ func TestADiskThatDoesNotAnswerTakesNoMail(t *testing.T) {
 	}
 }
 
+// hangingFS has files whose writes do not return, as those of a frozen file
+// system, until it is let go.
+type hangingFS struct {
+	FileSystem
+	hanging, letGo chan struct{}
+}
+
+func (d *hangingFS) Create(path string) (File, error) {
+	f, err := d.FileSystem.Create(path)
+	return &hangingFile{File: f, fs: d}, err
+}
+
+type hangingFile struct {
+	File
+	fs *hangingFS
+}
+
+func (f *hangingFile) WriteVectors(b [][]byte, off int64) error {
+	f.fs.hanging <- struct{}{}
+	<-f.fs.letGo
+	return f.File.WriteVectors(b, off)
+}
+
+// A frozen file system does not take the write, so it never comes to the sync.
+func TestADiskThatHangsInAWriteTakesNoMail(t *testing.T) {
+	disk := &hangingFS{FileSystem: OS(), hanging: make(chan struct{}, 1), letGo: make(chan struct{})}
+	cfg := testConfig(t.TempDir())
+	cfg.FS = disk
+	s := openTest(t, cfg)
+	done := make(chan error, 1)
+	go func() {
+		_, err := put(s, newID(), []byte("under"))
+		done <- err
+	}()
+	<-disk.hanging
+	if began := s.bodySince.Load(); began == 0 || !s.bodySince.CompareAndSwap(began, began-int64(stallLimit)-int64(time.Second)) {
+		t.Error("nobody watches the write")
+	}
+	if err := s.Admit(10); !fault.Is(err, fault.Unavailable) {
+		t.Errorf("admitted: %v", err)
+	}
+	close(disk.letGo)
+	if err := <-done; err != nil {
+		t.Errorf("the mail under way: %v", err)
+	}
+	if err := s.Admit(10); err != nil {
+		t.Errorf("it does not recover: %v", err)
+	}
+}
+
 func TestAFailedIndexSaysSoOnce(t *testing.T) {
 	s := openTest(t, testConfig(t.TempDir()))
 	select {

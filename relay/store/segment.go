@@ -36,7 +36,11 @@ func (s *Store) writeBodies(g *group) {
 	if g.bodyBytes == 0 {
 		return
 	}
+	// The write counts like the sync: a file system that hangs may take neither,
+	// nor give a new segment.
+	s.bodySince.Store(time.Now().UnixNano())
 	err := s.appendBodies(g)
+	s.bodySince.Store(0)
 	if err == nil {
 		return
 	}
@@ -75,9 +79,7 @@ func (s *Store) appendBodies(g *group) error {
 	err := seg.file.WriteVectors(g.vectors, seg.end)
 	if err == nil {
 		began := time.Now()
-		s.bodySince.Store(began.UnixNano())
 		err = seg.file.Sync()
-		s.bodySince.Store(0)
 		s.metrics.bodySync.Observe(time.Since(began).Seconds())
 	}
 	if err != nil {

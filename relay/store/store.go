@@ -96,7 +96,7 @@ type Store struct {
 	failed      atomic.Pointer[fault.Error]
 	failedNow   chan struct{}
 	commitSince atomic.Int64 // when the commit under way began, Unix nanoseconds; 0: none is
-	bodySince   atomic.Int64 // and the sync of bodies
+	bodySince   atomic.Int64 // and the writing of bodies
 	diskError   atomic.Pointer[diskTrouble]
 
 	stop         chan struct{}
