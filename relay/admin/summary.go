@@ -1,6 +1,7 @@
 package admin
 
 import (
+	"cmp"
 	"net/http"
 	"slices"
 	"strings"
@@ -80,10 +81,7 @@ func (g groups) list() []Group {
 		out = append(out, *one)
 	}
 	slices.SortFunc(out, func(a, b Group) int {
-		if a.Waiting != b.Waiting {
-			return int(min(max(b.Waiting-a.Waiting, -1), 1))
-		}
-		return strings.Compare(a.Name, b.Name)
+		return cmp.Or(cmp.Compare(b.Waiting, a.Waiting), strings.Compare(a.Name, b.Name))
 	})
 	return out
 }
@@ -132,10 +130,7 @@ func (h shares) list() []Share {
 		out = append(out, *one)
 	}
 	slices.SortFunc(out, func(a, b Share) int {
-		if a.Count != b.Count {
-			return int(min(max(b.Count-a.Count, -1), 1))
-		}
-		return strings.Compare(a.Name, b.Name)
+		return cmp.Or(cmp.Compare(b.Count, a.Count), strings.Compare(a.Name, b.Name))
 	})
 	return out
 }

@@ -34,17 +34,7 @@ type relaisSystem struct {
 // and clients that stay.
 func relaisPolicy(dkim bool) map[string]string {
 	return map[string]string{
-		"providers": `limit = [
-  { provider = "*", kind = "connections", scope = "source", max = 0 },
-  { provider = "*", kind = "connections", scope = "relay", max = 0 },
-  { provider = "*", kind = "messages_per_connection", scope = "source", max = 0 },
-  { provider = "*", kind = "recipients_per_transaction", scope = "source", max = 0 },
-  { provider = "*", kind = "message_rate", scope = "source", max = 0 },
-  { provider = "*", kind = "message_rate", scope = "relay", max = 0 },
-  { provider = "*", kind = "connection_rate", scope = "source", max = 0 },
-  { provider = "*", kind = "connection_rate", scope = "relay", max = 0 },
-]
-`,
+		"providers":  fleet.NoProviderLimits,
 		"submission": "max_messages_per_session = 1000000\nmax_commands_per_session = 10000000\n",
 		"delivery":   fmt.Sprintf("sign_dkim = %v\n", dkim),
 		"queue":      "",

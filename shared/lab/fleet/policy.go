@@ -32,7 +32,14 @@ max_commands_per_session = 1000000
 `,
 	}
 	if open {
-		sections["providers"] = `limit = [
+		sections["providers"] = NoProviderLimits
+	}
+	return sections
+}
+
+// NoProviderLimits is the section providers of a policy under which only the
+// machine bounds how fast mail goes.
+const NoProviderLimits = `limit = [
   { provider = "*", kind = "connections", scope = "source", max = 0 },
   { provider = "*", kind = "connections", scope = "relay", max = 0 },
   { provider = "*", kind = "messages_per_connection", scope = "source", max = 0 },
@@ -43,6 +50,3 @@ max_commands_per_session = 1000000
   { provider = "*", kind = "connection_rate", scope = "relay", max = 0 },
 ]
 `
-	}
-	return sections
-}
