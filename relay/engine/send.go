@@ -140,14 +140,11 @@ func (w *worker) prepare(work *queue.Work, dir *policy.Directory) (io.Closer, er
 			return nil, err
 		}
 		tx.Sign, tx.SignatureBytes = w.sign, signatureBytes*len(domain.DKIM)
-		if p, ok := dir.Providers().Named(w.lane.Provider); ok {
-			w.signer.want = sign.OnlyAlgorithm(p.OnlySignature())
-		}
 	}
 	tx.Subject = subjectOf(work)
 	tx.Chunking = ""
 	if p, ok := dir.Providers().Named(w.lane.Provider); ok {
-		tx.Chunking = p.Chunking()
+		w.signer.want, tx.Chunking = sign.OnlyAlgorithm(p.OnlySignature()), p.Chunking()
 	}
 	closer, err := w.content(env)
 	if err == nil && tx.Sign != nil {
