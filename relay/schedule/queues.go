@@ -1,9 +1,11 @@
 package schedule
 
 import (
+	"slices"
 	"time"
 
 	"github.com/relais-mta/relais/shared/mailaddr"
+	"github.com/relais-mta/relais/shared/policy"
 )
 
 // queue is a work queue as the scheduler sees it.
@@ -30,7 +32,7 @@ type domain struct {
 	name      mailaddr.Domain
 	route     Route
 	routed    bool
-	wanted    bool // stands in the list of look-ups to start
+	wanted    standing // in Scheduler.unrouted
 	resolving bool
 	refuse    time.Time // mail is refused until then: null MX or no such domain
 	backoff   time.Time // no look-up before this
@@ -39,6 +41,8 @@ type domain struct {
 }
 
 func (d *domain) slot() *slot { return &d.timer }
+
+func (d *domain) standing() *standing { return &d.wanted }
 
 // SetHead tells when the head of a queue is due and how many of its recipients
 // wait at least; a zero due time says that nothing waits.
@@ -160,12 +164,15 @@ func (s *Scheduler) refresh(d *domain, now time.Time) {
 	}
 }
 
+// wantRoute has a domain looked up: those with transactional mail first, which
+// must not wait until the domains of a backlog are found.
 func (s *Scheduler) wantRoute(d *domain) {
-	if d.wanted || d.resolving {
+	if d.resolving || d.wanted == urgent {
 		return
 	}
-	d.wanted = true
-	s.unrouted.push(d)
+	s.unrouted.push(d, slices.ContainsFunc(d.queues, func(q *queue) bool {
+		return q.ready && q.key.Kind == policy.Transactional
+	}))
 }
 
 // resolved ends the look-up of a domain.

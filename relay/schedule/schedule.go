@@ -128,7 +128,7 @@ type Scheduler struct {
 	retries    timerHeap[*domain]
 	dirty      []*group
 	visiting   []*group
-	unrouted   fifo[*domain] // want a look-up, in order of arrival
+	unrouted   waitlist[*domain] // want a look-up, in order of arrival
 	refused    []*queue
 	effects    []Effect
 	waiters    waitlist[*group] // held by the relay's own limits
@@ -234,10 +234,20 @@ func (s *Scheduler) popTimers(now time.Time) {
 	}
 }
 
+// hurriedShare is the part of look-ups in flight, in percent, that is kept for
+// domains with transactional mail: the servers of the others may be slow.
+const hurriedShare = 25
+
 func (s *Scheduler) resolveSome() {
-	for s.unrouted.len() > 0 && s.resolving < max(1, s.limits.MaxResolvesInFlight) {
-		d, _ := s.unrouted.pop()
-		d.wanted = false
+	most := max(1, s.limits.MaxResolvesInFlight)
+	for s.unrouted.len() > 0 && s.resolving < most {
+		if s.unrouted.count[1] == 0 && s.resolving >= max(1, most-most*hurriedShare/percent) {
+			return
+		}
+		d, ok := s.unrouted.pop()
+		if !ok {
+			return
+		}
 		d.resolving = true
 		s.resolving++
 		s.effects = append(s.effects, Effect{Kind: Resolve, Domain: d.name})

@@ -15,7 +15,7 @@ const sweepAge = 25 * time.Hour
 func (s *Scheduler) Sweep(now time.Time) {
 	s.sweepGroups(now)
 	for name, d := range s.domains {
-		if len(d.queues) == 0 && !d.resolving && !d.wanted && !d.route.Expires.After(now) && !d.refuse.After(now) {
+		if len(d.queues) == 0 && !d.resolving && d.wanted == nowhere && !d.route.Expires.After(now) && !d.refuse.After(now) {
 			s.retries.remove(d)
 			delete(s.domains, name)
 		}
