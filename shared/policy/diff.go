@@ -108,6 +108,14 @@ func entryName(entry any) string {
 		return e.Name
 	case FeedbackRule:
 		return e.Domain + "/" + e.Stream
+	case WarmupPlan:
+		return e.Name
+	case WarmupTrack:
+		return e.Class
+	case WarmupClass:
+		return e.Name
+	case WarmupGrowth:
+		return strconv.Itoa(e.From)
 	case Override:
 		return e.Provider + "/" + string(e.Kind) + "/" + string(e.Scope)
 	case Limit:

@@ -36,6 +36,7 @@ type Document struct {
 	Pools      Pools
 	Providers  Providers
 	Feedback   Feedback
+	Warmup     Warmup
 }
 
 // Submission bounds what clients may do on ports 465 and 587.

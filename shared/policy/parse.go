@@ -31,6 +31,7 @@ var sections = [...]struct {
 	{"pools", func(d *Document) any { return &d.Pools }},
 	{"providers", func(d *Document) any { return &d.Providers }},
 	{"feedback", func(d *Document) any { return &d.Feedback }},
+	{"warmup", func(d *Document) any { return &d.Warmup }},
 }
 
 // SectionNames returns the names of the document's sections.
@@ -69,11 +70,13 @@ func Parse(texts map[string]string) (Document, error) {
 	if err := p.err(op); err != nil {
 		return Document{}, fault.Wrap(err, fault.Internal, op, "the shipped policy cannot be read")
 	}
+	plans := doc.Warmup.Plan
 	for _, s := range sections {
 		if err := decode(s.name, texts[s.name], s.of(&doc), &p); err != nil {
 			return Document{}, err
 		}
 	}
+	doc.Warmup.keepShipped(plans)
 	for _, name := range sortedKeys(texts) {
 		if !slices.Contains(SectionNames(), name) {
 			p.add(clip(name), "is not a section of the policy; the sections are %s", quoteAll(SectionNames()))

@@ -56,8 +56,9 @@ func (d *Document) Validate() error {
 	d.Storage.validate(&p)
 	d.Streams.validate(&p)
 	d.Pools.validate(&p)
-	newProviderTable(&d.Providers, &p)
+	providers := newProviderTable(&d.Providers, &p)
 	d.Feedback.validate(&p, &d.Streams)
+	d.Warmup.validate(&p, providers)
 	return p.err("policy.Validate")
 }
 
