@@ -19,6 +19,7 @@ var pure = []string{
 	"relay/schedule", "relay/verdict",
 	"control/command", "control/state", "control/grid",
 	"shared/policy", "shared/throttle", "shared/warmup", "shared/lease",
+	"shared/ownership",
 }
 
 // words are the packages beside the pure ones that pure packages may import:

@@ -387,7 +387,7 @@ func (e *entry) stamp(g *Grantor) {
 // reclaim takes back what silent relays hold.
 func (g *Grantor) reclaim(now Instant, t *Tick) {
 	for _, n := range g.nodes {
-		if len(n.entries) == 0 || now <= n.basis.Add(outlast(g.cfg.TTL)) {
+		if len(n.entries) == 0 || now <= n.basis.Add(Outlast(g.cfg.TTL)) {
 			continue
 		}
 		// R3. The relay's own lease has ended by now, whatever its clock.
@@ -399,10 +399,10 @@ func (g *Grantor) reclaim(now Instant, t *Tick) {
 				linger = g.cfg.Linger
 			}
 			ceiling, floor := e.ceiling, e.floor
-			if now > n.basis.Add(outlast(g.cfg.TTL+linger)) {
+			if now > n.basis.Add(Outlast(g.cfg.TTL+linger)) {
 				ceiling = Share{}
 			}
-			if !e.l.SoftFloor && now > n.basis.Add(outlast(g.cfg.FloorTTL+linger)) {
+			if !e.l.SoftFloor && now > n.basis.Add(Outlast(g.cfg.FloorTTL+linger)) {
 				floor = Share{}
 			}
 			if e.demand != 0 {

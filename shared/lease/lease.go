@@ -184,6 +184,6 @@ func (c Config) Validate() error {
 // Refresh is how often a relay reports; callers spread it by a fifth.
 func (c Config) Refresh() time.Duration { return c.TTL / 3 }
 
-// outlast returns how long a leader must wait by its own clock so that d has
+// Outlast returns how long a leader must wait by its own clock so that d has
 // passed by any relay's: clocks differ in speed by less than one percent.
-func outlast(d time.Duration) time.Duration { return d + d/100 + 50*time.Millisecond }
+func Outlast(d time.Duration) time.Duration { return d + d/100 + 50*time.Millisecond }
