@@ -16,7 +16,7 @@ const (
 
 // pure packages take time as an argument and touch nothing outside themselves.
 var pure = []string{
-	"relay/schedule", "relay/verdict",
+	"relay/schedule", "relay/verdict", "relay/reflex",
 	"control/command", "control/state", "control/grid",
 	"shared/policy", "shared/throttle", "shared/warmup", "shared/lease",
 	"shared/ownership",
