@@ -167,7 +167,7 @@ func TestPreview(t *testing.T) {
 	if g.Reached[8] != (Reached{Stage: 9, Day: 9, Quota: 20_000}) {
 		t.Errorf("stage 9 is reached %+v", g.Reached[8])
 	}
-	if d := g.Days[0]; d != (ForecastDay{Quota: 200, Offered: 200, Warm: 5000, Waiting: 14_800}) {
+	if d := g.Days[0]; d != (ForecastDay{Volume: 20_000, Quota: 200, Offered: 200, Warm: 5000, Waiting: 14_800}) {
 		t.Errorf("the first day: %+v", d)
 	}
 	sent, waiting := int64(0), g.Days[59].Waiting
@@ -186,7 +186,11 @@ func TestPreview(t *testing.T) {
 	if err != nil || out[0].Days[0].Waiting != 19_800 {
 		t.Errorf("without overflow: %+v, %v", out, err)
 	}
-	for _, v := range []Volume{{Class: "google", PerDay: -1}, {Class: "google", Warm: -1}, {Class: "google", Stage: -1}} {
+	out, err = Preview(&p, []Volume{{Class: "google", PerDay: 1000, Growth: 10}}, 22)
+	if d := out[0].Days; err != nil || d[6].Volume != 1000 || d[7].Volume != 1100 || d[14].Volume != 1210 || d[21].Volume != 1331 {
+		t.Errorf("a volume that grows: %+v, %v", out, err)
+	}
+	for _, v := range []Volume{{Class: "google", PerDay: -1}, {Class: "google", Warm: -1}, {Class: "google", Stage: -1}, {Class: "google", Growth: -1}, {Class: "google", Growth: MaxWeeklyGrowth + 1}} {
 		if _, err := Preview(&p, []Volume{v}, 10); !fault.Is(err, fault.Invalid) {
 			t.Errorf("%+v: %v", v, err)
 		}

@@ -5,10 +5,14 @@ import "github.com/relais-mta/relais/shared/fault"
 // MaxPreviewDays bounds a preview.
 const MaxPreviewDays = 730
 
+// MaxWeeklyGrowth bounds how fast a previewed volume grows.
+const MaxWeeklyGrowth = 100
+
 // Volume is what is to be sent to one class of providers.
 type Volume struct {
 	Class  string
-	PerDay int64 // recipients; the same every day
+	PerDay int64 // recipients, on the first day
+	Growth int   // percent a week, 0 to MaxWeeklyGrowth; the volume is the same within a week
 	Stage  int   // where it begins; 0 is 1
 	Warm   int64 // recipients a day that warm sources of the pool can take
 }
@@ -30,6 +34,7 @@ type Reached struct {
 
 // ForecastDay is one day of a forecast, in recipients.
 type ForecastDay struct {
+	Volume  int64 // that comes new
 	Quota   int64
 	Offered int64 // by the subject
 	Warm    int64 // by warm sources of the pool
@@ -51,6 +56,8 @@ func Preview(p *Plan, volumes []Volume, days int) ([]Forecast, error) {
 		switch {
 		case v.PerDay < 0 || v.PerDay > MaxQuota:
 			return nil, fault.Field(op, "volume", "of %s is %d, write 0 to %d", v.Class, v.PerDay, MaxQuota)
+		case v.Growth < 0 || v.Growth > MaxWeeklyGrowth:
+			return nil, fault.Field(op, "growth", "of %s is %d, write 0 to %d percent a week", v.Class, v.Growth, MaxWeeklyGrowth)
 		case v.Warm < 0 || v.Warm > MaxQuota:
 			return nil, fault.Field(op, "warm", "of %s is %d, write 0 to %d", v.Class, v.Warm, MaxQuota)
 		case v.Stage < 0 || v.Stage > lastStage:
@@ -63,13 +70,17 @@ func Preview(p *Plan, volumes []Volume, days int) ([]Forecast, error) {
 
 func (p *Plan) forecast(v Volume, days int) Forecast {
 	f := Forecast{Class: v.Class, Days: make([]ForecastDay, 0, days)}
-	at, waiting := Progress{Stage: max(v.Stage, 1)}, int64(0)
+	at, waiting, volume := Progress{Stage: max(v.Stage, 1)}, int64(0), v.PerDay
 	for day := 1; day <= days; day++ {
 		d := ForecastDay{Quota: p.Quota(v.Class, at, Day(day))}
 		if n := len(f.Reached); n == 0 || f.Reached[n-1].Stage < at.Stage {
 			f.Reached = append(f.Reached, Reached{at.Stage, day, d.Quota})
 		}
-		due := min(waiting+v.PerDay, MaxQuota*int64(days))
+		if day%7 == 1 && day > 1 {
+			volume = min(volume+volume*int64(v.Growth)/100, MaxQuota)
+		}
+		due := min(waiting+volume, MaxQuota*int64(days))
+		d.Volume = volume
 		d.Offered = min(due, d.Quota)
 		if p.Overflow == OverflowWarm {
 			d.Warm = min(due-d.Offered, v.Warm)

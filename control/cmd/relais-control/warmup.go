@@ -1,0 +1,9 @@
+package main
+
+import "github.com/spf13/cobra"
+
+func (a *app) warmupCommand() *cobra.Command {
+	plan := a.warmupPlanCommand()
+	requireSubcommand(plan)
+	return group("warmup", "Raise the volume of new addresses, pools and domains day by day", plan)
+}
