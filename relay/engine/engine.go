@@ -45,6 +45,7 @@ type Config struct {
 	Resolver     *resolve.Resolver
 	Egress       *egress.Manager
 	Dialer       *delivery.Dialer
+	Admit        []Admitter     // asked before work starts, the smallest scope first
 	Outbox       *outbox.Outbox // takes the alerts about sending domains; nil: they are logged and shown only
 	Hostname     string         // Reporting-MTA of our DSNs
 	Now          func() time.Time

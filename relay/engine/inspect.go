@@ -15,7 +15,9 @@ type Explanation struct {
 	Until    time.Time `json:"until,omitzero"` // when it ends, if that is known
 	Source   string    `json:"source,omitempty"`
 	Provider string    `json:"provider,omitempty"`
-	Rule     string    `json:"rule,omitempty"` // of held: the rule that holds it
+	Rule     string    `json:"rule,omitempty"`  // of held: the rule that holds it
+	Limit    string    `json:"limit,omitempty"` // of limits that the policy names, of plans and of brakes: its name
+	Scope    string    `json:"scope,omitempty"` // of that: whom it counts together
 }
 
 var whyTexts = map[string]string{
@@ -63,6 +65,9 @@ func (e *Engine) Explain(env *relay.Envelope, index int, st relay.RecipientState
 		return Explanation{Reason: "in-flight", Text: "it is being delivered", Provider: w.Lane.Provider}
 	}
 	x := Explanation{Reason: w.Reason, Text: whyTexts[w.Reason], Until: w.Until, Provider: w.Lane.Provider}
+	if w.Hold.Reason != "" {
+		x.Text, x.Limit, x.Scope = w.Hold.Text, w.Hold.Name, w.Hold.Scope
+	}
 	if x.Text == "" {
 		x.Text = "it waits for: " + w.Reason
 	}

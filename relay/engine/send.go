@@ -2,6 +2,7 @@ package engine
 
 import (
 	"bytes"
+	"context"
 	"io"
 	"time"
 
@@ -25,7 +26,7 @@ const maxWholeBodyBytes = 64 << 10
 const signatureBytes = 900
 
 // send carries one message and settles what came of it.
-func (w *worker) send(work *queue.Work) {
+func (w *worker) send(ctx context.Context, work *queue.Work) {
 	e := w.engine
 	now := e.cfg.Now()
 	dir := e.cfg.Directory()
@@ -34,7 +35,7 @@ func (w *worker) send(work *queue.Work) {
 		e.expireWork([]*queue.Work{work}, now, dir)
 		return
 	}
-	w.attempt(work, dir, now)
+	w.attempt(ctx, work, dir, now)
 }
 
 // singleRecipient reports whether mail of a work queue goes one recipient at a
@@ -56,7 +57,7 @@ func singleRecipient(dir *policy.Directory, stream string, kind policy.StreamKin
 	return !found && kind == policy.Bulk
 }
 
-func (w *worker) attempt(work *queue.Work, dir *policy.Directory, now time.Time) {
+func (w *worker) attempt(ctx context.Context, work *queue.Work, dir *policy.Directory, now time.Time) {
 	e := w.engine
 	peer := w.session.Peer()
 	a := &relay.Attempt{
@@ -71,19 +72,21 @@ func (w *worker) attempt(work *queue.Work, dir *policy.Directory, now time.Time)
 		e.settle(work, a, nil)
 		return
 	}
+	if h := w.admit(ctx, work); h.Reason != "" {
+		closeBody(e, work, closer)
+		w.giveBack(work, h, true)
+		return
+	}
 	w.waited, w.guard = false, e.watch(work.Env, now, w.session.Abort)
 	e.queue.Begin(work, a, func(err error) { w.journal <- err })
 	e.metrics.lanes.begin(w.lane, len(w.tx.Recipients), now)
 	a.Outcomes = w.session.Send(&w.tx)
 	e.metrics.lanes.end(w.lane, len(w.tx.Recipients))
+	w.admitted(a.Outcomes)
 	if !w.waited {
 		<-w.journal // refused before the data: the record is on its way all the same
 	}
-	if closer != nil {
-		if err := closer.Close(); err != nil {
-			e.log.Warn("a body file could not be closed", "message", work.Env.ID, "error", err)
-		}
-	}
+	closeBody(e, work, closer)
 	a.EndedAt = e.cfg.Now()
 	// The slice is reused for the next message, while the queue may still
 	// read the outcomes of this one.
@@ -92,6 +95,16 @@ func (w *worker) attempt(work *queue.Work, dir *policy.Directory, now time.Time)
 		late(a.Outcomes, relay.PhaseDATA)
 	}
 	e.settle(work, a, nil)
+}
+
+// closeBody lets go of a body that was streamed; nil: there was none.
+func closeBody(e *Engine, work *queue.Work, closer io.Closer) {
+	if closer == nil {
+		return
+	}
+	if err := closer.Close(); err != nil {
+		e.log.Warn("a body file could not be closed", "message", work.Env.ID, "error", err)
+	}
 }
 
 // localFailure defers every recipient for a fault of our own.

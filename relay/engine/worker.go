@@ -23,6 +23,10 @@ type worker struct {
 	source  policy.Source
 	session *delivery.Session
 
+	place     Place
+	connected bool // the admitters gave a session
+	abort     context.CancelFunc
+
 	tx        delivery.Transaction
 	body      []byte
 	signature []byte
@@ -52,6 +56,8 @@ func (e *Engine) open(f schedule.Effect, now time.Time) {
 		return
 	}
 	w := &worker{engine: e, id: f.Session, lane: f.Lane, first: f, orders: make(chan order, 1), journal: make(chan error, 1)}
+	ctx, cancel := context.WithCancel(e.sessionCtx)
+	w.abort = cancel
 	e.sessions[w.id] = w
 	route := e.routes[work.Key.Domain]
 	var hosts []resolve.Host
@@ -59,7 +65,7 @@ func (e *Engine) open(f schedule.Effect, now time.Time) {
 		hosts = route.Order(e.rng, nil)
 	}
 	e.workers.Add(1)
-	go w.run(work, hosts)
+	go w.run(ctx, work, hosts)
 }
 
 // takeFor gets work for a session that is to be opened. e.mu is held.
@@ -149,10 +155,9 @@ func (e *Engine) next(w *worker, now time.Time) (*queue.Work, schedule.Answer) {
 	return nil, schedule.End
 }
 
-func (w *worker) run(work *queue.Work, hosts []resolve.Host) {
-	e := w.engine
-	defer e.workers.Done()
-	ctx := e.sessionContext()
+func (w *worker) run(ctx context.Context, work *queue.Work, hosts []resolve.Host) {
+	defer w.engine.workers.Done()
+	defer w.abort()
 	if work = w.begin(work); work == nil {
 		w.end()
 		return
@@ -163,13 +168,14 @@ func (w *worker) run(work *queue.Work, hosts []resolve.Host) {
 	stop := context.AfterFunc(ctx, w.session.Abort)
 	defer stop()
 	for work != nil {
-		w.send(work)
+		w.send(ctx, work)
 		if w.session.Dead() {
 			break
 		}
-		work = w.proceed()
+		work = w.proceed(ctx)
 	}
 	w.session.Quit()
+	w.disconnect()
 	w.end()
 }
 
@@ -197,9 +203,9 @@ func (w *worker) begin(work *queue.Work) *queue.Work {
 }
 
 // proceed returns the next work, ready to be sent; nil ends the session.
-func (w *worker) proceed() *queue.Work {
+func (w *worker) proceed(ctx context.Context) *queue.Work {
 	for {
-		if work := w.next(); work == nil || w.ready(work) {
+		if work := w.next(ctx); work == nil || w.ready(work) {
 			return work
 		}
 	}
@@ -207,7 +213,7 @@ func (w *worker) proceed() *queue.Work {
 
 // next returns the next work, waiting for it if the session is parked; nil
 // ends the session.
-func (w *worker) next() *queue.Work {
+func (w *worker) next(ctx context.Context) *queue.Work {
 	e := w.engine
 	now := e.cfg.Now()
 	e.mu.Lock()
@@ -219,7 +225,9 @@ func (w *worker) next() *queue.Work {
 	e.wake() // what this session could not take may need another one
 	idle := time.NewTimer(w.idleTime())
 	defer idle.Stop()
+	over := ctx.Done()
 	for {
+		ended := false
 		select {
 		case o := <-w.orders:
 			if o.work != nil && !w.session.Alive() {
@@ -230,18 +238,27 @@ func (w *worker) next() *queue.Work {
 			}
 			return o.work
 		case <-idle.C:
-			e.mu.Lock()
-			free := e.sched.Idle(w.id)
-			if free {
-				e.sched.Ended(w.id)
-			}
-			e.mu.Unlock()
-			if free {
-				return nil
-			}
-			// An order is on its way.
+			ended = true
+		case <-over:
+			over, ended = nil, true
 		}
+		if ended && w.retire() {
+			return nil
+		}
+		// An order is on its way.
 	}
+}
+
+// retire ends a session that has nothing to do; false: it was given something.
+func (w *worker) retire() bool {
+	e := w.engine
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	free := e.sched.Idle(w.id)
+	if free {
+		e.sched.Ended(w.id)
+	}
+	return free
 }
 
 func (w *worker) idleTime() time.Duration {
@@ -264,6 +281,12 @@ func (w *worker) dial(ctx context.Context, work *queue.Work, hosts []resolve.Hos
 		return false
 	}
 	w.source = source
+	w.place = Place{Lane: w.lane, Source: source, Abort: w.abort}
+	w.describe(work)
+	if h := w.connect(started); h.Reason != "" {
+		w.refused(work, h)
+		return false
+	}
 	mode := policy.TLSOpportunistic
 	if p, ok := dir.Providers().Named(w.lane.Provider); ok {
 		mode = p.TLS
@@ -280,6 +303,7 @@ func (w *worker) dial(ctx context.Context, work *queue.Work, hosts []resolve.Hos
 		e.mu.Unlock()
 		return true
 	}
+	w.disconnect()
 	now := e.cfg.Now()
 	if failure.Status == relay.NotTried && !expired {
 		until := failure.RetryAt
@@ -307,6 +331,16 @@ func (w *worker) dial(ctx context.Context, work *queue.Work, hosts []resolve.Hos
 	e.settle(work, a, nil)
 	e.fail(w, work, failure, now)
 	return false
+}
+
+// refused ends a session that may not be opened.
+func (w *worker) refused(work *queue.Work, h Hold) {
+	e := w.engine
+	e.mu.Lock()
+	delete(e.sessions, w.id)
+	e.sched.Ended(w.id)
+	e.mu.Unlock()
+	w.giveBack(work, h, false)
 }
 
 // siteOf names the site of work. e.mu is held.

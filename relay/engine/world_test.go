@@ -51,6 +51,7 @@ type world struct {
 	queue   *queue.Queue
 	engine  *Engine
 	metrics *prometheus.Registry
+	admit   []Admitter
 	stop    func() // nil: not running
 }
 
@@ -147,7 +148,7 @@ func (w *world) open() {
 	dialer, err := delivery.New(delivery.Config{Egress: w.egress, Broken: tlspolicy.NewMemory(), Port: w.lab.SMTPPort(), Policy: delivering, Log: log, Registerer: reg})
 	check()
 	w.engine, err = New(Config{
-		Store: w.store, Directory: w.policy.Load, Resolver: resolver, Egress: w.egress, Dialer: dialer, Hostname: "relay.brand.test",
+		Store: w.store, Directory: w.policy.Load, Resolver: resolver, Egress: w.egress, Dialer: dialer, Admit: w.admit, Hostname: "relay.brand.test",
 		Now: w.now, Outbox: w.outbox, ClockTrusted: w.trusted.Load, Seed: 1, Logger: log, Registerer: reg,
 	})
 	check()

@@ -17,9 +17,10 @@ type queue struct {
 	strand   *strand // its place there
 	only     Lane    // pinned: only this lane may serve it
 	pinned   bool
-	ready    bool // its head is due; with a site it stands in its strand's ring
-	waiting  int  // due recipients not yet picked, as far as known
-	refusing bool // stands in the list of refusals
+	ready    bool    // its head is due; with a site it stands in its strand's ring
+	waiting  int     // due recipients not yet picked, as far as known
+	refusing bool    // stands in the list of refusals
+	off      *putOff // refused where it was to begin; nil: not
 	next     *queue
 	prev     *queue
 	timer    slot
@@ -70,6 +71,11 @@ func (s *Scheduler) setHead(n Queue, key Key, only Lane, pinned bool, due time.T
 		q = &queue{number: n, key: key, domain: d, only: only, pinned: pinned}
 		d.queues = append(d.queues, q)
 		s.queues[n] = q
+	}
+	if q.off != nil && !due.IsZero() {
+		if due = q.off.after(due); !due.After(now) {
+			q.off = nil
+		}
 	}
 	if due.IsZero() || due.After(now) {
 		s.deactivate(q)

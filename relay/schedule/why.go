@@ -12,6 +12,7 @@ type Waiting struct {
 	Until  time.Time
 	Lane   Lane
 	Site   string
+	Hold   Hold // of what somebody outside refused; else zero
 }
 
 // Why names the one thing a queue waits for.
@@ -22,6 +23,8 @@ func (s *Scheduler) Why(n Queue, now time.Time) Waiting {
 	}
 	d := q.domain
 	switch {
+	case !q.ready && q.off != nil && q.off.until.After(now):
+		return Waiting{Reason: q.off.hold.Reason, Until: q.off.until, Hold: q.off.hold}
 	case !q.ready:
 		return Waiting{Reason: "due", Until: q.timer.at}
 	case !d.routed && d.backoff.After(now):
