@@ -132,14 +132,14 @@ func TestDecodeRefuses(t *testing.T) {
 		"empty":             nil,
 		"cut in the header": whole[:headerBytes-1],
 		"cut in the body":   whole[:len(whole)-3],
-		"unknown type":      change(0, 99),
+		"unknown type":      change(0, 127),
 		"newer version":     change(2, 9),
 	} {
 		if _, err := Decode(b); !errors.Is(err, ErrUnknown) {
 			t.Errorf("%s: %v, want ErrUnknown", name, err)
 		}
 	}
-	e, err := Decode(change(0, 99|byte(IgnorableBit)))
+	e, err := Decode(change(0, 127|byte(IgnorableBit)))
 	if err != nil || e.Body != nil {
 		t.Errorf("an unknown type that may be skipped: %+v, %v", e, err)
 	}

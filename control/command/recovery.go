@@ -6,12 +6,13 @@ import "github.com/relais-mta/relais/control"
 // since 1970 or a small number.
 const MaxGeneration = 1 << 40
 
-// firstTypes and secondTypes are the last type numbers of versions 1 and 2 of the
-// commands. What was added later is logged only when every server of the cluster
+// firstTypes, secondTypes and thirdTypes are the last type numbers of versions 1, 2
+// and 3 of the commands. What was added later is logged only when every server of the cluster
 // knows it.
 const (
 	firstTypes  = 20
 	secondTypes = 59
+	thirdTypes  = 80
 )
 
 // Since returns the first version of the commands that has the type.
@@ -22,7 +23,10 @@ func Since(t Type) uint16 {
 	if t&^IgnorableBit <= secondTypes {
 		return 2
 	}
-	return 3
+	if t&^IgnorableBit <= thirdTypes {
+		return 3
+	}
+	return 4
 }
 
 // RecoveryRecord returns the record of the row.

@@ -98,6 +98,7 @@ func Compile(v *View) (*Directory, error) {
 	d.compileDomains(&p)
 	d.compilePools(&p)
 	d.compileSources(&p)
+	d.compileShared(&p)
 	keys := make(map[uint8]bool, len(v.ReturnPathKeys))
 	for i, k := range v.ReturnPathKeys {
 		if keys[k.ID] {

@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/relais-mta/relais/shared/ids"
+	"github.com/relais-mta/relais/shared/lease"
 	"github.com/relais-mta/relais/shared/mailaddr"
 )
 
@@ -30,6 +31,9 @@ type View struct {
 	ReturnPathKeys []ReturnPathKey
 	CredentialKey  [32]byte // keys the SHA-256 of credential secrets
 	Trust          Trust
+
+	SharedLimits []SharedLimit // by number; those of all relays
+	Lease        lease.Config  // zero: there are no shared limits
 }
 
 // Trust is whom a relay believes to be a control server.

@@ -32,6 +32,7 @@ const (
 const (
 	CapabilityProbe uint64 = 1 << 0 // answers Probe on the control stream of a link
 	CapabilityDelta uint64 = 1 << 1 // takes DeltaBegin where a view is due
+	CapabilityQuota uint64 = 1 << 2 // passes QuotaUp and QuotaDown on the control stream of a link
 )
 
 const (
@@ -73,6 +74,8 @@ const (
 	TypeNack          Type = 52
 	TypeDeltaBegin    Type = 53
 	TypeResync        Type = 54
+	TypeQuotaUp       Type = 64
+	TypeQuotaDown     Type = 65
 )
 
 // TypeOf returns the frame type of a message, 0 if it is never a frame.
@@ -120,6 +123,10 @@ func TypeOf(message proto.Message) Type {
 		return TypeDeltaBegin
 	case *Resync:
 		return TypeResync
+	case *QuotaUp:
+		return TypeQuotaUp
+	case *QuotaDown:
+		return TypeQuotaDown
 	}
 	return 0
 }
@@ -169,6 +176,10 @@ func newMessage(t Type) proto.Message {
 		return &DeltaBegin{}
 	case TypeResync:
 		return &Resync{}
+	case TypeQuotaUp:
+		return &QuotaUp{}
+	case TypeQuotaDown:
+		return &QuotaDown{}
 	}
 	return nil
 }

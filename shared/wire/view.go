@@ -52,6 +52,7 @@ func EncodeView(v *policy.View) ([]byte, error) {
 		k := &v.ReturnPathKeys[i]
 		out.ReturnPathKeys = append(out.ReturnPathKeys, &ReturnPathKey{Id: uint32(k.ID), Key: k.Key[:]})
 	}
+	encodeShared(out, v)
 	encoded, err := proto.MarshalOptions{Deterministic: true}.Marshal(out)
 	if err != nil {
 		return nil, fault.Wrap(err, fault.Internal, "wire.EncodeView", "cannot encode the view")
@@ -133,6 +134,7 @@ func DecodeView(encoded []byte) (*policy.View, error) {
 	}
 	d.owners(&in)
 	d.sources(&in)
+	d.shared(&in)
 	d.view.Trust = policy.Trust{CAs: in.GetCaBundle(), RefusedCAs: in.GetRefusedCas(), RevokedServers: sized[policy.RevokedServer](len(in.GetRevokedServers()))}
 	for i, r := range in.GetRevokedServers() {
 		d.view.Trust.RevokedServers[i].Serials = r.GetSerials()

@@ -1526,6 +1526,8 @@ type View struct {
 	RefusedCas        []string               `protobuf:"bytes,21,rep,name=refused_cas,json=refusedCas,proto3" json:"refused_cas,omitempty"` // key ids of issuing CAs that were given up
 	RevokedServers    []*RevokedServer       `protobuf:"bytes,22,rep,name=revoked_servers,json=revokedServers,proto3" json:"revoked_servers,omitempty"`
 	ScopedCredentials []*Credential          `protobuf:"bytes,23,rep,name=scoped_credentials,json=scopedCredentials,proto3" json:"scoped_credentials,omitempty"` // those with a scope: a reader that does not know scopes does not know these credentials
+	SharedLimits      []*SharedLimit         `protobuf:"bytes,30,rep,name=shared_limits,json=sharedLimits,proto3" json:"shared_limits,omitempty"`                // by id
+	Lease             *LeaseConfig           `protobuf:"bytes,31,opt,name=lease,proto3" json:"lease,omitempty"`                                                  // unset: there are no shared limits
 	unknownFields     protoimpl.UnknownFields
 	sizeCache         protoimpl.SizeCache
 }
@@ -1682,6 +1684,20 @@ func (x *View) GetRevokedServers() []*RevokedServer {
 func (x *View) GetScopedCredentials() []*Credential {
 	if x != nil {
 		return x.ScopedCredentials
+	}
+	return nil
+}
+
+func (x *View) GetSharedLimits() []*SharedLimit {
+	if x != nil {
+		return x.SharedLimits
+	}
+	return nil
+}
+
+func (x *View) GetLease() *LeaseConfig {
+	if x != nil {
+		return x.Lease
 	}
 	return nil
 }
@@ -2450,7 +2466,7 @@ var File_shared_wire_wire_proto protoreflect.FileDescriptor
 
 const file_shared_wire_wire_proto_rawDesc = "" +
 	"\n" +
-	"\x16shared/wire/wire.proto\x12\x0erelais.wire.v1\"\x8d\x02\n" +
+	"\x16shared/wire/wire.proto\x12\x0erelais.wire.v1\x1a\x17shared/wire/quota.proto\"\x8d\x02\n" +
 	"\aPreface\x12!\n" +
 	"\fprotocol_min\x18\x01 \x01(\rR\vprotocolMin\x12!\n" +
 	"\fprotocol_max\x18\x02 \x01(\rR\vprotocolMax\x12\"\n" +
@@ -2570,7 +2586,7 @@ const file_shared_wire_wire_proto_rawDesc = "" +
 	"\brevision\x18\x01 \x01(\v2\x18.relais.wire.v1.RevisionR\brevision\"i\n" +
 	"\x04Nack\x124\n" +
 	"\brevision\x18\x01 \x01(\v2\x18.relais.wire.v1.RevisionR\brevision\x12+\n" +
-	"\x05error\x18\x02 \x01(\v2\x15.relais.wire.v1.ErrorR\x05error\"\xd3\x06\n" +
+	"\x05error\x18\x02 \x01(\v2\x15.relais.wire.v1.ErrorR\x05error\"\xc8\a\n" +
 	"\x04View\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x1d\n" +
 	"\n" +
@@ -2592,7 +2608,9 @@ const file_shared_wire_wire_proto_rawDesc = "" +
 	"\vrefused_cas\x18\x15 \x03(\tR\n" +
 	"refusedCas\x12F\n" +
 	"\x0frevoked_servers\x18\x16 \x03(\v2\x1d.relais.wire.v1.RevokedServerR\x0erevokedServers\x12I\n" +
-	"\x12scoped_credentials\x18\x17 \x03(\v2\x1a.relais.wire.v1.CredentialR\x11scopedCredentials\"F\n" +
+	"\x12scoped_credentials\x18\x17 \x03(\v2\x1a.relais.wire.v1.CredentialR\x11scopedCredentials\x12@\n" +
+	"\rshared_limits\x18\x1e \x03(\v2\x1b.relais.wire.v1.SharedLimitR\fsharedLimits\x121\n" +
+	"\x05lease\x18\x1f \x01(\v2\x1b.relais.wire.v1.LeaseConfigR\x05lease\"F\n" +
 	"\rRevokedServer\x12\x1b\n" +
 	"\tserver_id\x18\x01 \x01(\fR\bserverId\x12\x18\n" +
 	"\aserials\x18\x02 \x03(\tR\aserials\"1\n" +
@@ -2710,6 +2728,8 @@ var file_shared_wire_wire_proto_goTypes = []any{
 	(*Source)(nil),          // 33: relais.wire.v1.Source
 	(*ReturnPathKey)(nil),   // 34: relais.wire.v1.ReturnPathKey
 	nil,                     // 35: relais.wire.v1.JoinRequest.LabelsEntry
+	(*SharedLimit)(nil),     // 36: relais.wire.v1.SharedLimit
+	(*LeaseConfig)(nil),     // 37: relais.wire.v1.LeaseConfig
 }
 var file_shared_wire_wire_proto_depIdxs = []int32{
 	35, // 0: relais.wire.v1.JoinRequest.labels:type_name -> relais.wire.v1.JoinRequest.LabelsEntry
@@ -2735,14 +2755,16 @@ var file_shared_wire_wire_proto_depIdxs = []int32{
 	34, // 20: relais.wire.v1.View.return_path_keys:type_name -> relais.wire.v1.ReturnPathKey
 	24, // 21: relais.wire.v1.View.revoked_servers:type_name -> relais.wire.v1.RevokedServer
 	30, // 22: relais.wire.v1.View.scoped_credentials:type_name -> relais.wire.v1.Credential
-	29, // 23: relais.wire.v1.Domain.dkim:type_name -> relais.wire.v1.DKIMKey
-	29, // 24: relais.wire.v1.Domain.other_dkim:type_name -> relais.wire.v1.DKIMKey
-	31, // 25: relais.wire.v1.Credential.scope:type_name -> relais.wire.v1.CredentialScope
-	26, // [26:26] is the sub-list for method output_type
-	26, // [26:26] is the sub-list for method input_type
-	26, // [26:26] is the sub-list for extension type_name
-	26, // [26:26] is the sub-list for extension extendee
-	0,  // [0:26] is the sub-list for field type_name
+	36, // 23: relais.wire.v1.View.shared_limits:type_name -> relais.wire.v1.SharedLimit
+	37, // 24: relais.wire.v1.View.lease:type_name -> relais.wire.v1.LeaseConfig
+	29, // 25: relais.wire.v1.Domain.dkim:type_name -> relais.wire.v1.DKIMKey
+	29, // 26: relais.wire.v1.Domain.other_dkim:type_name -> relais.wire.v1.DKIMKey
+	31, // 27: relais.wire.v1.Credential.scope:type_name -> relais.wire.v1.CredentialScope
+	28, // [28:28] is the sub-list for method output_type
+	28, // [28:28] is the sub-list for method input_type
+	28, // [28:28] is the sub-list for extension type_name
+	28, // [28:28] is the sub-list for extension extendee
+	0,  // [0:28] is the sub-list for field type_name
 }
 
 func init() { file_shared_wire_wire_proto_init() }
@@ -2750,6 +2772,7 @@ func file_shared_wire_wire_proto_init() {
 	if File_shared_wire_wire_proto != nil {
 		return
 	}
+	file_shared_wire_quota_proto_init()
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{

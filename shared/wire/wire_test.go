@@ -18,6 +18,7 @@ import (
 
 	"github.com/relais-mta/relais/shared/fault"
 	"github.com/relais-mta/relais/shared/ids"
+	"github.com/relais-mta/relais/shared/lease"
 	"github.com/relais-mta/relais/shared/mailaddr"
 	"github.com/relais-mta/relais/shared/policy"
 )
@@ -96,6 +97,8 @@ func frames() []proto.Message {
 		&DeltaBegin{From: revision, FromSha256: hash[:], To: &Revision{Generation: 2, Index: 4712}, ToSha256: hash[:], TotalBytes: 3},
 		&Resync{Held: revision},
 		&Nack{Revision: revision, Error: &Error{Kind: 1, Text: "no"}},
+		&QuotaUp{Kind: 2, Body: []byte{8, 7}},
+		&QuotaDown{Kind: 5, Body: []byte{8, 7}},
 	}
 }
 
@@ -198,6 +201,18 @@ func TestViewBothWays(t *testing.T) {
 	}
 	if got, err = DecodeView(encoded); err != nil || !reflect.DeepEqual(got, trusting) {
 		t.Errorf("got  %+v, %v\nwant %+v", got, err, trusting)
+	}
+	limited := sampleView()
+	limited.Lease = lease.DefaultConfig()
+	limited.SharedLimits = []policy.SharedLimit{
+		{Limit: lease.Limit{ID: 7, Kind: lease.Rate, Max: 600_000, Per: time.Minute, Burst: 10, FloorPercent: 20, ReservePercent: 5, SoftFloor: true}, Name: "orange", Provider: "orange"},
+		{Limit: lease.Limit{ID: 8, Kind: lease.Slots, Max: 2}, Name: "own", Tenant: limited.Tenants[0].ID, Domain: "example.net", Pool: limited.Pools[0].ID},
+	}
+	if encoded, err = EncodeView(limited); err != nil {
+		t.Fatal(err)
+	}
+	if got, err = DecodeView(encoded); err != nil || !reflect.DeepEqual(got, limited) {
+		t.Errorf("got  %+v, %v\nwant %+v", got, err, limited)
 	}
 	empty := &policy.View{}
 	if encoded, err = EncodeView(empty); err != nil {
