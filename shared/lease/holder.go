@@ -241,7 +241,7 @@ func (r *Rights) accept(now Instant, stamp Stamp, l *GrantLine) {
 	r.settle(now)
 	r.pending = r.pending || !r.floor.within(l.Floor)
 	r.stamp, r.quiet = stamp, false
-	r.share, r.floor, r.soft = l.Share, l.Floor, l.Soft
+	r.share, r.floor, r.former, r.soft = l.Share, l.Floor, Share{}, l.Soft
 	r.refill(now)
 	if !r.pending {
 		r.acked = stamp

@@ -213,6 +213,39 @@ func TestSlotsLinger(t *testing.T) {
 	}
 }
 
+// TestFormerFloorIsOver: slots that linger after a floor ended do so once. A floor
+// that came later and was taken back leaves nothing.
+func TestFormerFloorIsOver(t *testing.T) {
+	h := NewHolder(DefaultConfig(), 7, 3, 1, nil, at0)
+	r := h.Rights(1, Slots, 0)
+	now, seq := at0, uint64(0)
+	report := func(floor int64) {
+		seq++
+		h.SetDemand(r, 5)
+		nonce := h.Report(now).Nonce
+		h.Grant(now, &Grant{Node: 7, Incarnation: 3, Generation: 1, Term: 1, Nonce: nonce, Reply: true, Lines: []GrantLine{
+			{Limit: 1, Kind: Slots, Seq: seq, Share: Share{Amount: 2}, Floor: Share{Amount: floor}},
+		}})
+		_, version := h.SaveFloors()
+		h.FloorsSaved(version)
+	}
+	report(1)
+	now = now.Add(25 * time.Hour)
+	if got := r.Usable(now); !got.zero() {
+		t.Fatalf("after a day of silence it uses %v", got)
+	}
+	report(1)
+	now = now.Add(10 * time.Second)
+	report(0)
+	if !r.Open(now) {
+		t.Fatal("there is no slot")
+	}
+	now = now.Add(DefaultConfig().TTL + DefaultConfig().Linger)
+	if _, atOnce := r.Excess(now); atOnce != 1 {
+		t.Errorf("past the linger of its lease %d slots must be closed, want 1", atOnce)
+	}
+}
+
 // TestReportsComeInTime: every third of a TTL more or less a fifth, earlier when
 // demand moves, and never twice within a second for that.
 func TestReportsComeInTime(t *testing.T) {
