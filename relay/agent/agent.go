@@ -74,6 +74,7 @@ type Agent struct {
 	incarnation uint64
 	bootNonce   [16]byte
 	metrics     *metrics
+	quota       quota
 
 	renewed      chan struct{} // gets a token when there is a new certificate
 	spread       time.Duration // over which relays renew when the issuing key changes
@@ -352,6 +353,10 @@ func (a *Agent) Membership() Membership {
 // Holder returns the relay's certificate and the CAs it believes, for its own
 // listeners. The certificate in it changes with each renewal.
 func (a *Agent) Holder() *pki.Holder { return a.holder }
+
+// Incarnation returns the number of this process among those of the relay: higher
+// than that of any before, and on stable storage since Open.
+func (a *Agent) Incarnation() uint64 { return a.incarnation }
 
 // Connected reports whether there is a link to control.
 func (a *Agent) Connected() bool {

@@ -63,7 +63,8 @@ type relaySession struct {
 	control *wire.Conn
 	views   *wire.Conn
 	reports chan *wire.Report
-	probes  atomic.Int64  // questions of the relay's
+	probes  atomic.Int64 // questions of the relay's
+	quota   chan *wire.QuotaUp
 	over    chan struct{} // closed by the test: the handler returns
 	code    link.Code
 	sending sync.Mutex // of control
@@ -230,7 +231,7 @@ func (c *controlServer) serve(ctx context.Context, session link.Session) (link.C
 	if err != nil {
 		return link.CodeProtocol, err.Error()
 	}
-	s := &relaySession{link: session, control: wire.NewConn(stream, wire.MaxFrameBytes), reports: make(chan *wire.Report, 100), over: make(chan struct{})}
+	s := &relaySession{link: session, control: wire.NewConn(stream, wire.MaxFrameBytes), reports: make(chan *wire.Report, 100), quota: make(chan *wire.QuotaUp, 100), over: make(chan struct{})}
 	preface, err := wire.Expect[*wire.Preface](s.control)
 	if err != nil {
 		return link.CodeProtocol, err.Error()
@@ -290,6 +291,9 @@ func (s *relaySession) answerReports() {
 			if s.say(&wire.ProbeReply{Nonce: probe.GetNonce()}) != nil {
 				return
 			}
+		}
+		if up, ok := message.(*wire.QuotaUp); ok {
+			s.quota <- up
 		}
 		if report, ok := message.(*wire.Report); ok {
 			if s.say(&wire.Pong{Nonce: report.GetNonce(), ServerTimeMs: time.Now().Add(time.Hour).UnixMilli()}) != nil {

@@ -131,6 +131,7 @@ type session struct {
 	agent    *Agent
 	address  string
 	link     link.Session
+	stream   link.Stream // of control
 	control  *wire.Conn
 	interval time.Duration // between reports
 	welcomed bool
@@ -139,6 +140,7 @@ type session struct {
 	sending  sync.Mutex // of control
 	pulse    pulse
 	probes   bool          // the server answers probes
+	quota    bool          // the server passes messages to the leader
 	answered time.Duration // how long its first answer took
 }
 
@@ -193,6 +195,7 @@ func (s *session) work(ctx context.Context) error {
 	}
 	defer stream.Close()
 	stream.SetPriority(link.PriorityControl)
+	s.stream = stream
 	s.control = wire.NewConn(listening{stream, &s.pulse}, wire.MaxFrameBytes)
 	if err := stream.SetDeadline(time.Now().Add(helloTimeout)); err != nil {
 		return err
@@ -209,6 +212,10 @@ func (s *session) work(ctx context.Context) error {
 	group.Go(func() error { return s.report(ctx, stream) })
 	group.Go(func() error { return s.acceptStreams(ctx) })
 	group.Go(func() error { return s.watchTrust(ctx) })
+	if s.quota {
+		s.agent.quotaLink(s)
+		defer s.agent.quotaLink(nil)
+	}
 	if s.probes { // a server of a release before does not, and is judged by the reports alone
 		s.pulse.begin(s.agent.lookPeriod, s.answered, func() error { return s.probe(stream) })
 		group.Go(func() error { return s.pulse.watch(ctx) })
@@ -244,7 +251,7 @@ func (s *session) hello() error {
 	begun := time.Now()
 	if err := s.control.Send(&wire.Preface{
 		ProtocolMin: wire.ProtocolMin, ProtocolMax: wire.ProtocolMax, ClusterId: member.Cluster[:], Generation: member.Generation,
-		Capabilities: wire.CapabilityProbe | wire.CapabilityDelta, Incarnation: a.incarnation, BootNonce: a.bootNonce[:], Version: a.options.Version,
+		Capabilities: wire.CapabilityProbe | wire.CapabilityDelta | wire.CapabilityQuota, Incarnation: a.incarnation, BootNonce: a.bootNonce[:], Version: a.options.Version,
 	}); err != nil {
 		return err
 	}
@@ -253,6 +260,7 @@ func (s *session) hello() error {
 		return err
 	}
 	s.answered, s.probes = time.Since(begun), theirs.GetCapabilities()&wire.CapabilityProbe != 0
+	s.quota = theirs.GetCapabilities()&wire.CapabilityQuota != 0
 	if err := s.checkPreface(theirs, member); err != nil {
 		return err
 	}
@@ -339,6 +347,10 @@ func (s *session) receive() error {
 				return err
 			}
 		case *wire.ProbeReply: // its bytes have said that the server lives
+		case *wire.QuotaDown:
+			if err := s.agent.quotaDown(m); err != nil {
+				return err
+			}
 		case *wire.Welcome: // other servers than before
 			s.agent.noteServers(m.GetServers())
 		case *wire.Redirect:
