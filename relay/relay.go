@@ -84,6 +84,11 @@ type Envelope struct {
 	NotBefore  time.Time // zero: at once
 	ExpiresAt  time.Time // no attempt starts at or after it
 	Revision   uint64    // policy revision under which it was accepted
+
+	// Of mail that another relay handed over; all zero for mail accepted here.
+	Hops       uint8    // how often it went from relay to relay
+	HandedFrom ids.Node // the relay that had it last
+	HandedAt   uint64   // revision of this relay's view then: while it has not changed the mail does not go back
 }
 
 // State is where a recipient stands.
@@ -98,12 +103,13 @@ const (
 	StateExpired   State = 5 // final: its deadline passed
 	StateUnknown   State = 6 // final: may or may not have arrived, asked twice
 	StatePurged    State = 7 // final: an operator removed it, nobody was told
+	StateMoved     State = 8 // final here: another relay has it now
 )
 
 // Final reports whether nothing more will happen to the recipient.
 func (s State) Final() bool { return s >= StateDelivered }
 
-var stateNames = [...]string{"", "waiting", "held", "delivered", "bounced", "expired", "unknown", "purged"}
+var stateNames = [...]string{"", "waiting", "held", "delivered", "bounced", "expired", "unknown", "purged", "handed-over"}
 
 // String returns the name that commands and events use.
 func (s State) String() string {

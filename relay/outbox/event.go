@@ -41,11 +41,12 @@ const (
 	Unlocked  Type = 18 // that time is over; Attempts logins were refused meanwhile
 	Alert     Type = 19 // an automatic check of a sending domain began to fail: Class names it, Reply says how
 	AlertOver Type = 20 // it does not any more
-	types          = 21
+	Moved     Type = 21 // final here: the relay that Reply names has the recipient now
+	types          = 22
 )
 
 var typeNames = [types]string{"none", "accepted", "deferred", "delivered", "bounced", "expired", "in-doubt",
-	"unknown", "inbound", "dsn", "held", "released", "delayed", "gap", "untold", "purged", "hastened", "locked", "unlocked", "alert", "alert-over"}
+	"unknown", "inbound", "dsn", "held", "released", "delayed", "gap", "untold", "purged", "hastened", "locked", "unlocked", "alert", "alert-over", "handed-over"}
 
 // String returns the name that metrics and reports use.
 func (t Type) String() string {

@@ -412,6 +412,12 @@ func (q *Queue) endAll(ctx context.Context, works []*Work, results func(*Work) [
 // commitEndings is Finish for several works in one transaction, without
 // attempts and without mail that follows. done runs on the commit goroutine.
 func (q *Queue) commitEndings(ctx context.Context, ends []*ending, done func(error)) {
+	q.commitEndingsWith(ctx, ends, nil, done)
+}
+
+// commitEndingsWith is commitEndings with more in the same transaction, which
+// also writes; nil: nothing.
+func (q *Queue) commitEndingsWith(ctx context.Context, ends []*ending, also func(*store.Batch), done func(error)) {
 	for _, end := range ends {
 		if err := q.checkResults(end); err != nil {
 			done(err)
@@ -419,6 +425,9 @@ func (q *Queue) commitEndings(ctx context.Context, ends []*ending, done func(err
 		}
 	}
 	b := q.st.NewBatch()
+	if also != nil {
+		also(b)
+	}
 	sc := scratchPool.Get().(*scratch)
 	for _, end := range ends {
 		q.writeEvents(b, end, nil, sc)

@@ -45,6 +45,9 @@ const (
 	envRevision   protowire.Number = 16
 	envFirstDue   protowire.Number = 17
 	envTag        protowire.Number = 18
+	envHops       protowire.Number = 19
+	envHandedFrom protowire.Number = 20
+	envHandedAt   protowire.Number = 21
 )
 
 // Fields of a recipient in an envelope.
@@ -171,6 +174,9 @@ func appendEnvelope(b []byte, e *relay.Envelope, body relay.BodyRef, firstDueMS 
 	b = putTime(b, envNotBefore, e.NotBefore)
 	b = putTime(b, envExpiresAt, e.ExpiresAt)
 	b = putUint(b, envRevision, e.Revision)
+	b = putUint(b, envHops, uint64(e.Hops))
+	b = putID(b, envHandedFrom, e.HandedFrom)
+	b = putUint(b, envHandedAt, e.HandedAt)
 	return putUint(b, envFirstDue, uint64(firstDueMS))
 }
 
@@ -275,6 +281,12 @@ func setEnvelopeField(e *relay.Envelope, n protowire.Number, v uint64, text []by
 		e.ExpiresAt = fromMS(v)
 	case envRevision:
 		e.Revision = v
+	case envHops:
+		e.Hops = uint8(min(v, 255))
+	case envHandedFrom:
+		copy(e.HandedFrom[:], text)
+	case envHandedAt:
+		e.HandedAt = v
 	}
 }
 
@@ -325,12 +337,13 @@ const (
 	stHeldWhy   protowire.Number = 17
 	stHeldSince protowire.Number = 18
 	stPurged    protowire.Number = 19
+	stMoved     protowire.Number = 20
 )
 
 func appendState(b []byte, s *relay.RecipientState) []byte {
 	b = append(b, stateVersion)
 	state := s.State
-	if state == relay.StatePurged {
+	if state == relay.StatePurged || state == relay.StateMoved {
 		// Releases that do not know the state read one that they know.
 		state = relay.StateBounced
 	}
@@ -359,6 +372,9 @@ func appendState(b []byte, s *relay.RecipientState) []byte {
 	if s.State == relay.StatePurged {
 		b = putUint(b, stPurged, 1)
 	}
+	if s.State == relay.StateMoved {
+		b = putUint(b, stMoved, 1)
+	}
 	return b
 }
 
@@ -368,7 +384,7 @@ func parseState(b []byte) (s relay.RecipientState, err error) {
 		return s, fault.New(fault.Invalid, op, "a recipient's state is damaged or of a newer version")
 	}
 	var held relay.Held
-	purged := false
+	purged, moved := false, false
 	err = fields(b[1:], func(n protowire.Number, v uint64, text []byte) {
 		switch n {
 		case stState:
@@ -409,6 +425,8 @@ func parseState(b []byte) (s relay.RecipientState, err error) {
 			held.Since = fromMS(v)
 		case stPurged:
 			purged = v != 0
+		case stMoved:
+			moved = v != 0
 		}
 	})
 	switch {
@@ -416,6 +434,8 @@ func parseState(b []byte) (s relay.RecipientState, err error) {
 		s.Held = &held
 	case s.State == relay.StateBounced && purged:
 		s.State = relay.StatePurged
+	case s.State == relay.StateBounced && moved:
+		s.State = relay.StateMoved
 	}
 	if err == nil && (s.State < relay.StateWaiting || s.State > relay.StatePurged) {
 		err = fault.New(fault.Invalid, op, "state %d does not exist", s.State)

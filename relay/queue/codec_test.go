@@ -27,7 +27,7 @@ func TestEnvelopeRoundTrips(t *testing.T) {
 			Kind: relay.BodySegment, Segment: 7, Offset: 8, Length: 9, HeaderBytes: 5, CRC32C: 10, BodyHash: [32]byte{11},
 		},
 		EightBit: true, SMTPUTF8: true, BinaryMIME: true, ClientDKIM: true, Internal: true, ClientIP: netip.MustParseAddr("2001:db8::1"), EnvID: "env", RetFull: true,
-		Tag: "spring sale", AcceptedAt: at, NotBefore: at.Add(time.Hour), ExpiresAt: at.Add(2 * time.Hour), Revision: 12,
+		Tag: "spring sale", AcceptedAt: at, NotBefore: at.Add(time.Hour), ExpiresAt: at.Add(2 * time.Hour), Revision: 12, Hops: 2, HandedFrom: ids.Node{5}, HandedAt: 13,
 	}
 	for v, i := reflect.ValueOf(want), 0; i < v.NumField(); i++ {
 		if v.Field(i).IsZero() {

@@ -100,10 +100,11 @@ func (q *Queue) Export(w io.Writer, h ExportHeader, progress func(ExportCount), 
 }
 
 type exporter struct {
-	w   *bufio.Writer
-	q   *Queue
-	buf []byte
-	err error // of writing
+	w     *bufio.Writer
+	q     *Queue
+	buf   []byte
+	piece []byte
+	err   error // of writing
 }
 
 func (e *exporter) record(kind byte, payload []byte) {
@@ -139,36 +140,54 @@ func (e *exporter) message(id ids.Message, value []byte, count *ExportCount) err
 	}
 	b := append(append(make([]byte, 0, 1024), id[:]...), binary.BigEndian.AppendUint32(nil, uint32(len(value)))...)
 	b = append(b, value...)
-	b = binary.BigEndian.AppendUint32(b, uint32(len(read.states)))
+	b = appendStates(b, env, read.states)
 	open := len(env.Recipients)
-	for i := range env.Recipients {
-		s, ok := read.states[uint16(i)]
-		if !ok {
-			continue
-		}
+	for _, s := range read.states {
 		if s.State.Final() {
 			open--
+		}
+	}
+	e.record(exportMessage, b)
+	e.body(body, env.Body.Length)
+	if e.err != nil {
+		return nil // of writing, or of a disk that is failing: the file is cut off
+	}
+	count.Messages++
+	count.Recipients += open
+	count.Bytes += env.Body.Length
+	return nil
+}
+
+// appendStates appends the states of a message's recipients that are stored.
+func appendStates(b []byte, env *relay.Envelope, states map[uint16]relay.RecipientState) []byte {
+	b = binary.BigEndian.AppendUint32(b, uint32(len(states)))
+	for i := range env.Recipients {
+		s, ok := states[uint16(i)]
+		if !ok {
+			continue
 		}
 		state := appendState(nil, &s)
 		b = binary.BigEndian.AppendUint16(b, uint16(i))
 		b = binary.BigEndian.AppendUint32(b, uint32(len(state)))
 		b = append(b, state...)
 	}
-	e.record(exportMessage, b)
-	piece := make([]byte, exportPieceBytes)
-	for off := int64(0); off < env.Body.Length && e.err == nil; {
-		n, err := body.ReadAt(piece, off)
+	return b
+}
+
+// body writes a body in pieces.
+func (e *exporter) body(body *store.BodyReader, length int64) {
+	if len(e.piece) == 0 {
+		e.piece = make([]byte, exportPieceBytes)
+	}
+	for off := int64(0); off < length && e.err == nil; {
+		n, err := body.ReadAt(e.piece, off)
 		if n == 0 && err != nil {
-			e.err = err // it was whole a moment ago: the disk is failing, the file is cut off
-			return nil
+			e.err = err
+			return
 		}
-		e.record(exportBody, piece[:n])
+		e.record(exportBody, e.piece[:n])
 		off += int64(n)
 	}
-	count.Messages++
-	count.Recipients += open
-	count.Bytes += env.Body.Length
-	return nil
 }
 
 // exportReader reads records and checks their sums.
@@ -234,6 +253,7 @@ func (e *exportReader) next() (kind byte, payload []byte, err error) {
 type exported struct {
 	env    *relay.Envelope
 	states map[uint16]relay.RecipientState
+	class  string // of the events that say it was taken; empty: of an import
 }
 
 // message returns the next message, nil at the end. Its body follows.

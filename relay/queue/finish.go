@@ -136,7 +136,7 @@ func (q *Queue) checkResults(end *ending) error {
 		}
 		end.at[i] = at
 		switch {
-		case r.State.State < relay.StateWaiting || r.State.State > relay.StatePurged:
+		case r.State.State < relay.StateWaiting || r.State.State > relay.StateMoved:
 			return q.violation("a result has no state", "message", w.Env.ID, "index", r.Index)
 		case r.State.State == relay.StateWaiting && r.State.Next.IsZero():
 			return q.violation("a waiting result has no next time", "message", w.Env.ID, "index", r.Index)
@@ -311,7 +311,7 @@ func (q *Queue) finished(end *ending, err error) {
 			q.keyGone(w.wq, pos{h.due, m.id, r.Index})
 		}
 		q.bookHeld(w.held[i].hold, &r.State)
-		q.metrics.results[min(r.State.State, relay.StatePurged)].Inc()
+		q.metrics.results[min(r.State.State, relay.StateMoved)].Inc()
 		switch {
 		case r.State.State.Final():
 			m.setFinal(r.Index)

@@ -1,6 +1,7 @@
 package queue
 
 import (
+	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -204,7 +205,7 @@ func (q *Queue) placeImported(b *store.Batch, m *exported, body *store.Body) (*i
 			continue
 		}
 		q.envelopeEvent(&sc.ev, env, uint16(i), now)
-		sc.ev.Type, sc.ev.Class, sc.ev.Size = outbox.Accepted, classImported, ref.Length
+		sc.ev.Type, sc.ev.Class, sc.ev.Size = outbox.Accepted, cmp.Or(m.class, classImported), ref.Length
 		if mail.waits[i] {
 			sc.ev.Next = time.UnixMilli(mail.due[i])
 		}

@@ -11,7 +11,7 @@ type queueMetrics struct {
 	accepted     prometheus.Counter
 	messagesDone prometheus.Counter
 	finished     *prometheus.CounterVec
-	results      [relay.StatePurged + 1]prometheus.Counter
+	results      [relay.StateMoved + 1]prometheus.Counter
 	inDoubt      prometheus.Counter
 	violations   prometheus.Counter
 	orphans      prometheus.Counter

@@ -217,6 +217,8 @@ type Queue struct {
 	active   atomic.Pointer[ruleSet] // what matches; nil: no rule
 	ruleWake chan struct{}
 
+	transfers transfers // from and to other relays
+
 	ruleChange sync.Mutex // one change of a rule's record at a time; taken before mu
 
 	pageWake chan struct{}
@@ -367,6 +369,9 @@ func Open(ctx context.Context, st *store.Store, ob *outbox.Outbox, cfg Config) (
 	snap.Close()
 	if err == nil {
 		err = q.recover(ctx)
+	}
+	if err == nil {
+		err = q.resumeTransfers()
 	}
 	if err == nil && cfg.Registerer != nil {
 		err = q.register(cfg.Registerer)

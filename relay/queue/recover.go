@@ -9,6 +9,7 @@ import (
 	"github.com/relais-mta/relais/relay/store"
 	"github.com/relais-mta/relais/shared/fault"
 	"github.com/relais-mta/relais/shared/ids"
+	"github.com/relais-mta/relais/shared/policy"
 )
 
 // classInDoubt is the class that states and events of attempts with a hidden
@@ -166,15 +167,19 @@ func (q *Queue) tellUnconfirmed(b *store.Batch, env *relay.Envelope, ended []Res
 // succeeded: one more try after the delay, before the deadline, or the end
 // when the policy's retries are used up.
 func (q *Queue) doubt(s *relay.RecipientState, now, deadline time.Time) {
+	doubt(s, &q.policy, now, deadline)
+}
+
+func doubt(s *relay.RecipientState, p *policy.Queue, now, deadline time.Time) {
 	s.InDoubt++
 	s.Attempts++
 	s.LastClass = classInDoubt
 	s.LastReply = relay.Reply{Text: "the relay stopped before it saw the answer"}
-	next := now.Add(q.policy.InDoubtRetry.D())
+	next := now.Add(p.InDoubtRetry.D())
 	if !next.Before(deadline) {
 		next = deadline.Add(-lastTryMargin)
 	}
-	if int(s.InDoubt) > q.policy.InDoubtRetries || next.Before(now) {
+	if int(s.InDoubt) > p.InDoubtRetries || next.Before(now) {
 		s.State, s.Next = relay.StateUnknown, time.Time{}
 		return
 	}

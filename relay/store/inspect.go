@@ -14,7 +14,7 @@ import (
 )
 
 // spaces are the key spaces that this release writes, but for SpaceMeta.
-var spaces = []byte{SpaceRule, SpaceHeld, SpaceAttempt, SpaceInbound, SpaceMessage, SpaceOutbox, SpaceQueue, SpaceState, SpaceWaiting, SpaceDeadline}
+var spaces = []byte{SpaceRule, SpaceHeld, SpaceAttempt, SpaceInbound, SpaceMessage, SpaceOutbox, SpaceQueue, SpaceState, SpaceWaiting, SpaceDeadline, SpaceGiven, SpaceTaken}
 
 func knownSpace(b byte) bool { return bytes.IndexByte(spaces, b) >= 0 }
 

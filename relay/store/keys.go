@@ -21,6 +21,8 @@ const (
 	SpaceState    = 'r'
 	SpaceWaiting  = 'w'
 	SpaceDeadline = 'x'
+	SpaceGiven    = 'g' // messages on their way to another relay, or gone there
+	SpaceTaken    = 't' // messages that another relay handed over
 )
 
 var keyFormat = []byte("\x00format")
@@ -41,6 +43,7 @@ const (
 	OutboxKeyBytes   = 1 + 8
 	RuleKeyBytes     = 1 + ids.Size
 	HeldKeyBytes     = 1 + 2*ids.Size + 2
+	TransferKeyBytes = 1 + 2*ids.Size + 1
 )
 
 // AppendMessageKey appends the key of an envelope.
@@ -118,6 +121,23 @@ func AppendHeldPrefix(b []byte, rule ids.Hold) []byte {
 // AppendHeldKey appends the key of a recipient that a rule holds.
 func AppendHeldKey(b []byte, rule ids.Hold, id ids.Message, index uint16) []byte {
 	return binary.BigEndian.AppendUint16(append(AppendHeldPrefix(b, rule), id[:]...), index)
+}
+
+// AppendTransferKey appends the key of a message's way to or from another
+// relay: space is SpaceGiven or SpaceTaken, hop counts the ways it went.
+func AppendTransferKey(b []byte, space byte, peer ids.Node, id ids.Message, hop uint8) []byte {
+	b = append(append(b, space), peer[:]...)
+	return append(append(b, id[:]...), hop)
+}
+
+// ParseTransferKey takes the key of a message's way apart.
+func ParseTransferKey(k []byte) (peer ids.Node, id ids.Message, hop uint8, ok bool) {
+	if len(k) != TransferKeyBytes || k[0] != SpaceGiven && k[0] != SpaceTaken {
+		return peer, id, 0, false
+	}
+	copy(peer[:], k[1:])
+	copy(id[:], k[1+ids.Size:])
+	return peer, id, k[1+2*ids.Size], true
 }
 
 // ParseRuleKey takes the key of a rule apart.
