@@ -76,6 +76,16 @@ const (
 	TypeResync        Type = 54
 	TypeQuotaUp       Type = 64
 	TypeQuotaDown     Type = 65
+
+	TypeHandoverOpen      Type = 80
+	TypeHandoverReady     Type = 81
+	TypeHandoverAsk       Type = 82
+	TypeHandoverHas       Type = 83
+	TypeHandoverBatch     Type = 84
+	TypeHandoverData      Type = 85
+	TypeHandoverTaken     Type = 86
+	TypeHandoverForget    Type = 87
+	TypeHandoverForgotten Type = 88
 )
 
 // TypeOf returns the frame type of a message, 0 if it is never a frame.
@@ -128,7 +138,7 @@ func TypeOf(message proto.Message) Type {
 	case *QuotaDown:
 		return TypeQuotaDown
 	}
-	return 0
+	return handoverType(message)
 }
 
 // newMessage returns an empty message of a type, nil if the type is unknown.
@@ -181,7 +191,7 @@ func newMessage(t Type) proto.Message {
 	case TypeQuotaDown:
 		return &QuotaDown{}
 	}
-	return nil
+	return newHandover(t)
 }
 
 // Conn reads and writes frames on a stream. One goroutine may send while
