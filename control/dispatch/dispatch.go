@@ -20,6 +20,7 @@ import (
 	"github.com/relais-mta/relais/shared/fault"
 	"github.com/relais-mta/relais/shared/ids"
 	"github.com/relais-mta/relais/shared/policy"
+	"github.com/relais-mta/relais/shared/wire"
 )
 
 // DefaultReportInterval is how often a relay reports. Whether a silent server
@@ -84,6 +85,7 @@ type Hello struct {
 	Addresses   []netip.Addr // present on its host
 	Generation  uint64       // of the view it holds
 	Revision    uint64       // of the view it holds; 0: none
+	Quota       bool         // it keeps the limits that relays share
 }
 
 // Clone is a node that two machines claim to be.
@@ -128,7 +130,10 @@ type Config struct {
 	Peers          Peers         // nil: there are no other servers
 	// Dropped reports whether a certificate is of an issuing CA that was dropped
 	// since it was shown; nil: none ever is.
-	Dropped    func(*x509.Certificate) bool
+	Dropped func(*x509.Certificate) bool
+	// Quota takes what relays say about what they share; it must not block. nil:
+	// this server does not pass it on.
+	Quota      func(ids.Node, *wire.QuotaUp)
 	Logger     *slog.Logger
 	Registerer prometheus.Registerer
 }

@@ -35,11 +35,13 @@ type session struct {
 	nonce    string        // of the relay's process, random at each start; empty: an old relay
 	probes   bool          // the relay answers probes
 	deltas   bool          // the relay takes deltas
-	dropped  bool          // its certificate is of a CA that was dropped; of the loop that waits
-	base     held          // the view that the relay holds; of the view loop
-	heard    atomic.Int64  // when the relay said something, Unix nanoseconds
-	replies  chan uint64   // nonces of answered probes
-	probing  sync.Mutex    // one probe at a time
+	quota    bool          // the relay passes messages about what relays share
+	downs    chan *wire.QuotaDown
+	dropped  bool         // its certificate is of a CA that was dropped; of the loop that waits
+	base     held         // the view that the relay holds; of the view loop
+	heard    atomic.Int64 // when the relay said something, Unix nanoseconds
+	replies  chan uint64  // nonces of answered probes
+	probing  sync.Mutex   // one probe at a time
 	began    time.Time
 	ended    chan ending // gets the word that ends the session
 
@@ -64,7 +66,7 @@ func (n *session) finish(code link.Code, text string) {
 
 // Link serves one relay's session until it ends.
 func (s *Server) Link(ctx context.Context, conn link.Session) (link.Code, string) {
-	n := &session{server: s, link: conn, replaced: make(chan struct{}), replies: make(chan uint64, 1), began: time.Now(), ended: make(chan ending, 1)}
+	n := &session{server: s, link: conn, replaced: make(chan struct{}), replies: make(chan uint64, 1), began: time.Now(), ended: make(chan ending, 1), downs: make(chan *wire.QuotaDown, maxQuotaWaiting)}
 	if err := n.open(ctx); err != nil {
 		s.config.Logger.Warn("link refused", "node", n.node.String(), "remote", conn.RemoteAddr().String(), "error", err)
 		return n.refuse(err)
@@ -143,7 +145,7 @@ func (n *session) readHello() error {
 	if err := n.send(&wire.Preface{
 		ProtocolMin: wire.ProtocolMin, ProtocolMax: wire.ProtocolMax,
 		ClusterId: config.Cluster[:], Generation: config.Nodes.Generation(), Version: config.Version,
-		Capabilities: wire.CapabilityProbe,
+		Capabilities: n.server.capabilities(),
 	}); err != nil {
 		return err
 	}
@@ -157,11 +159,12 @@ func (n *session) readHello() error {
 	n.nonce, n.probes = string(preface.GetBootNonce()), preface.GetCapabilities()&wire.CapabilityProbe != 0
 	n.heard.Store(time.Now().UnixNano())
 	n.deltas = preface.GetCapabilities()&wire.CapabilityDelta != 0
+	n.quota = preface.GetCapabilities()&wire.CapabilityQuota != 0
 	version := preface.GetVersion()
 	n.hello = Hello{
 		Version: version[:min(len(version), maxVersionBytes)], Incarnation: preface.GetIncarnation(),
 		Remote: n.link.RemoteAddr(), Transport: n.link.Transport(), Addresses: addresses,
-		Generation: n.held.GetHeld().GetGeneration(), Revision: n.held.GetHeld().GetIndex(),
+		Generation: n.held.GetHeld().GetGeneration(), Revision: n.held.GetHeld().GetIndex(), Quota: n.quota,
 	}
 	n.base = held{generation: n.hello.Generation, revision: n.hello.Revision, sum: string(n.held.GetHeldSha256())}
 	return nil
@@ -253,10 +256,11 @@ func (n *session) send(message proto.Message) error {
 // work serves the session and returns why it is over.
 func (n *session) work(ctx context.Context) (link.Code, string) {
 	inner, cancel := context.WithCancel(ctx)
-	failed := make(chan error, 2)
+	failed := make(chan error, 3)
 	var running sync.WaitGroup
 	running.Go(func() { failed <- n.receive() })
 	running.Go(func() { failed <- n.sendViews(inner) })
+	running.Go(func() { failed <- n.sendQuota(inner) })
 	code, text := n.wait(ctx, failed)
 	cancel()
 	n.link.Close(code, text) // frees both from their streams
@@ -361,6 +365,10 @@ func (n *session) receive() error {
 			if err := n.send(&wire.ProbeReply{Nonce: probe.GetNonce()}); err != nil {
 				return err
 			}
+			continue
+		}
+		if up, ok := message.(*wire.QuotaUp); ok && n.server.config.Quota != nil {
+			n.server.config.Quota(n.node, up)
 			continue
 		}
 		report, ok := message.(*wire.Report)

@@ -78,7 +78,7 @@ func (j joining) ServerAddresses() []enroll.ServerAddresses {
 
 // requests is what other servers may ask this one.
 func (s *server) requests() map[string]cluster.PeerHandler {
-	return s.sessionRequests(map[string]cluster.PeerHandler{
+	return s.quotaRequests(s.sessionRequests(map[string]cluster.PeerHandler{
 		"certificate": s.onCertificate,
 		"seen": func(context.Context, ids.Node, []byte) (any, error) {
 			if svc := s.answering.Load(); svc != nil {
@@ -86,7 +86,7 @@ func (s *server) requests() map[string]cluster.PeerHandler {
 			}
 			return nil, fault.Wrap(control.ErrNoLeader, fault.Unavailable, "relais-control.serve", "this server is starting")
 		},
-	})
+	}))
 }
 
 // announce tells the cluster how this server is reached and what it runs. While

@@ -27,6 +27,7 @@ import (
 	"github.com/relais-mta/relais/control/cluster"
 	"github.com/relais-mta/relais/control/config"
 	"github.com/relais-mta/relais/control/dispatch"
+	"github.com/relais-mta/relais/control/quota"
 	"github.com/relais-mta/relais/control/service"
 	"github.com/relais-mta/relais/control/state"
 	"github.com/relais-mta/relais/shared/buildinfo"
@@ -91,6 +92,7 @@ type server struct {
 	// answering is service once other servers may be answered from it.
 	answering atomic.Pointer[service.Service]
 	sessions  atomic.Pointer[dispatch.Server] // nil before relays may link
+	quota     *quota.Quota
 
 	supervisor telemetry.Supervisor
 }
@@ -138,6 +140,9 @@ func (s *server) run(ctx context.Context) error {
 		return errors.Join(err, stream.Close())
 	}
 	s.service = service.New(service.Options{State: st, Log: s.cluster, Sealer: s.sealer, Logger: s.logger, Version: buildinfo.Version(), Backups: s.keeper})
+	if s.quota, err = s.newQuota(); err != nil {
+		return errors.Join(err, s.cluster.Close())
+	}
 	s.service.SetMembership(membership{s.cluster}, s.file.Server)
 	s.service.SetCertificateState(func() service.CertificateState { return service.CertificateStateOf(s.holder) })
 	s.answering.Store(s.service)

@@ -1,0 +1,36 @@
+package main
+
+import (
+	"context"
+
+	"github.com/relais-mta/relais/control"
+	"github.com/relais-mta/relais/control/cluster"
+	"github.com/relais-mta/relais/control/quota"
+	"github.com/relais-mta/relais/shared/fault"
+	"github.com/relais-mta/relais/shared/ids"
+	"github.com/relais-mta/relais/shared/wire"
+)
+
+// newQuota returns this server's end of what relays share.
+func (s *server) newQuota() (*quota.Quota, error) {
+	return quota.New(quota.Options{Self: s.file.Server, Cluster: s.cluster, Deliver: s.deliverQuota, Logger: s.logger, Registerer: s.registry})
+}
+
+// deliverQuota hands a message of the leader to a relay that is linked here.
+func (s *server) deliverQuota(node ids.Node, down *wire.QuotaDown) bool {
+	views := s.sessions.Load()
+	return views != nil && views.SendQuota(node, down)
+}
+
+// quotaRequests adds what servers ask the leader about what relays share.
+func (s *server) quotaRequests(all map[string]cluster.PeerHandler) map[string]cluster.PeerHandler {
+	for _, name := range quota.RequestNames() {
+		all[name] = func(ctx context.Context, from ids.Node, body []byte) (any, error) {
+			if s.answering.Load() == nil {
+				return nil, fault.Wrap(control.ErrNoLeader, fault.Unavailable, "relais-control.serve", "this server is starting")
+			}
+			return s.quota.Requests()[name](ctx, from, body)
+		}
+	}
+	return all
+}
