@@ -9,8 +9,9 @@ type mutant struct {
 }
 
 const (
-	lease  = "shared/lease/"
-	warmup = "shared/warmup/"
+	lease     = "shared/lease/"
+	warmup    = "shared/warmup/"
+	ownership = "shared/ownership/"
 )
 
 var mutants = []mutant{
@@ -135,5 +136,51 @@ var mutants = []mutant{
 		"a former owner may reserve (W4)", warmup + "ledger.go",
 		"if owner := l.owners[r.Subject]; r.Epoch != owner {", "if owner := l.owners[r.Subject]; r.Epoch > owner {",
 		"Test14AddressMovesInTheDay",
+	},
+
+	{
+		"an address changes hands while it is used (A1)", ownership + "ownership.go",
+		"!a.Owner.IsZero() && !ownerIsOff && (a.Owner != to || a.State == Quarantined):\n		return a, conflict(\"node\", \"its owner may still send from it: release", "a.State == Assigned && !ownerIsOff:\n		return a, conflict(\"node\", \"its owner may still send from it: release",
+		"TestReleaseWaitsForTheOwner",
+	},
+	{
+		"a former owner's word counts (A1)", ownership + "ownership.go",
+		"if by.IsZero() || by != a.Owner || epoch != a.Epoch {", "if by.IsZero() {",
+		"TestReleaseWaitsForTheOwner",
+	},
+	{
+		"a release is confirmed before the disk knows (A1)", ownership + "use.go",
+		"u.open == 0 && u.saved >= u.news.Revision", "u.open == 0",
+		"TestReleaseIsSavedFirst",
+	},
+	{
+		"a release is confirmed with connections open (A1)", ownership + "use.go",
+		"u.open == 0 && u.saved >= u.news.Revision", "u.saved >= u.news.Revision",
+		"TestReleaseWaitsForTheOwner",
+	},
+	{
+		"former news of an address count (A1)", ownership + "use.go",
+		"	if n.Revision <= u.news.Revision {\n		return false", "	if n.Revision == u.news.Revision {\n		return false",
+		"TestReleaseWaitsForTheOwner",
+	},
+	{
+		"a floating address is used past its lease (A1)", ownership + "use.go",
+		"case !u.news.Pinned && now >= u.until:", "case !u.news.Pinned && u.until == 0:",
+		"Test15TakeoverOfAFloatingAddress",
+	},
+	{
+		"a new leader takes addresses at once (R4)", ownership + "keeper.go",
+		"basis := max(k.barrier, k.heard[n])", "basis := k.heard[n]",
+		"Test15TakeoverOfAFloatingAddress",
+	},
+	{
+		"a take-over does not wait for slow clocks (A1)", ownership + "keeper.go",
+		"lease.Outlast(k.cfg.TTL)+k.cfg.Takeover", "k.cfg.TTL",
+		"Test15ClocksDiffer",
+	},
+	{
+		"a tenant's address carries what it did (A3)", ownership + "ownership.go",
+		"(a.State != Quarantined || !a.Owner.IsZero())", "a.State != Quarantined",
+		"Test18AddressIsDedicatedMeanwhile",
 	},
 }

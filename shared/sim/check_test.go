@@ -14,6 +14,7 @@ type checker struct {
 	sent    map[lease.LimitID]int64         // events in all
 	offers  map[quotaKey]uint32             // recipients that hosts were offered
 	claims  map[claimID]uint32              // the highest that a relay said it spent
+	opened  int                             // connections from addresses
 	changed map[lease.LimitID]time.Duration // when a limit was lowered or raised last
 }
 
@@ -46,6 +47,10 @@ func (w *world) check() {
 	if w.failed != "" {
 		return
 	}
+	w.checkAddresses()
+	for _, r := range w.all[len(w.relays):] {
+		w.checkCopy(r)
+	}
 	t := w.log.state.table
 	for _, id := range w.limits {
 		l, ok := t.Limit(id)
@@ -53,7 +58,7 @@ func (w *world) check() {
 			continue
 		}
 		w.checker.fill(w, l)
-		for _, r := range w.relays {
+		for _, r := range w.all {
 			if r.holder == nil {
 				continue
 			}
@@ -190,8 +195,10 @@ func (c *checker) committed(w *world, before totals, result any) {
 		c.reserved(w, r)
 	}
 	switch res := result.(type) {
-	case []lease.Refusal:
-		for _, r := range res {
+	case ipResult:
+		c.committedIP(w, res)
+	case tickResult:
+		for _, r := range res.refused {
 			// What a leader proposed when a limit was changed may not know of it.
 			crossed := r.Change != nil && c.changed[r.Change.Limit] > 0 && w.now-c.changed[r.Change.Limit] < 5*time.Second
 			if r.Why != "another incarnation" && r.Why != "a later incarnation is known" && !crossed {

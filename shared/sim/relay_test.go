@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/relais-mta/relais/shared/lease"
+	"github.com/relais-mta/relais/shared/ownership"
 	"github.com/relais-mta/relais/shared/warmup"
 )
 
@@ -27,11 +28,18 @@ type relay struct {
 	saving   bool // of floors
 	saved    time.Duration
 	today    warmup.Day
-	owned    map[warmup.Subject]ownership
+	owned    map[warmup.Subject]owning
 	accounts map[accountID]*account
 	order    []accountID
 	seq      uint64
-	appetite int // recipients a quarter of a second, of each subject
+	uses     []ownership.Use
+	mail     [][]*ipSession
+	closing  []lease.Instant // when connections from an address are looked at
+	ipAsked  time.Duration
+	ipAcked  time.Duration
+	offUntil time.Duration
+	copy     bool // the machine is one of another's disk
+	appetite int  // recipients a quarter of a second, of each subject
 }
 
 // disk is what survives a crash: what was synced, and perhaps what was written.
@@ -39,6 +47,7 @@ type disk struct {
 	incarnation uint64
 	floors      []lease.Floor
 	marks       map[accountID]warmup.Mark
+	news        []ownership.News
 	writes      []write
 }
 
@@ -49,26 +58,37 @@ type write struct {
 
 type session struct{ closed bool }
 
-type ownership struct {
+type owning struct {
 	epoch uint64
 	mine  bool
 }
 
 func (w *world) addRelay() *relay {
 	n := len(w.relays)
-	r := &relay{machine: w.machineNamed("relay", n), w: w, node: lease.Node(n + 1), server: w.rng.IntN(len(w.servers))}
-	r.disk.marks = make(map[accountID]warmup.Mark)
-	r.resume = r.hardClose
-	r.demand = make(map[lease.LimitID]int64)
-	r.owned = map[warmup.Subject]ownership{}
-	r.today = firstDay
-	w.relays = append(w.relays, r)
+	r := w.newRelay(lease.Node(n+1), n)
+	w.relays, w.all = append(w.relays, r), append(w.all, r)
 	r.boot()
+	return r
+}
+
+// newRelay returns a relay that was never started.
+func (w *world) newRelay(node lease.Node, n int) *relay {
+	r := &relay{machine: w.machineNamed("relay", n), w: w, node: node, server: w.rng.IntN(len(w.servers))}
+	r.disk.marks = make(map[accountID]warmup.Mark)
+	r.resume = func() { r.hardClose(); r.closeAddresses() }
+	r.demand = make(map[lease.LimitID]int64)
+	r.owned = map[warmup.Subject]owning{}
+	r.today = firstDay
+	r.disk.news = make([]ownership.News, addresses)
 	return r
 }
 
 // boot starts the relay's process from its disk.
 func (r *relay) boot() {
+	if r.offUntil > r.w.now {
+		r.w.after(r.offUntil-r.w.now, r.boot)
+		return
+	}
 	r.down = false
 	r.life++
 	r.disk.incarnation++ // synced before anything else is done
@@ -84,6 +104,7 @@ func (r *relay) boot() {
 		a := r.account(id)
 		a.spender = warmup.Resume(r.disk.marks[id])
 	}
+	r.bootIPs()
 	r.w.note("%s starts as %d", r.name, r.disk.incarnation)
 	r.loop(r.life)
 }
@@ -100,6 +121,7 @@ func (r *relay) crash(down time.Duration) {
 	r.disk.writes = nil
 	r.w.note("%s crashes", r.name)
 	r.w.checker.crashed(r.w, r)
+	r.endIPs()
 	r.down, r.holder, r.until = true, nil, 0
 	r.life++
 	r.w.after(down, r.boot)
@@ -163,6 +185,7 @@ func (r *relay) loop(life int) {
 		r.saveFloors()
 	}
 	r.warm()
+	r.workAddresses(now)
 	w.on(&r.machine, r.span(w.between(150*time.Millisecond, 300*time.Millisecond)), func() { r.loop(life) })
 }
 

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"reflect"
 	"runtime"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -48,6 +49,9 @@ func randomWorld(seed uint64) *world {
 	for range w.rng.IntN(4) + 3 {
 		w.addRelay().appetite = w.rng.IntN(4)
 	}
+	for ip := range addresses {
+		w.assignIP(ip, w.relays[w.rng.IntN(len(w.relays))], false)
+	}
 	w.assign(address, w.relays[0])
 	w.setQuota(address, 0, 100)
 	w.setQuota(domain, 0, 200)
@@ -60,6 +64,7 @@ func (w *world) install(l lease.Limit) {
 	if err, ok := cmd(w.log.state).(error); ok {
 		panic(err)
 	}
+	w.log.state.index++
 	w.log.entries = append(w.log.entries, cmd)
 }
 
@@ -71,7 +76,7 @@ func (w *world) misfortune() {
 	r, s := w.relays[w.rng.IntN(len(w.relays))], w.servers[w.rng.IntN(len(w.servers))]
 	// In some worlds the leader stays: only there the long silences end that a new
 	// leader would begin to count anew.
-	what := w.rng.IntN(14)
+	what := w.rng.IntN(17)
 	if w.reign && (what == 0 || what >= 6 && what <= 9) {
 		what = 2
 	}
@@ -116,8 +121,41 @@ func (w *world) misfortune() {
 	case 13:
 		w.setQuota(address, 0, uint32(w.rng.IntN(300)))
 		w.setQuota(domain, 0, uint32(w.rng.IntN(500)))
+	default:
+		w.operator(w.rng.IntN(addresses), r)
 	}
 	w.after(w.between(0, 12*time.Second), w.misfortune)
+}
+
+// operator does something to an address. That a machine is off is said only of one
+// that is, and whose disk is empty when it comes back.
+func (w *world) operator(ip int, r *relay) {
+	switch w.rng.IntN(8) {
+	case 0, 1, 2:
+		w.assignIP(ip, r, false)
+	case 3, 4:
+		w.releaseIP(ip, w.chance(40))
+	case 5:
+		w.quarantineIP(ip)
+	case 6:
+		w.placeIP(ip, w.rng.IntN(3))
+		w.unquarantineIP(ip, false)
+	case 7:
+		row := w.log.state.ips[ip]
+		for _, o := range w.relays {
+			if row.Owner == nodeID(o.node) && o.down && o != r {
+				w.off(o, 5*time.Second)
+				w.assignIP(ip, r, true)
+			}
+		}
+	}
+}
+
+// off keeps a machine that is down so for a while, and empties its disk of
+// addresses: it is set up anew.
+func (w *world) off(r *relay, d time.Duration) {
+	clear(r.disk.news)
+	r.offUntil = w.now + d
 }
 
 // nextDays has days begin, and their quotas.
@@ -214,12 +252,16 @@ func play(seed uint64) *world {
 func (w *world) replay() {
 	st := newState()
 	for _, cmd := range w.log.entries {
+		st.index++
 		cmd(st)
 	}
 	for _, id := range w.limits {
 		if a, b := w.log.state.table.Holdings(id), st.table.Holdings(id); len(a)+len(b) > 0 && !reflect.DeepEqual(a, b) {
 			w.fail("the log applied again gives %v of limit %d, not %v", b, id, a)
 		}
+	}
+	if !slices.Equal(st.ips, w.log.state.ips) {
+		w.fail("the log applied again gives other addresses")
 	}
 	if !reflect.DeepEqual(st.ledger, w.log.state.ledger) {
 		w.fail("the log applied again gives another ledger")

@@ -4,6 +4,7 @@ import (
 	"time"
 
 	"github.com/relais-mta/relais/shared/lease"
+	"github.com/relais-mta/relais/shared/ownership"
 	"github.com/relais-mta/relais/shared/warmup"
 )
 
@@ -14,6 +15,9 @@ type server struct {
 	leads   bool
 	term    uint64
 	grantor *lease.Grantor
+	keeper  *ownership.Keeper
+	places  []place         // of relays, by node
+	asked   []func([]ipRow) // reports about addresses that wait for a command
 }
 
 const tickEvery = 250 * time.Millisecond
@@ -63,6 +67,7 @@ func (w *world) elect(s *server) {
 		// The barrier is applied: the leader begins from what the log gave.
 		s.leads = true
 		s.grantor = lease.NewGrantor(w.cfg, w.log.state.table, 1, term, s.clock(w.now))
+		s.keeper, s.asked, s.places = ownership.NewKeeper(ipConfig(), s.clock(w.now)), nil, nil
 		s.tick(term)
 	})
 }
@@ -93,41 +98,90 @@ func (s *server) tick(term uint64) {
 	g := s.grantor
 	cmd, grants := g.Tick(s.clock(w.now))
 	s.deliver(grants)
-	if cmd != nil {
-		w.propose(s, func(st *state) any { return st.table.Apply(cmd) }, func(result any) {
-			if s.grantor != g {
+	if cmd != nil || len(s.asked) > 0 {
+		take, answer := s.told()
+		w.propose(s, func(st *state) any {
+			out := tickResult{rows: take(st)}
+			if cmd != nil {
+				out.refused = st.table.Apply(cmd)
+			}
+			return out
+		}, func(result any) {
+			res := result.(tickResult)
+			answer(res.rows)
+			if s.grantor != g || cmd == nil {
 				return
 			}
-			refused, _ := result.([]lease.Refusal)
-			welcomes, grants := g.Committed(s.clock(w.now), refused)
+			welcomes, grants := g.Committed(s.clock(w.now), res.refused)
 			for _, m := range welcomes {
 				s.welcome(m)
 			}
 			s.deliver(grants)
 		})
 	}
+	s.keep()
 	w.on(&s.machine, s.span(tickEvery), func() { s.tick(term) })
+}
+
+type tickResult struct {
+	refused []lease.Refusal
+	rows    []ipRow
 }
 
 func (s *server) deliver(grants []lease.Grant) {
 	for i := range grants {
 		g := grants[i]
-		r := s.w.relays[g.Node-1]
+		r := s.at(g.Node)
 		today := s.w.log.state.ledger.Today()
 		s.w.send(&s.machine, &r.machine, func() { r.granted(s, &g, today) })
 	}
 }
 
 func (s *server) welcome(m lease.Welcome) {
-	r := s.w.relays[m.Node-1]
+	r := s.at(m.Node)
 	s.w.send(&s.machine, &r.machine, func() { r.welcomed(s, m) })
+}
+
+// place is who has the one session of a relay.
+type place struct {
+	r     *relay
+	heard lease.Instant
+}
+
+// admits decides whether a machine has its relay's session (A4): a second one with
+// the same key has to wait until the first is silent for longer than a lease. One
+// that was put out has none.
+func (s *server) admits(r *relay) bool {
+	if _, gone := s.w.log.state.table.Session(r.node); gone {
+		return false
+	}
+	for len(s.places) < int(r.node) {
+		s.places = append(s.places, place{})
+	}
+	p, now := &s.places[r.node-1], s.clock(s.w.now)
+	if p.r != nil && p.r != r && now < p.heard.Add(lease.Outlast(max(s.w.cfg.TTL, ipConfig().TTL))) {
+		s.w.send(&s.machine, &r.machine, func() { r.session = false })
+		return false
+	}
+	*p = place{r, now}
+	return true
+}
+
+// at returns the machine that has a relay's session.
+func (s *server) at(n lease.Node) *relay {
+	if int(n) <= len(s.places) && s.places[n-1].r != nil {
+		return s.places[n-1].r
+	}
+	return s.w.relays[n-1]
 }
 
 // hears passes on what relays say, if the server takes itself for the leader;
 // otherwise it says who leads, as far as it knows.
 func (s *server) hears(r *relay, what func()) {
 	if s.leads {
-		what()
+		if s.admits(r) {
+			what()
+		}
 		return
 	}
 	s.w.send(&s.machine, &r.machine, func() { r.redirected(s) })

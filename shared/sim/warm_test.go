@@ -82,7 +82,7 @@ func (r *relay) warm() {
 	}
 	for _, id := range r.order {
 		a := r.accounts[id]
-		mine := id.subject == domain || r.owned[address] == ownership{id.epoch, true}
+		mine := id.subject == domain || r.owned[address] == owning{id.epoch, true}
 		switch {
 		case a.closed || id.day < r.today-1:
 		case id.day < r.today || id.day == r.today && !mine:
@@ -215,7 +215,7 @@ func (r *relay) replied(id accountID, reply warmup.Reply) {
 	a.seq = 0
 	if a.cut {
 		a.cut = false
-		a.closed = id.day < r.today || r.owned[id.subject] != ownership{id.epoch, true} && id.subject == address
+		a.closed = id.day < r.today || r.owned[id.subject] != owning{id.epoch, true} && id.subject == address
 	}
 }
 
@@ -229,6 +229,6 @@ func (r *relay) recalled(key quotaKey, epoch uint64, amount uint32) {
 // assigned tells who owns a subject. Former news change nothing.
 func (r *relay) assigned(s warmup.Subject, epoch uint64, mine bool) {
 	if epoch > r.owned[s].epoch {
-		r.owned[s] = ownership{epoch, mine}
+		r.owned[s] = owning{epoch, mine}
 	}
 }

@@ -13,25 +13,27 @@ import (
 
 // world is everything there is. One goroutine moves it.
 type world struct {
-	seed    uint64
-	rng     *rand.Rand
-	now     time.Duration // since the world began
-	events  eventHeap
-	order   uint64
-	cfg     lease.Config
-	net     network
-	log     raftLog
-	servers []*server
-	relays  []*relay
-	limits  []lease.LimitID
-	checker checker
-	reign   bool                 // the leader stays
-	unaware bool                 // a former leader never hears that it is none any more
-	quiet   bool                 // no faults any more
-	sync    func() time.Duration // how long a write takes; nil: as usual
-	failed  string               // the first broken promise
-	trace   []string             // the last things that happened
-	count   int                  // events
+	seed      uint64
+	rng       *rand.Rand
+	now       time.Duration // since the world began
+	events    eventHeap
+	order     uint64
+	cfg       lease.Config
+	net       network
+	log       raftLog
+	servers   []*server
+	relays    []*relay
+	all       []*relay // with copies of their machines
+	limits    []lease.LimitID
+	checker   checker
+	reign     bool                 // the leader stays
+	unaware   bool                 // a former leader never hears that it is none any more
+	quiet     bool                 // no faults any more
+	sync      func() time.Duration // how long a write takes; nil: as usual
+	failed    string               // the first broken promise
+	trace     []string             // the last things that happened
+	recording bool                 // of what costs much to write down
+	count     int                  // events
 }
 
 type event struct {
@@ -221,6 +223,8 @@ type state struct {
 	ledger  *warmup.Ledger
 	history map[quotaKey]uint32 // the largest quota of a day
 	epochs  map[warmup.Subject]uint64
+	ips     []ipRow
+	index   uint64 // of the entry
 }
 
 type quotaKey struct {
@@ -229,7 +233,7 @@ type quotaKey struct {
 }
 
 func newState() *state {
-	return &state{table: lease.NewTable(), ledger: warmup.NewLedger(firstDay), history: make(map[quotaKey]uint32), epochs: make(map[warmup.Subject]uint64)}
+	return &state{table: lease.NewTable(), ledger: warmup.NewLedger(firstDay), history: make(map[quotaKey]uint32), epochs: make(map[warmup.Subject]uint64), ips: newIPs()}
 }
 
 // command is an entry of the log. It may look at nothing but the state.
@@ -288,6 +292,7 @@ func (w *world) commitUpTo(p *proposal) {
 func (w *world) commit(p *proposal) {
 	w.log.entries = append(w.log.entries, p.cmd)
 	before := w.checker.before(w)
+	w.log.state.index++
 	result := p.cmd(w.log.state)
 	w.checker.committed(w, before, result)
 	if p.done != nil {
