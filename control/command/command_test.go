@@ -25,6 +25,10 @@ func sum(b byte) []byte { return []byte(strings.Repeat(string([]byte{b}), 32)) }
 // samples holds one command of every type with every field set.
 func samples() []Command {
 	meta := &Meta{Actor: "admin", Reason: "golden"}
+	return append(firstSamples(meta), brakeSamples(meta)...)
+}
+
+func firstSamples(meta *Meta) []Command {
 	label := []*Label{{Key: "pool", Value: "eu"}, {Key: "zone", Value: "a"}}
 	return []Command{
 		&ClusterInit{Meta: meta, Cluster: &Cluster{Id: id(1), Generation: 1, FsmVersion: 1, CreatedMs: 1000, CaBundle: []byte("pem"), CaSealed: []byte("s"), KekId: "kek", RecoverySealed: []byte("r"), CredentialKeySealed: []byte("c")}},

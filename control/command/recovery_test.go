@@ -22,6 +22,9 @@ func TestOldServersApplyWhatTheyKnow(t *testing.T) {
 		if TypeOf(c) >= TypeCARotate && TypeOf(c)&IgnorableBit == 0 {
 			want = 3
 		}
+		if TypeOf(c) > TypeCredentialPutScoped && TypeOf(c)&IgnorableBit == 0 {
+			want = 4
+		}
 		if got := binary.BigEndian.Uint16(b[1:]); got != want {
 			t.Errorf("%s is stamped with version %d, want %d", TypeOf(c), got, want)
 		}

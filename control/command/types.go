@@ -108,6 +108,10 @@ var registry = []registration{
 	{TypeDomainKeyStep, "domain.key-step", func() Command { return new(DomainKeyStep) }},
 	{TypeDomainKeysRollback, "domain.keys-rollback", func() Command { return new(DomainKeysRollback) }},
 	{TypeCredentialPutScoped, "credential.put-scoped", func() Command { return new(CredentialPutScoped) }},
+	{TypeBrakeSet, "brake.set", func() Command { return new(BrakeSet) }},
+	{TypeBrakeCancel, "brake.cancel", func() Command { return new(BrakeCancel) }},
+	{TypeBrakePin, "brake.pin", func() Command { return new(BrakePin) }},
+	{TypeBrakeSweep, "brake.sweep", func() Command { return new(BrakeSweep) }},
 	{TypeStateHash, "state-hash", func() Command { return new(StateHash) }},
 }
 
@@ -189,6 +193,9 @@ func TypeOf(c Command) Type {
 		return TypeStateHash
 	}
 	if t := keysType(c); t != 0 {
+		return t
+	}
+	if t := brakesType(c); t != 0 {
 		return t
 	}
 	return rotationType(c)

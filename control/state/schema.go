@@ -32,7 +32,7 @@ const (
 	sectionRotation       = 26
 	sectionRefusedCAs     = 27
 	sectionRevoked        = 28
-	maxSections           = 32
+	maxSections           = 64
 )
 
 // The bounds of the tables, in rows.
@@ -80,7 +80,7 @@ var sections = []interface {
 }{
 	clusterTable, serversTable, nodesTable, tokensTable, tenantsTable, projectsTable, domainsTable, credentialsTable,
 	poolsTable, sourcesTable, policyTable, operatorsTable, apiKeysTable, returnPathKeysTable, auditTable,
-	recoveryTable, policyVersionsTable, rotationTable, refusedCAsTable, revokedTable,
+	recoveryTable, policyVersionsTable, rotationTable, refusedCAsTable, revokedTable, brakesTable,
 }
 
 // apply dispatches an entry to the function of its command.
@@ -148,6 +148,9 @@ func (a *applier) apply(body command.Command) (any, error) {
 		return nil, nil // compared by Store.Apply
 	}
 	if row, known, err := a.applyKeys(body); known {
+		return row, err
+	}
+	if row, known, err := a.applyBrakes(body); known {
 		return row, err
 	}
 	return a.applyRotation(body)

@@ -55,6 +55,7 @@ func (r *Reader) View(node ids.Node, open OpenFunc) (*policy.View, error) {
 	r.viewTenants(v)
 	r.viewSources(v)
 	r.viewTrust(v)
+	r.viewBrakes(v)
 	return v, nil
 }
 

@@ -57,6 +57,7 @@ type (
 	operatorKind   struct{}
 	keyKind        struct{}
 	holdKind       struct{}
+	brakeKind      struct{}
 )
 
 func (messageKind) prefix() string    { return "msg" }
@@ -71,6 +72,7 @@ func (tokenKind) prefix() string      { return "tok" }
 func (operatorKind) prefix() string   { return "opr" }
 func (keyKind) prefix() string        { return "key" }
 func (holdKind) prefix() string       { return "hld" }
+func (brakeKind) prefix() string      { return "brk" }
 
 // The kinds of ids.
 type (
@@ -86,6 +88,7 @@ type (
 	Operator   = ID[operatorKind]
 	Key        = ID[keyKind]
 	Hold       = ID[holdKind]
+	Brake      = ID[brakeKind]
 )
 
 // New returns a fresh id stamped with now. Its random part comes from the

@@ -33,6 +33,7 @@ type View struct {
 	Trust          Trust
 
 	SharedLimits []SharedLimit // by number; those of all relays
+	Brakes       []Brake       // by id
 	Lease        lease.Config  // zero: there are no shared limits
 }
 

@@ -53,6 +53,7 @@ func EncodeView(v *policy.View) ([]byte, error) {
 		out.ReturnPathKeys = append(out.ReturnPathKeys, &ReturnPathKey{Id: uint32(k.ID), Key: k.Key[:]})
 	}
 	encodeShared(out, v)
+	encodeBrakes(out, v)
 	encoded, err := proto.MarshalOptions{Deterministic: true}.Marshal(out)
 	if err != nil {
 		return nil, fault.Wrap(err, fault.Internal, "wire.EncodeView", "cannot encode the view")
@@ -135,6 +136,7 @@ func DecodeView(encoded []byte) (*policy.View, error) {
 	d.owners(&in)
 	d.sources(&in)
 	d.shared(&in)
+	d.brakes(&in)
 	d.view.Trust = policy.Trust{CAs: in.GetCaBundle(), RefusedCAs: in.GetRefusedCas(), RevokedServers: sized[policy.RevokedServer](len(in.GetRevokedServers()))}
 	for i, r := range in.GetRevokedServers() {
 		d.view.Trust.RevokedServers[i].Serials = r.GetSerials()

@@ -1032,6 +1032,7 @@ type Report struct {
 	Problems           []string               `protobuf:"bytes,10,rep,name=problems,proto3" json:"problems,omitempty"`                             // what health says, one sentence each
 	BundleSha256       []byte                 `protobuf:"bytes,20,opt,name=bundle_sha256,json=bundleSha256,proto3" json:"bundle_sha256,omitempty"` // over the DER of the CAs that the relay believes, in order
 	LeafIssuer         string                 `protobuf:"bytes,21,opt,name=leaf_issuer,json=leafIssuer,proto3" json:"leaf_issuer,omitempty"`       // key id of the CA that its certificate is of
+	Reflexes           []*LaneReflex          `protobuf:"bytes,60,rep,name=reflexes,proto3" json:"reflexes,omitempty"`                             // lanes that it has slowed down by itself for long; at most 32
 	unknownFields      protoimpl.UnknownFields
 	sizeCache          protoimpl.SizeCache
 }
@@ -1148,6 +1149,13 @@ func (x *Report) GetLeafIssuer() string {
 		return x.LeafIssuer
 	}
 	return ""
+}
+
+func (x *Report) GetReflexes() []*LaneReflex {
+	if x != nil {
+		return x.Reflexes
+	}
+	return nil
 }
 
 // HeldSource says whether an assigned source address is on the host.
@@ -1528,6 +1536,7 @@ type View struct {
 	ScopedCredentials []*Credential          `protobuf:"bytes,23,rep,name=scoped_credentials,json=scopedCredentials,proto3" json:"scoped_credentials,omitempty"` // those with a scope: a reader that does not know scopes does not know these credentials
 	SharedLimits      []*SharedLimit         `protobuf:"bytes,30,rep,name=shared_limits,json=sharedLimits,proto3" json:"shared_limits,omitempty"`                // by id
 	Lease             *LeaseConfig           `protobuf:"bytes,31,opt,name=lease,proto3" json:"lease,omitempty"`                                                  // unset: there are no shared limits
+	Brakes            []*Brake               `protobuf:"bytes,60,rep,name=brakes,proto3" json:"brakes,omitempty"`                                                // by id; those of all relays
 	unknownFields     protoimpl.UnknownFields
 	sizeCache         protoimpl.SizeCache
 }
@@ -1698,6 +1707,13 @@ func (x *View) GetSharedLimits() []*SharedLimit {
 func (x *View) GetLease() *LeaseConfig {
 	if x != nil {
 		return x.Lease
+	}
+	return nil
+}
+
+func (x *View) GetBrakes() []*Brake {
+	if x != nil {
+		return x.Brakes
 	}
 	return nil
 }
@@ -2466,7 +2482,7 @@ var File_shared_wire_wire_proto protoreflect.FileDescriptor
 
 const file_shared_wire_wire_proto_rawDesc = "" +
 	"\n" +
-	"\x16shared/wire/wire.proto\x12\x0erelais.wire.v1\x1a\x17shared/wire/quota.proto\"\x8d\x02\n" +
+	"\x16shared/wire/wire.proto\x12\x0erelais.wire.v1\x1a\x18shared/wire/brakes.proto\x1a\x17shared/wire/quota.proto\"\x8d\x02\n" +
 	"\aPreface\x12!\n" +
 	"\fprotocol_min\x18\x01 \x01(\rR\vprotocolMin\x12!\n" +
 	"\fprotocol_max\x18\x02 \x01(\rR\vprotocolMax\x12\"\n" +
@@ -2547,7 +2563,7 @@ const file_shared_wire_wire_proto_rawDesc = "" +
 	"\x05state\x18\x04 \x01(\tR\x05state\"<\n" +
 	"\bRedirect\x12\x18\n" +
 	"\aservers\x18\x01 \x03(\tR\aservers\x12\x16\n" +
-	"\x06reason\x18\x02 \x01(\tR\x06reason\"\xd6\x03\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\"\x8e\x04\n" +
 	"\x06Report\x12\x14\n" +
 	"\x05nonce\x18\x01 \x01(\x04R\x05nonce\x12 \n" +
 	"\fsent_time_ms\x18\x02 \x01(\x03R\n" +
@@ -2565,7 +2581,8 @@ const file_shared_wire_wire_proto_rawDesc = "" +
 	" \x03(\tR\bproblems\x12#\n" +
 	"\rbundle_sha256\x18\x14 \x01(\fR\fbundleSha256\x12\x1f\n" +
 	"\vleaf_issuer\x18\x15 \x01(\tR\n" +
-	"leafIssuer\"Y\n" +
+	"leafIssuer\x126\n" +
+	"\breflexes\x18< \x03(\v2\x1a.relais.wire.v1.LaneReflexR\breflexes\"Y\n" +
 	"\n" +
 	"HeldSource\x12\x1b\n" +
 	"\tsource_id\x18\x01 \x01(\fR\bsourceId\x12\x14\n" +
@@ -2586,7 +2603,7 @@ const file_shared_wire_wire_proto_rawDesc = "" +
 	"\brevision\x18\x01 \x01(\v2\x18.relais.wire.v1.RevisionR\brevision\"i\n" +
 	"\x04Nack\x124\n" +
 	"\brevision\x18\x01 \x01(\v2\x18.relais.wire.v1.RevisionR\brevision\x12+\n" +
-	"\x05error\x18\x02 \x01(\v2\x15.relais.wire.v1.ErrorR\x05error\"\xc8\a\n" +
+	"\x05error\x18\x02 \x01(\v2\x15.relais.wire.v1.ErrorR\x05error\"\xf7\a\n" +
 	"\x04View\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x1d\n" +
 	"\n" +
@@ -2610,7 +2627,8 @@ const file_shared_wire_wire_proto_rawDesc = "" +
 	"\x0frevoked_servers\x18\x16 \x03(\v2\x1d.relais.wire.v1.RevokedServerR\x0erevokedServers\x12I\n" +
 	"\x12scoped_credentials\x18\x17 \x03(\v2\x1a.relais.wire.v1.CredentialR\x11scopedCredentials\x12@\n" +
 	"\rshared_limits\x18\x1e \x03(\v2\x1b.relais.wire.v1.SharedLimitR\fsharedLimits\x121\n" +
-	"\x05lease\x18\x1f \x01(\v2\x1b.relais.wire.v1.LeaseConfigR\x05lease\"F\n" +
+	"\x05lease\x18\x1f \x01(\v2\x1b.relais.wire.v1.LeaseConfigR\x05lease\x12-\n" +
+	"\x06brakes\x18< \x03(\v2\x15.relais.wire.v1.BrakeR\x06brakes\"F\n" +
 	"\rRevokedServer\x12\x1b\n" +
 	"\tserver_id\x18\x01 \x01(\fR\bserverId\x12\x18\n" +
 	"\aserials\x18\x02 \x03(\tR\aserials\"1\n" +
@@ -2728,8 +2746,10 @@ var file_shared_wire_wire_proto_goTypes = []any{
 	(*Source)(nil),          // 33: relais.wire.v1.Source
 	(*ReturnPathKey)(nil),   // 34: relais.wire.v1.ReturnPathKey
 	nil,                     // 35: relais.wire.v1.JoinRequest.LabelsEntry
-	(*SharedLimit)(nil),     // 36: relais.wire.v1.SharedLimit
-	(*LeaseConfig)(nil),     // 37: relais.wire.v1.LeaseConfig
+	(*LaneReflex)(nil),      // 36: relais.wire.v1.LaneReflex
+	(*SharedLimit)(nil),     // 37: relais.wire.v1.SharedLimit
+	(*LeaseConfig)(nil),     // 38: relais.wire.v1.LeaseConfig
+	(*Brake)(nil),           // 39: relais.wire.v1.Brake
 }
 var file_shared_wire_wire_proto_depIdxs = []int32{
 	35, // 0: relais.wire.v1.JoinRequest.labels:type_name -> relais.wire.v1.JoinRequest.LabelsEntry
@@ -2740,31 +2760,33 @@ var file_shared_wire_wire_proto_depIdxs = []int32{
 	11, // 5: relais.wire.v1.Hello.held:type_name -> relais.wire.v1.Revision
 	11, // 6: relais.wire.v1.Report.applied:type_name -> relais.wire.v1.Revision
 	16, // 7: relais.wire.v1.Report.sources:type_name -> relais.wire.v1.HeldSource
-	11, // 8: relais.wire.v1.ViewBegin.revision:type_name -> relais.wire.v1.Revision
-	11, // 9: relais.wire.v1.Ack.revision:type_name -> relais.wire.v1.Revision
-	11, // 10: relais.wire.v1.Nack.revision:type_name -> relais.wire.v1.Revision
-	2,  // 11: relais.wire.v1.Nack.error:type_name -> relais.wire.v1.Error
-	11, // 12: relais.wire.v1.View.revision:type_name -> relais.wire.v1.Revision
-	25, // 13: relais.wire.v1.View.sections:type_name -> relais.wire.v1.Section
-	26, // 14: relais.wire.v1.View.tenants:type_name -> relais.wire.v1.Tenant
-	27, // 15: relais.wire.v1.View.projects:type_name -> relais.wire.v1.Project
-	28, // 16: relais.wire.v1.View.domains:type_name -> relais.wire.v1.Domain
-	30, // 17: relais.wire.v1.View.credentials:type_name -> relais.wire.v1.Credential
-	32, // 18: relais.wire.v1.View.pools:type_name -> relais.wire.v1.Pool
-	33, // 19: relais.wire.v1.View.sources:type_name -> relais.wire.v1.Source
-	34, // 20: relais.wire.v1.View.return_path_keys:type_name -> relais.wire.v1.ReturnPathKey
-	24, // 21: relais.wire.v1.View.revoked_servers:type_name -> relais.wire.v1.RevokedServer
-	30, // 22: relais.wire.v1.View.scoped_credentials:type_name -> relais.wire.v1.Credential
-	36, // 23: relais.wire.v1.View.shared_limits:type_name -> relais.wire.v1.SharedLimit
-	37, // 24: relais.wire.v1.View.lease:type_name -> relais.wire.v1.LeaseConfig
-	29, // 25: relais.wire.v1.Domain.dkim:type_name -> relais.wire.v1.DKIMKey
-	29, // 26: relais.wire.v1.Domain.other_dkim:type_name -> relais.wire.v1.DKIMKey
-	31, // 27: relais.wire.v1.Credential.scope:type_name -> relais.wire.v1.CredentialScope
-	28, // [28:28] is the sub-list for method output_type
-	28, // [28:28] is the sub-list for method input_type
-	28, // [28:28] is the sub-list for extension type_name
-	28, // [28:28] is the sub-list for extension extendee
-	0,  // [0:28] is the sub-list for field type_name
+	36, // 8: relais.wire.v1.Report.reflexes:type_name -> relais.wire.v1.LaneReflex
+	11, // 9: relais.wire.v1.ViewBegin.revision:type_name -> relais.wire.v1.Revision
+	11, // 10: relais.wire.v1.Ack.revision:type_name -> relais.wire.v1.Revision
+	11, // 11: relais.wire.v1.Nack.revision:type_name -> relais.wire.v1.Revision
+	2,  // 12: relais.wire.v1.Nack.error:type_name -> relais.wire.v1.Error
+	11, // 13: relais.wire.v1.View.revision:type_name -> relais.wire.v1.Revision
+	25, // 14: relais.wire.v1.View.sections:type_name -> relais.wire.v1.Section
+	26, // 15: relais.wire.v1.View.tenants:type_name -> relais.wire.v1.Tenant
+	27, // 16: relais.wire.v1.View.projects:type_name -> relais.wire.v1.Project
+	28, // 17: relais.wire.v1.View.domains:type_name -> relais.wire.v1.Domain
+	30, // 18: relais.wire.v1.View.credentials:type_name -> relais.wire.v1.Credential
+	32, // 19: relais.wire.v1.View.pools:type_name -> relais.wire.v1.Pool
+	33, // 20: relais.wire.v1.View.sources:type_name -> relais.wire.v1.Source
+	34, // 21: relais.wire.v1.View.return_path_keys:type_name -> relais.wire.v1.ReturnPathKey
+	24, // 22: relais.wire.v1.View.revoked_servers:type_name -> relais.wire.v1.RevokedServer
+	30, // 23: relais.wire.v1.View.scoped_credentials:type_name -> relais.wire.v1.Credential
+	37, // 24: relais.wire.v1.View.shared_limits:type_name -> relais.wire.v1.SharedLimit
+	38, // 25: relais.wire.v1.View.lease:type_name -> relais.wire.v1.LeaseConfig
+	39, // 26: relais.wire.v1.View.brakes:type_name -> relais.wire.v1.Brake
+	29, // 27: relais.wire.v1.Domain.dkim:type_name -> relais.wire.v1.DKIMKey
+	29, // 28: relais.wire.v1.Domain.other_dkim:type_name -> relais.wire.v1.DKIMKey
+	31, // 29: relais.wire.v1.Credential.scope:type_name -> relais.wire.v1.CredentialScope
+	30, // [30:30] is the sub-list for method output_type
+	30, // [30:30] is the sub-list for method input_type
+	30, // [30:30] is the sub-list for extension type_name
+	30, // [30:30] is the sub-list for extension extendee
+	0,  // [0:30] is the sub-list for field type_name
 }
 
 func init() { file_shared_wire_wire_proto_init() }
@@ -2772,6 +2794,7 @@ func file_shared_wire_wire_proto_init() {
 	if File_shared_wire_wire_proto != nil {
 		return
 	}
+	file_shared_wire_brakes_proto_init()
 	file_shared_wire_quota_proto_init()
 	type x struct{}
 	out := protoimpl.TypeBuilder{
