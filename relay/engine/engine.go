@@ -33,6 +33,7 @@ const (
 	sweepInterval       = 10 * time.Minute
 	maxIdleWait         = time.Minute // the loop looks around at least this often
 	maxExpirePerRound   = 256         // messages ended in one go
+	maxExpireUnderWay   = 1024        // messages whose end at their deadline is not stored yet
 	maxRefusePerRound   = 256         // messages refused in one go
 	minDeadlineInterval = 100 * time.Millisecond
 	defaultRecipients   = 100 // per transaction, when the profile sets no limit (RFC 5321 section 4.5.3.1.8)

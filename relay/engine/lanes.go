@@ -46,6 +46,12 @@ func (e *Engine) Lanes() []LaneInfo {
 			Source: e.sourceName(l.Lane.Source), Provider: l.Lane.Provider, Pool: l.Pool.String(), Sessions: l.Sessions, Waiting: l.Waiting,
 			Hold: l.Hold, HoldText: whyTexts[l.Hold], HoldUntil: l.Until, WaitingSince: l.Since,
 		}
+		if h, ok := e.explainGate(l.Gate); ok {
+			info.HoldText, info.HoldUntil = h.Text, h.Until
+			if !l.Until.IsZero() {
+				info.HoldUntil = l.Until
+			}
+		}
 		if dir != nil {
 			if p, ok := dir.Pool(l.Pool); ok {
 				info.Pool = p.Name
@@ -71,7 +77,7 @@ func (e *Engine) Lanes() []LaneInfo {
 const (
 	rateSeconds     = 10
 	maxCountedLanes = 1 << 14 // about 250 octets each; others are shown without counts
-	maxSweptLanes   = 64      // looked at for a new one
+	laneSweepWait   = 10      // seconds between two looks for lanes to forget, while there are too many
 	laneCountIdle   = time.Hour
 )
 
@@ -103,6 +109,7 @@ func (c *laneCount) roll(second int64) {
 type laneCounts struct {
 	mu    sync.Mutex
 	lanes map[schedule.Lane]*laneCount
+	swept int64 // Unix second of the last sweep
 }
 
 // at returns the counts of a lane, nil if there are too many lanes. l.mu is held.
@@ -122,15 +129,17 @@ func (l *laneCounts) at(lane schedule.Lane, second int64) *laneCount {
 	return c
 }
 
-// sweep drops lanes that were not used for long; it looks at a few.
+// sweep drops lanes that were not used for long and reports whether there is
+// room for another one. It looks at all of them, and so only now and then: a
+// relay that serves more lanes than are counted asks for each of its messages.
 func (l *laneCounts) sweep(second int64) bool {
-	looked := 0
+	if since := second - l.swept; since >= 0 && since < laneSweepWait {
+		return false
+	}
+	l.swept = second
 	for lane, c := range l.lanes {
 		if c.inFlight == 0 && second-c.last > int64(laneCountIdle/time.Second) {
 			delete(l.lanes, lane)
-		}
-		if looked++; looked >= maxSweptLanes {
-			break
 		}
 	}
 	return len(l.lanes) < maxCountedLanes

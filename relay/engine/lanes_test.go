@@ -79,6 +79,16 @@ func TestLaneCountsAreBounded(t *testing.T) {
 	if len(l.lanes) != maxCountedLanes {
 		t.Errorf("%d lanes are counted", len(l.lanes))
 	}
+	// While there are too many, all of them are looked at now and then only.
+	for after, want := range []int64{0, 0, laneSweepWait: laneSweepWait, laneSweepWait + 1: laneSweepWait} {
+		if want == 0 && after > 1 {
+			continue
+		}
+		l.begin(lane(maxCountedLanes), 1, start.Add(time.Duration(after)*time.Second))
+		if got := l.swept - start.Unix(); got != want {
+			t.Errorf("after %d s the last look was at %d s, want %d", after, got, want)
+		}
+	}
 	for i := range 100 {
 		l.begin(lane(maxCountedLanes+i), 1, start.Add(2*time.Hour))
 	}

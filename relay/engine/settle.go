@@ -174,8 +174,14 @@ func localAttempt(w *queue.Work, f *resolve.Failure, now time.Time) *relay.Attem
 
 // settleWithout records a failed look-up on work that is in hand.
 func (e *Engine) settleWithout(w *queue.Work, f *resolve.Failure, now time.Time) {
+	e.settleAndWait(w, localAttempt(w, f, now))
+}
+
+// settleAndWait is settle for who would go on to other work at once: hosts may
+// refuse sessions faster than the disk takes down that they did.
+func (e *Engine) settleAndWait(w *queue.Work, a *relay.Attempt) {
 	done := make(chan error, 1)
-	e.settle(w, localAttempt(w, f, now), func(err error) { done <- err })
+	e.settle(w, a, func(err error) { done <- err })
 	<-done
 }
 
@@ -241,6 +247,7 @@ func (e *Engine) expire(now time.Time) {
 	if dir == nil {
 		return
 	}
+	under := make(chan struct{}, maxExpireUnderWay)
 	for {
 		works := e.queue.PopExpired(now, maxExpirePerRound)
 		full := len(works) >= maxExpirePerRound
@@ -249,7 +256,8 @@ func (e *Engine) expire(now time.Time) {
 			for n < len(works) && works[n].Env.ID == works[0].Env.ID {
 				n++
 			}
-			e.expireWork(works[:n], now, dir)
+			under <- struct{}{} // as many may expire at once as there are
+			e.expireThen(works[:n], now, dir, func(error) { <-under })
 			works = works[n:]
 		}
 		if !full {
@@ -262,6 +270,11 @@ func (e *Engine) expire(now time.Time) {
 // the reason if there is one, else with what kept it from being tried. The
 // sender gets one notification for all of it.
 func (e *Engine) expireWork(works []*queue.Work, now time.Time, dir *policy.Directory) {
+	e.expireThen(works, now, dir, nil)
+}
+
+// expireThen is expireWork that tells when the ends are stored, or are not.
+func (e *Engine) expireThen(works []*queue.Work, now time.Time, dir *policy.Directory, done func(error)) {
 	settlements := make([]*settlement, len(works))
 	for i, w := range works {
 		s := &settlement{}
@@ -279,7 +292,7 @@ func (e *Engine) expireWork(works []*queue.Work, now time.Time, dir *policy.Dire
 		e.logResults(w, a, s)
 		settlements[i] = s
 	}
-	e.finishEnds(works, settlements, e.notices(works[0].Env, now, dir, settlements...), nil)
+	e.finishEnds(works, settlements, e.notices(works[0].Env, now, dir, settlements...), done)
 }
 
 // finishEnds stores the ends of one message's works one after the other. The notification goes with

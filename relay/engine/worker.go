@@ -324,11 +324,11 @@ func (w *worker) dial(ctx context.Context, work *queue.Work, hosts []resolve.Hos
 		// It was this message that could not wait, so nothing is held against
 		// the host.
 		late(a.Outcomes, relay.PhaseConnect)
-		e.settle(work, a, nil)
+		e.settleAndWait(work, a)
 		w.end()
 		return false
 	}
-	e.settle(work, a, nil)
+	e.settleAndWait(work, a)
 	e.fail(w, work, failure, now)
 	return false
 }

@@ -20,7 +20,7 @@ import (
 // pages are in the page cache all the same: giving the mappings' pages back
 // leaves them there, and the next access finds them with a minor fault.
 const (
-	residentInterval = time.Second
+	residentInterval = 200 * time.Millisecond
 	maxMappedBytes   = 128 << 20 // resident pages of files, the program's own included
 	statmShared      = 2         // field of proc_pid_statm(5): resident pages of files
 )

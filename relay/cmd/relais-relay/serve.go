@@ -77,6 +77,7 @@ type node struct {
 	log      *slog.Logger
 	health   *telemetry.Health
 	memory   *memlimit.Gauge
+	heap     *memlimit.Target
 	registry *prometheus.Registry
 
 	agent      *agent.Agent
@@ -109,6 +110,7 @@ func newNode(ctx context.Context, dir string, cfg *config.Config) (_ *node, err 
 	n := &node{cfg: cfg, dir: dir, log: telemetry.NewLogger(os.Stderr, level), health: telemetry.NewHealth(time.Now), failed: make(chan error, 16)}
 	memlimit.Apply(os.DirFS("/"), os.Getenv, n.log)
 	n.memory = memlimit.NewGauge(os.DirFS("/"))
+	n.heap = memlimit.NewTarget(os.Getenv)
 	n.supervisor = telemetry.NewSupervisor(os.Getenv, n.log)
 	n.registry = telemetry.NewRegistry("relay", n.health)
 	n.health.SetReady(false, "the relay is starting")
@@ -226,6 +228,7 @@ func (n *node) run(ctx context.Context) (err error) {
 		defer close(engineDone)
 		n.engine.Run(engineCtx, shutdownGrace)
 	}()
+	n.start("memory", func() error { n.heap.Run(linkCtx); return nil })
 	n.start("watchdog", func() error { n.supervisor.KeepAlive(linkCtx, func() { n.health.Checks() }); return nil })
 	n.serveSMTP()
 	n.health.SetReady(true, "")
@@ -349,8 +352,16 @@ func (n *node) applyView() {
 	n.store.SetLimits(doc.Storage)
 	n.outbox.SetMaxBytes(doc.Storage.MaxOutboxBytes)
 	n.queue.SetPolicy(doc.Queue, doc.Inbound.MaxStoredBytes)
+	n.heap.Set(memoryBase + memoryPerRecipient*int64(doc.Queue.MaxMemoryRecipients))
 	n.engine.Changed()
 }
+
+// What is ample for the memory of a relay: beyond it garbage is collected more
+// often, and what is free is given back at once.
+const (
+	memoryBase         = 128 << 20 // sessions, the store's tables
+	memoryPerRecipient = 2 << 10   // that policy allows in memory
+)
 
 func (n *node) close() {
 	n.listeners.close()
