@@ -38,7 +38,7 @@ type Place struct {
 // session itself, and the question put again; otherwise the mail goes back to its
 // queue, which is left alone until then, or for refusalPause if no time is known
 // or until Recall names the hold. So that sessions are not opened in vain an
-// Admitter also tells the scheduler what it knows beforehand.
+// Admitter also tells the scheduler what it knows beforehand, with SetGates.
 type Admitter interface {
 	// Connect asks for a session; Closed gives it back, once.
 	Connect(now time.Time, p *Place) Hold
@@ -158,6 +158,52 @@ func (w *worker) giveBack(work *queue.Work, h Hold, started bool) {
 	}
 	e.setHead(work.Queue, now)
 	e.sched.PutOff(schedule.Queue(work.Queue), h, until, now)
+	e.mu.Unlock()
+	e.wake()
+}
+
+// Explainer is an Admitter that has gates in the scheduler: it words what one of
+// them lets pass.
+type Explainer interface {
+	Explain(gate schedule.GateID) (Hold, bool)
+}
+
+// explainGate asks who owns a gate for words.
+func (e *Engine) explainGate(id schedule.GateID) (Hold, bool) {
+	if id == (schedule.GateID{}) {
+		return Hold{}, false
+	}
+	for _, a := range e.cfg.Admit {
+		if x, ok := a.(Explainer); ok {
+			if h, ok := x.Explain(id); ok {
+				return h, true
+			}
+		}
+	}
+	return Hold{}, false
+}
+
+// SetGates adds gates to the scheduler, or changes those of the same number. An
+// owner calls it from one goroutine, so that the last word is the last.
+func (e *Engine) SetGates(gates ...schedule.Gate) {
+	now := e.cfg.Now()
+	e.mu.Lock()
+	for _, g := range gates {
+		e.sched.SetGate(g, now)
+	}
+	e.mu.Unlock()
+	e.wake()
+}
+
+// KeepGates drops the gates of an owner that it does not name.
+func (e *Engine) KeepGates(owner string, numbers map[uint64]bool) {
+	now := e.cfg.Now()
+	e.mu.Lock()
+	for _, n := range e.sched.Gates(owner) {
+		if !numbers[n] {
+			e.sched.DropGate(schedule.GateID{Owner: owner, Number: n}, now)
+		}
+	}
 	e.mu.Unlock()
 	e.wake()
 }

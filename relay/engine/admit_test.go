@@ -7,6 +7,7 @@ import (
 
 	"github.com/relais-mta/relais/relay"
 	"github.com/relais-mta/relais/relay/outbox"
+	"github.com/relais-mta/relais/relay/schedule"
 	"github.com/relais-mta/relais/shared/lab"
 	"github.com/relais-mta/relais/shared/policy"
 )
@@ -166,4 +167,34 @@ func TestAnIdleSessionIsAborted(t *testing.T) {
 	g.aborts[0]()
 	w.until("the session to end", func() bool { return g.read(func() bool { return g.sessions == 0 }) })
 	w.event(w.accept(nil, w.at(lab.Google, 1, lab.Accept)), outbox.Delivered)
+}
+
+// talker is a gatekeeper with a gate in the scheduler.
+type talker struct{ gatekeeper }
+
+func (*talker) Explain(id schedule.GateID) (Hold, bool) {
+	return Hold{Name: "night", Scope: "provider google", Text: "shut at night"}, id == schedule.GateID{Owner: "test", Number: 1}
+}
+
+func TestAGateKeepsMailFromSessions(t *testing.T) {
+	g := &talker{}
+	w := admitted(t, g)
+	gate := schedule.Gate{ID: schedule.GateID{Owner: "test", Number: 1}, Match: schedule.Match{Provider: lab.Google}, Reason: "brake", NoMessages: true}
+	w.engine.SetGates(gate)
+	env := w.accept(nil, w.at(lab.Google, 0, lab.Accept))
+	w.event(w.accept(nil, w.at(lab.Yahoo, 0, lab.Accept)), outbox.Delivered)
+	state := relay.RecipientState{State: relay.StateWaiting, Next: env.AcceptedAt}
+	w.until("the gate to be named", func() bool { return w.engine.Explain(env, 0, state).Reason == "brake" })
+	if x := w.engine.Explain(env, 0, state); x.Limit != "night" || x.Text != "shut at night" || x.Scope != "provider google" {
+		t.Errorf("%+v", x)
+	}
+	held := false
+	for _, l := range w.engine.Lanes() {
+		held = held || l.Provider == lab.Google && l.Hold == "brake" && l.HoldText == "shut at night"
+	}
+	if !held {
+		t.Errorf("no lane says it: %+v", w.engine.Lanes())
+	}
+	w.engine.KeepGates("test", nil)
+	w.event(env, outbox.Delivered)
 }

@@ -68,6 +68,12 @@ func (e *Engine) Explain(env *relay.Envelope, index int, st relay.RecipientState
 	if w.Hold.Reason != "" {
 		x.Text, x.Limit, x.Scope = w.Hold.Text, w.Hold.Name, w.Hold.Scope
 	}
+	if h, ok := e.explainGate(w.Gate); ok {
+		x.Text, x.Limit, x.Scope = h.Text, h.Name, h.Scope
+		if x.Until.IsZero() {
+			x.Until = h.Until
+		}
+	}
 	if x.Text == "" {
 		x.Text = "it waits for: " + w.Reason
 	}

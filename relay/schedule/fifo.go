@@ -17,6 +17,16 @@ func (f *fifo[T]) push(x T) {
 	f.items = append(f.items, x)
 }
 
+// drop takes x out wherever it stands.
+func (f *fifo[T]) drop(x T) {
+	for i := f.head; i < len(f.items); i++ {
+		if f.items[i] == x {
+			f.items = append(f.items[:i], f.items[i+1:]...)
+			return
+		}
+	}
+}
+
 // first returns the front without taking it.
 func (f *fifo[T]) first() (x T, ok bool) {
 	if f.len() == 0 {

@@ -1,6 +1,7 @@
 package schedule
 
 import (
+	"fmt"
 	"slices"
 	"sort"
 	"time"
@@ -30,6 +31,7 @@ type group struct {
 	mixed   bool // sources of both address families
 	sites   map[string]*site
 	order   []*site
+	gates   []*groupGate
 	members map[ids.Tenant]*member
 	passes  [ways]pass
 	classes classes
@@ -51,6 +53,9 @@ type group struct {
 	rateTurn  bool     // may take one message before those in use.line
 	useTurn   bool     // may open one session before those in use.waiters
 	relayTurn bool     // may open one session before those in Scheduler.waiters
+	gateTurn  *gate    // may pass it once before those that wait there
+
+	lanesGated bool // some lane has a gate of its own
 }
 
 func (g *group) standing() *standing { return &g.queued }
@@ -65,6 +70,7 @@ type lane struct {
 	sessions int // open or opening
 	messages throttle.Bucket
 	connects throttle.Bucket
+	gates    []*gate
 	gone     bool // the source left the pool; sessions end at the next chance
 
 	idle   [ways]contest // sites with work and an idle session of the lane
@@ -95,12 +101,16 @@ func (u *providerUse) slot() *slot { return &u.timer }
 // site is one set of MX hosts within a group.
 type site struct {
 	id       string
+	key      string // in group.sites
 	group    *group
+	gates    []*gate // count its sessions, because of its mail's tenant or domain
 	families Families
 	turns    map[*member]*turn
 	orders   [ways]order
 	pinned   int       // ready queues that only one lane may serve
 	backlog  int       // recipients known to wait in ready queues
+	gated    int       // likewise in queues that wait at a gate
+	gatedBy  *gate     // one such gate
 	since    time.Time // a recipient has waited at least since then
 	servedAt uint64    // group.served when it last had a turn, or got work
 	open     int       // sessions that are connected
@@ -118,6 +128,8 @@ type site struct {
 	asideOn   []*lane     // where it is listed
 	trial     standing    // in Scheduler.trials
 	trialTurn bool        // may open one session before those there
+	gateWait  *gate       // wants a session that it does not let pass
+	gateTurn  *gate       // may pass it once before those that wait there
 	touched   bool
 	timer     slot
 }
@@ -220,6 +232,7 @@ func (s *Scheduler) setLanes(g *group, sources []Source) {
 			st.dropAside(l)
 		}
 	}
+	s.gateLanes(g)
 	s.closeGone(g)
 	s.revise(g)
 }
@@ -261,23 +274,28 @@ func (s *Scheduler) revise(g *group) {
 
 // siteOf returns the site of a queue whose domain is routed, making group and
 // site when they are new.
-func (s *Scheduler) siteOf(q *queue) *site {
+func (s *Scheduler) siteOf(q *queue) (*site, []*gate) {
 	route := &q.domain.route
 	g := s.groups[groupKey{q.key.Pool, route.Provider}]
 	if g == nil {
 		g = s.newGroup(groupKey{q.key.Pool, route.Provider}, route.Shape)
 	}
-	st := g.sites[route.Site]
+	gates, apart := s.gatesOf(&q.key, route.Provider)
+	key := route.Site
+	for _, gt := range apart {
+		key = fmt.Sprintf("%s\x00%s%d", key, gt.ID.Owner, gt.ID.Number)
+	}
+	st := g.sites[key]
 	if st == nil {
-		st = &site{id: route.Site, group: g, turns: make(map[*member]*turn), byLane: make(map[*lane]*post), window: 1}
+		st = &site{id: route.Site, key: key, group: g, gates: apart, turns: make(map[*member]*turn), byLane: make(map[*lane]*post), window: 1}
 		for way := range st.stakes {
 			st.stakes[way] = stake{site: st}
 		}
-		g.sites[route.Site] = st
+		g.sites[key] = st
 		g.order = append(g.order, st)
 	}
 	st.families = route.Families
-	return st
+	return st, gates
 }
 
 func (s *Scheduler) newGroup(key groupKey, shape Shape) *group {
@@ -292,6 +310,7 @@ func (s *Scheduler) newGroup(key groupKey, shape Shape) *group {
 	s.groups[key] = g
 	p := s.poolOf(key.pool)
 	p.groups = append(p.groups, g)
+	s.gateGroup(g)
 	s.setLanes(g, p.sources)
 	return g
 }

@@ -6,6 +6,7 @@ import "time"
 type LaneState struct {
 	LaneInfo
 	Hold  string    // what keeps due work of the lane from a session: a word as in Waiting; "": none is due, or it is served
+	Gate  GateID    // that holds it; else zero
 	Until time.Time // when that ends, if it is known
 	Since time.Time // a recipient of the lane's work has waited at least since then; zero: none waits
 }
@@ -31,6 +32,10 @@ func (s *Scheduler) hold(g *group, l *LaneState, now time.Time) {
 	served := false
 	for _, st := range g.order {
 		if st.backlog == 0 {
+			if st.gated > 0 && l.Hold == "" && !served {
+				_, until := st.gatedBy.holdsMessage(now)
+				l.Hold, l.Until, l.Gate = st.gatedBy.Reason, until, st.gatedBy.ID
+			}
 			continue
 		}
 		if l.Since.IsZero() || st.since.Before(l.Since) {
@@ -42,9 +47,9 @@ func (s *Scheduler) hold(g *group, l *LaneState, now time.Time) {
 		w := s.whySite(&queue{site: st, only: l.Lane, pinned: true}, now)
 		switch {
 		case w.Reason == "session": // it is next, or is being served
-			l.Hold, l.Until, served = "", time.Time{}, true
+			l.Hold, l.Until, l.Gate, served = "", time.Time{}, GateID{}, true
 		case l.Hold == "" || !w.Until.IsZero() && (l.Until.IsZero() || w.Until.Before(l.Until)):
-			l.Hold, l.Until = w.Reason, w.Until
+			l.Hold, l.Until, l.Gate = w.Reason, w.Until, w.Gate
 		}
 	}
 }

@@ -39,6 +39,11 @@ func (g *group) laneHolds(l *lane, connect bool, now time.Time) (string, time.Ti
 	if _, wait := l.messages.Peek(now, 1); wait > 0 {
 		return holdRate, now.Add(wait)
 	}
+	if len(l.gates) > 0 {
+		if reason, until := l.gateHolds(connect, now); reason != "" {
+			return reason, until
+		}
+	}
 	if !connect {
 		return "", time.Time{}
 	}
@@ -118,6 +123,16 @@ func (s *Scheduler) laneReady(l *lane, st *site, connect bool, now time.Time) (s
 	}
 	if connect && s.trialHolds(st, now) {
 		return holdTrial, time.Time{}
+	}
+	if connect {
+		for _, gt := range st.gates {
+			if reason, until := gt.holdsSession(now); reason != "" {
+				return reason, until
+			}
+		}
+	}
+	if reason, until := l.group.gateHolds(connect, now); reason != "" {
+		return reason, until
 	}
 	if reason, until := s.providerHolds(l.group, connect, now); reason != "" || !connect {
 		return reason, until

@@ -59,5 +59,6 @@ func (o *putOff) after(due time.Time) time.Time {
 func (s *Scheduler) NotStarted(id Session) {
 	if ss := s.sessions[id]; ss != nil && ss.messages > ss.proofs {
 		ss.messages--
+		ss.reserved = true
 	}
 }

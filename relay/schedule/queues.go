@@ -20,6 +20,8 @@ type queue struct {
 	ready    bool    // its head is due; with a site it stands in its strand's ring
 	waiting  int     // due recipients not yet picked, as far as known
 	refusing bool    // stands in the list of refusals
+	gates    []*gate // of its tenant and domain
+	gated    *gate   // waits there, and so not in its strand's ring
 	off      *putOff // refused where it was to begin; nil: not
 	next     *queue
 	prev     *queue
@@ -94,7 +96,10 @@ func (s *Scheduler) setHead(n Queue, key Key, only Lane, pinned bool, due time.T
 
 // setWaiting keeps the site's backlog equal to the sum over its ready queues.
 func (s *Scheduler) setWaiting(q *queue, waiting int) {
-	if q.site != nil && q.ready {
+	switch {
+	case q.gated != nil:
+		q.site.gated += waiting - q.waiting
+	case q.site != nil && q.ready:
 		q.site.backlog += waiting - q.waiting
 	}
 	q.waiting = waiting
@@ -116,7 +121,10 @@ func (s *Scheduler) forget(q *queue) {
 }
 
 func (s *Scheduler) activate(q *queue, now time.Time) {
-	q.waiting = max(1, q.waiting)
+	s.setWaiting(q, max(1, q.waiting))
+	if q.gated != nil {
+		return
+	}
 	if q.ready && q.site != nil {
 		s.touchSite(q.site) // there may be more of it
 		return
@@ -157,7 +165,10 @@ func (s *Scheduler) join(q *queue, now time.Time) {
 
 // deactivate takes a queue out of service until SetHead says it is due again.
 func (s *Scheduler) deactivate(q *queue) {
-	if q.ready && q.site != nil {
+	switch {
+	case q.gated != nil:
+		s.unwait(q)
+	case q.ready && q.site != nil:
 		s.unlist(q)
 	}
 	q.ready, q.waiting = false, 0
@@ -229,7 +240,10 @@ func (s *Scheduler) route(d *domain, route Route, now time.Time) {
 
 // leave takes a queue from its site without changing what waits in it.
 func (s *Scheduler) leave(q *queue) {
-	if q.ready {
+	switch {
+	case q.gated != nil:
+		s.unwait(q)
+	case q.ready:
 		s.unlist(q)
 	}
 	s.detach(q)

@@ -134,6 +134,7 @@ type Scheduler struct {
 	waiters    waitlist[*group] // held by the relay's own limits
 	trials     waitlist[*site]  // unproven hosts that wait for room for such
 	freed      []*providerUse
+	gates      gateTable
 	spare      chain
 	goneIdle   []Session // to be closed, their lane left the pool
 	tried      []*lane   // scratch of tryOpen
@@ -176,7 +177,7 @@ func (s *Scheduler) SetLimits(limits Limits) {
 // Wake returns the time of the next thing to do by itself, or the zero time.
 func (s *Scheduler) Wake() time.Time {
 	wake := s.due.next()
-	for _, t := range [...]time.Time{s.timers.next(), s.siteTimers.next(), s.useTimers.next(), s.retries.next()} {
+	for _, t := range [...]time.Time{s.timers.next(), s.siteTimers.next(), s.useTimers.next(), s.retries.next(), s.gates.timers.next()} {
 		if !t.IsZero() && (wake.IsZero() || t.Before(wake)) {
 			wake = t
 		}
@@ -201,13 +202,14 @@ func (s *Scheduler) Next(now time.Time) []Effect {
 	}
 	s.goneIdle = s.goneIdle[:0]
 	// Only groups that something happened to since the last call are visited.
-	for len(s.dirty) > 0 || len(s.freed) > 0 {
+	for len(s.dirty) > 0 || len(s.freed) > 0 || len(s.gates.freed) > 0 {
 		s.dirty, s.visiting = s.visiting[:0], s.dirty
 		for _, g := range s.visiting {
 			g.dirty = false
 			s.pump(g, now)
 		}
 		clear(s.visiting)
+		s.serveGates(now)
 		s.serveWaiters(now)
 	}
 	s.serveWaiters(now)
@@ -231,6 +233,9 @@ func (s *Scheduler) popTimers(now time.Time) {
 	}
 	for u, ok := s.useTimers.popDue(now); ok; u, ok = s.useTimers.popDue(now) {
 		s.free(u)
+	}
+	for gt, ok := s.gates.timers.popDue(now); ok; gt, ok = s.gates.timers.popDue(now) {
+		s.freeGate(gt)
 	}
 }
 

@@ -50,7 +50,7 @@ func (s *Scheduler) evaluate(st *site, now time.Time) {
 	case st.backlog == 0:
 		s.siteTimers.remove(st)
 		s.unaside(st)
-	case st.aside || st.trial != nowhere:
+	case st.aside || st.trial != nowhere || st.gateWait != nil:
 	case !served || g.otherLanes() || st.pinnedApart():
 		var at time.Time
 		if want, at = st.wantsSession(now); !want && !at.IsZero() && (st.timer.index == 0 || at.Before(st.timer.at)) {
@@ -212,13 +212,13 @@ func (s *Scheduler) serveLane(l *lane, now time.Time) bool {
 // limited reports whether messages of the group share a rate, so that one that
 // goes first takes something from the others.
 func (g *group) limited() bool {
-	return g.limits.SourceMessageRate.Max > 0 || g.limits.RelayMessageRate.Max > 0
+	return g.limits.SourceMessageRate.Max > 0 || g.limits.RelayMessageRate.Max > 0 || len(g.gates) > 0 || g.lanesGated
 }
 
 // otherLanes reports whether a site whose idle sessions wait for the rate of
 // their lane may be served by another one.
 func (g *group) otherLanes() bool {
-	return g.limits.SourceMessageRate.Max > 0 && len(g.lanes) > 1
+	return len(g.lanes) > 1 && (g.limits.SourceMessageRate.Max > 0 || g.lanesGated)
 }
 
 // openInstead opens a session for a site without one, if its tenant's turn is
@@ -246,9 +246,13 @@ func (s *Scheduler) dispatch(k *stake, now time.Time) {
 	st, p := k.site, k.post
 	ss := p.idle[len(p.idle)-1]
 	q := s.pick(st, p.lane, now)
+	if q == nil { // it all waits at gates
+		s.evaluate(st, now)
+		return
+	}
 	s.unpark(ss)
 	ss.state = busy
-	s.reserve(ss, now)
+	s.reserve(ss, q, now)
 	s.effects = append(s.effects, Effect{Kind: Dispatch, Session: ss.id, Lane: p.lane.key, Queue: q.number})
 	s.evaluate(st, now)
 }
@@ -278,6 +282,10 @@ func (s *Scheduler) tryOpen(k *stake, now time.Time) bool {
 	st := k.site
 	g := st.group
 	if want, _ := st.wantsSession(now); !want { // any more
+		s.evaluate(st, now)
+		return true
+	}
+	if len(st.gates) > 0 && s.siteHeld(st, now) {
 		s.evaluate(st, now)
 		return true
 	}
@@ -318,7 +326,8 @@ func (s *Scheduler) openOn(st *site, l *lane, q *queue, now time.Time) {
 	s.lastID++
 	p := st.post(l)
 	ss := &session{id: s.lastID, lane: l, site: st, post: p, state: connecting, trial: !st.proven(now)}
-	s.reserve(ss, now)
+	s.reserve(ss, q, now)
+	s.enterGates(ss)
 	s.sessions[ss.id] = ss
 	l.sessions++
 	p.sessions++

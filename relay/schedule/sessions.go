@@ -27,6 +27,9 @@ type session struct {
 	began    time.Time // the one in work
 	stolen   bool      // its end makes room for another
 	trial    bool      // to a host that is not proven
+	reserved bool      // a right to one message is spent that nothing was begun with
+	passed   []*gate   // of the queue that it was spent for
+	gates    []*gate   // that count the session
 }
 
 // Answer says what a session does next.
@@ -52,12 +55,13 @@ func (s *Scheduler) NextFor(id Session, now time.Time) (Queue, Answer) {
 	}
 	st, g := ss.site, ss.lane.group
 	s.prove(ss, now)
+	s.unreserve(ss)
 	limit := g.limits.MessagesPerConnection
 	if ss.lane.gone || limit > 0 && ss.messages >= limit || s.tooMany(ss) {
 		ss.state = closing
 		return 0, End
 	}
-	if s.makesWay(ss) {
+	if s.makesWay(ss) || len(ss.gates) > 0 && ss.gateWants() {
 		ss.state = closing
 		return 0, End
 	}
@@ -72,7 +76,7 @@ func (s *Scheduler) NextFor(id Session, now time.Time) (Queue, Answer) {
 		return 0, s.park(ss)
 	}
 	if q := s.pick(st, ss.lane, now); q != nil {
-		s.reserve(ss, now)
+		s.reserve(ss, q, now)
 		return q.number, Work
 	}
 	return 0, s.park(ss)
@@ -216,6 +220,7 @@ func (s *Scheduler) Started(id Session) {
 		panic("schedule: a parked session started a message")
 	}
 	ss.messages++
+	ss.reserved = false
 }
 
 // Opened tells that a session is connected and works on its first message.
@@ -254,6 +259,7 @@ func (s *Scheduler) Ended(id Session) {
 	st, g := ss.site, ss.lane.group
 	switch ss.state {
 	case connecting:
+		ss.reserved = true // whatever it was opened for was not begun
 		st.opening--
 		s.endOpening(ss)
 	default:
@@ -267,8 +273,13 @@ func (s *Scheduler) Ended(id Session) {
 			s.closing--
 			g.closing--
 			g.use.closing--
+			for _, gt := range ss.gates {
+				gt.closing--
+			}
 		}
 	}
+	s.unreserve(ss)
+	s.leaveGates(ss)
 	s.endTrial(ss)
 	ss.lane.sessions--
 	ss.post.sessions--
@@ -298,6 +309,9 @@ func (s *Scheduler) closeIdle(ss *session) {
 	s.closing++
 	g.closing++
 	g.use.closing++
+	for _, gt := range ss.gates {
+		gt.closing++
+	}
 	s.effects = append(s.effects, Effect{Kind: Close, Session: ss.id})
 }
 
@@ -335,7 +349,7 @@ func (s *Scheduler) Lanes() []LaneInfo {
 	for key, g := range s.groups {
 		waiting := 0
 		for _, st := range g.order {
-			waiting += st.backlog
+			waiting += st.backlog + st.gated
 		}
 		for _, l := range g.lanes {
 			out = append(out, LaneInfo{Lane: l.key, Pool: key.pool, Sessions: l.sessions, Waiting: waiting})

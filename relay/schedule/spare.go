@@ -55,6 +55,11 @@ func (s *Scheduler) noteSpare(g *group, p *post) {
 	if g.use.waiters.len() > 0 {
 		s.free(g.use)
 	}
+	for _, gt := range p.idle[0].gates {
+		if gt.waiters.len()+gt.sites.len() > 0 {
+			s.freeGate(gt)
+		}
+	}
 }
 
 // stealIdle ends one idle session without work, of those whose end makes room

@@ -36,6 +36,7 @@ func (s *Scheduler) sweepGroups(now time.Time) {
 			s.timers.remove(l)
 		}
 		g.use.forget(g)
+		g.leaveGates()
 		delete(s.groups, key)
 		p := s.pools[key.pool]
 		for i, other := range p.groups {
@@ -62,7 +63,7 @@ func (g *group) sweepSites(s *Scheduler, now time.Time) {
 			continue
 		}
 		s.siteTimers.remove(st)
-		delete(g.sites, st.id)
+		delete(g.sites, st.key)
 	}
 	clear(g.order[len(kept):])
 	g.order = kept
@@ -87,7 +88,7 @@ func (g *group) sweepSites(s *Scheduler, now time.Time) {
 // inUse reports whether something waits at the site or is known of it that
 // counts.
 func (st *site) inUse(now time.Time) bool {
-	if len(st.turns) > 0 || st.open+st.opening > 0 || st.touched || st.aside || st.trial != nowhere || len(st.asideOn) > 0 || st.proven(now) {
+	if len(st.turns) > 0 || st.open+st.opening > 0 || st.touched || st.aside || st.trial != nowhere || st.gateWait != nil || len(st.asideOn) > 0 || st.proven(now) {
 		return true
 	}
 	for _, p := range st.posts {

@@ -65,7 +65,7 @@ func (st *site) best(way int, l *lane) *strand {
 
 // attach gives a queue its place at the site of its domain's route.
 func (s *Scheduler) attach(q *queue) {
-	st := s.siteOf(q)
+	st, gates := s.siteOf(q)
 	f := s.flow(st.group, &q.key)
 	t := st.turns[f.member]
 	if t == nil {
@@ -87,7 +87,7 @@ func (s *Scheduler) attach(q *queue) {
 	}
 	strd.queues++
 	f.member.queues++
-	q.site, q.strand = st, strd
+	q.site, q.strand, q.gates = st, strd, gates
 }
 
 // detach takes a queue that is not ready away from its site.
@@ -96,7 +96,7 @@ func (s *Scheduler) detach(q *queue) {
 	if f == nil {
 		return
 	}
-	q.site, q.strand = nil, nil
+	q.site, q.strand, q.gates = nil, nil, nil
 	f.flow.member.queues--
 	if f.queues--; f.queues > 0 {
 		return
@@ -176,18 +176,37 @@ func (s *Scheduler) unlist(q *queue) {
 	if st.backlog == 0 {
 		s.touchSite(st)
 	}
+	if f.head == nil && q.gates != nil {
+		s.freeOthers(q)
+	}
+}
+
+// passing returns the strand whose turn it is, with a head that passes its gates.
+// Those that do not wait there from now on.
+func (s *Scheduler) passing(st *site, l *lane, now time.Time) (int, *strand) {
+	for {
+		way := st.group.classes.choose(st.orders[reserved].len() > 0)
+		f := st.best(way, l)
+		if f == nil && way == reserved { // it is all for other lanes
+			way = general
+			f = st.best(way, l)
+		}
+		if f == nil {
+			return way, nil
+		}
+		gt, until := f.head.heldAt(now)
+		if gt == nil {
+			return way, f
+		}
+		s.wait(f.head, gt, until)
+	}
 }
 
 // pick takes the next queue of a site that the lane may serve, and charges it
 // to all whose turn it was; nil: there is none.
 func (s *Scheduler) pick(st *site, l *lane, now time.Time) *queue {
 	g := st.group
-	way := g.classes.choose(st.orders[reserved].len() > 0)
-	f := st.best(way, l)
-	if f == nil && way == reserved { // it is all for other lanes
-		way = general
-		f = st.best(way, l)
-	}
+	way, f := s.passing(st, l, now)
 	if f == nil {
 		return nil
 	}

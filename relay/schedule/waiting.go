@@ -5,7 +5,7 @@ import "time"
 // groupHeld reports whether a limit beyond the group's lanes lets it open no
 // session now, and has it wait there: behind others that wait already.
 func (s *Scheduler) groupHeld(g *group, now time.Time) bool {
-	if s.inLine(g, now) {
+	if s.inLine(g, now) || len(g.gates) > 0 && s.inGateWaiters(g, now) {
 		return true
 	}
 	reason, until := s.providerHolds(g, true, now)
@@ -37,6 +37,9 @@ func (s *Scheduler) groupHeld(g *group, now time.Time) bool {
 // inLine reports whether the relay's message rate to the provider has no room
 // for the group, and has it wait in line with the provider's other groups.
 func (s *Scheduler) inLine(g *group, now time.Time) bool {
+	if len(g.gates) > 0 && s.inGateLine(g, now) {
+		return true
+	}
 	u := g.use
 	if g.limits.RelayMessageRate.Max == 0 {
 		return false
@@ -59,6 +62,9 @@ func (s *Scheduler) inLine(g *group, now time.Time) bool {
 
 // wakeLane has a lane looked at again when its rates have room.
 func (s *Scheduler) wakeLane(l *lane, at time.Time) {
+	if len(l.gates) > 0 {
+		l.waitAtGates()
+	}
 	if !at.IsZero() && !l.gone && (l.timer.index == 0 || at.Before(l.timer.at)) {
 		s.timers.set(l, at)
 	}
@@ -179,12 +185,34 @@ func (s *Scheduler) trialRoom() bool {
 }
 
 // reserve spends the right to one message when the work is chosen: two
-// sessions must not be given the same room in a rate. Should the queue turn
-// out to be empty the right is lost, which errs on the safe side.
-func (s *Scheduler) reserve(ss *session, now time.Time) {
+// sessions must not be given the same room in a rate. unreserve takes it back.
+func (s *Scheduler) reserve(ss *session, q *queue, now time.Time) {
 	g := ss.lane.group
 	ss.lane.messages.Take(now, 1)
 	g.use.messages.Take(now, 1)
 	g.rateTurn = false
 	ss.began = now
+	ss.reserved, ss.passed = true, q.gates
+	if len(ss.lane.gates)+len(g.gates)+len(q.gates) > 0 {
+		s.takeGates(ss, q, now)
+	}
+}
+
+// unreserve gives back what reserve spent, if the session began nothing with it:
+// its queue turned out to be empty, or the mail was held.
+func (s *Scheduler) unreserve(ss *session) {
+	if !ss.reserved {
+		return
+	}
+	ss.reserved = false
+	g := ss.lane.group
+	ss.lane.messages.Untake(ss.began, 1)
+	g.use.messages.Untake(ss.began, 1)
+	s.untake(ss)
+	if g.limits.SourceMessageRate.Max > 0 {
+		s.freeLane(ss.lane)
+	}
+	if g.limits.RelayMessageRate.Max > 0 {
+		s.free(g.use)
+	}
 }

@@ -12,7 +12,8 @@ type Waiting struct {
 	Until  time.Time
 	Lane   Lane
 	Site   string
-	Hold   Hold // of what somebody outside refused; else zero
+	Hold   Hold   // of what somebody outside refused; else zero
+	Gate   GateID // that holds it; else zero
 }
 
 // Why names the one thing a queue waits for.
@@ -32,7 +33,30 @@ func (s *Scheduler) Why(n Queue, now time.Time) Waiting {
 	case q.site == nil:
 		return Waiting{Reason: "resolve"}
 	}
+	if gt, until := q.heldAt(now); gt != nil {
+		return Waiting{Reason: gt.Reason, Until: until, Site: q.site.id, Lane: Lane{Provider: q.site.group.key.provider}, Gate: gt.ID}
+	}
 	return s.whySite(q, now)
+}
+
+// gateOf returns the gate that gives a lane the reason to wait, if one does.
+func (st *site) gateOf(l *lane, reason string, now time.Time) GateID {
+	for _, gt := range l.gates {
+		if r, _ := gt.holds(true, now); r == reason {
+			return gt.ID
+		}
+	}
+	for _, gt := range st.gates {
+		if r, _ := gt.holdsSession(now); r == reason {
+			return gt.ID
+		}
+	}
+	for _, gg := range st.group.gates {
+		if r, _ := gg.gate.holds(true, now); r == reason {
+			return gg.gate.ID
+		}
+	}
+	return GateID{}
 }
 
 func (s *Scheduler) whySite(q *queue, now time.Time) Waiting {
@@ -57,7 +81,7 @@ func (s *Scheduler) whySite(q *queue, now time.Time) Waiting {
 		}
 		// The lane that is ready first; a time that is known says more.
 		if w.Reason == "" || !until.IsZero() && (w.Until.IsZero() || until.Before(w.Until)) {
-			w.Lane, w.Reason, w.Until = l.key, reason, until
+			w.Lane, w.Reason, w.Until, w.Gate = l.key, reason, until, q.site.gateOf(l, reason, now)
 		}
 	}
 	if w.Reason == "" && banned {

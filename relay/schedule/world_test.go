@@ -34,6 +34,8 @@ type world struct {
 	takes    map[string]time.Duration // how long a message takes at a site; else random
 	dials    map[string]time.Duration // how long opening a session takes at a site; else random
 	onStart  func(Queue)
+	onCheck  func()
+	allowed  int // sessions that may still be there
 	checks   int
 	began    time.Time
 	limits   Limits
@@ -49,12 +51,15 @@ type worldQueue struct {
 type start struct {
 	queue Queue
 	lane  Lane
+	at    time.Time
 }
 
 type worldSession struct {
 	lane     Lane
+	queue    Queue // that it was opened for
 	site     string
 	messages int
+	began    time.Time // the last one
 	open     bool
 }
 
@@ -168,7 +173,7 @@ func (w *world) act(f Effect) {
 		w.after(time.Duration(w.rng.IntN(50))*time.Millisecond, func() { w.s.Routed(f.Domain, w.routes[f.Domain], w.now) })
 	case Open:
 		q := w.queues[f.Queue]
-		w.sessions[f.Session] = &worldSession{lane: f.Lane, site: w.routes[q.key.Domain].Site}
+		w.sessions[f.Session] = &worldSession{lane: f.Lane, queue: f.Queue, site: w.routes[q.key.Domain].Site}
 		w.opened[f.Lane] = append(w.opened[f.Lane], w.now)
 		if !w.start(f.Session, f.Queue) {
 			w.end(f.Session)
@@ -181,6 +186,7 @@ func (w *world) act(f Effect) {
 		w.after(dial, func() {
 			if w.rng.Float64() < w.failRate {
 				w.queues[f.Queue].waiting++ // the message goes back
+				w.unsent(f.Session)
 				w.queues[f.Queue].due = w.now
 				w.done--
 				delete(w.sessions, f.Session)
@@ -220,7 +226,7 @@ func (w *world) start(id Session, n Queue) bool {
 	}
 	q.waiting--
 	w.done++
-	w.starts = append(w.starts, start{n, w.sessions[id].lane})
+	w.starts = append(w.starts, start{n, w.sessions[id].lane, w.now})
 	if w.onStart != nil {
 		w.onStart(n)
 	}
@@ -228,8 +234,17 @@ func (w *world) start(id Session, n Queue) bool {
 	w.s.Started(id)
 	ss := w.sessions[id]
 	ss.messages++
+	ss.began = w.now
 	w.sent[ss.lane] = append(w.sent[ss.lane], w.now)
 	return true
+}
+
+// unsent takes back the last message of a session that could not be opened.
+func (w *world) unsent(id Session) {
+	ss := w.sessions[id]
+	sent := w.sent[ss.lane]
+	i := slices.IndexFunc(sent, ss.began.Equal)
+	w.sent[ss.lane] = slices.Delete(sent, i, i+1)
 }
 
 func (w *world) finish(id Session) {
@@ -264,6 +279,9 @@ func (w *world) end(id Session) {
 func (w *world) check() {
 	if w.checks++; len(w.sessions) > 20 && w.checks%len(w.sessions) != 0 {
 		return
+	}
+	if w.onCheck != nil {
+		w.onCheck()
 	}
 	lanes, relays := map[Lane]int{}, map[string]int{}
 	for _, ss := range w.sessions {

@@ -88,7 +88,7 @@ func (r *Refusal) rate(g *Gate, k Kind, b *Bucket, now time.Time, at int64) {
 // take takes an event that rate has allowed.
 func (b *Bucket) take(at int64) {
 	if b.rate.interval > 0 {
-		b.next, b.set = b.due(at)+b.rate.interval, true
+		b.next, b.last, b.set = b.due(at)+b.rate.interval, at, true
 	}
 }
 

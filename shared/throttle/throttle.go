@@ -69,6 +69,7 @@ func (r Rate) Limited() bool { return r.interval > 0 }
 type Bucket struct {
 	rate Rate
 	next int64 // Unix nanoseconds at which an event at full speed would be due
+	last int64 // Unix nanoseconds of the last event
 	set  bool  // next holds something
 }
 
@@ -100,10 +101,20 @@ func (b *Bucket) Set(r Rate, now time.Time) {
 func (b *Bucket) Take(now time.Time, n int) (ok bool, wait time.Duration) {
 	ok, wait = b.Peek(now, n)
 	if ok && n > 0 && b.rate.Limited() {
-		b.next = b.due(now.UnixNano()) + int64(n)*b.rate.interval
+		b.last = now.UnixNano()
+		b.next = b.due(b.last) + int64(n)*b.rate.interval
 		b.set = true
 	}
 	return ok, wait
+}
+
+// Untake gives back n events that Take took at a time and that did not start: the
+// bucket is then as if they had not been taken. If others were taken later they
+// are lost, for those may have waited for them.
+func (b *Bucket) Untake(taken time.Time, n int) {
+	if n > 0 && b.set && b.last == taken.UnixNano() {
+		b.next -= int64(n) * b.rate.interval
+	}
 }
 
 // Peek answers as Take does and takes nothing.

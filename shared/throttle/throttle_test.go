@@ -209,3 +209,35 @@ func TestTakeDoesNotAllocate(t *testing.T) {
 		t.Errorf("%v allocations", n)
 	}
 }
+
+func TestUntake(t *testing.T) {
+	b := NewBucket(rate(t, 1, time.Second, 1))
+	for _, again := range []bool{true, false} {
+		if ok, _ := b.Take(start, 1); !ok {
+			t.Fatal("the bucket is full")
+		}
+		if again {
+			b.Untake(start, 1)
+		}
+	}
+	b.Untake(start, 0)
+	if ok, wait := b.Take(start, 1); ok || wait != time.Second {
+		t.Errorf("one was given back and taken again: %v %v", ok, wait)
+	}
+	// Another one was taken since, which would have come sooner otherwise.
+	later := start.Add(time.Second)
+	if ok, _ := b.Take(later, 1); !ok {
+		t.Fatal("its time has come")
+	}
+	b.Untake(start, 1)
+	if ok, wait := b.Take(later, 1); ok || wait != time.Second {
+		t.Errorf("what others waited for was given back: %v %v", ok, wait)
+	}
+	var none Bucket
+	none.Take(start, 1)
+	none.Untake(start, 1)
+	none.Set(rate(t, 1, time.Second, 1), start)
+	if ok, _ := none.Take(start, 1); !ok {
+		t.Error("without a rate nothing was taken")
+	}
+}
