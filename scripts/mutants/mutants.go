@@ -124,8 +124,13 @@ var mutants = []mutant{
 	},
 	{
 		"a cut leaves the mark on disk (W1)", warmup + "spender.go",
-		"return Mark{Used: min(s.mark, s.amount), Amount: s.amount}", "return Mark{Used: s.mark, Amount: s.amount}",
+		"m := s.make(min(s.mark, s.amount))", "m := s.make(s.mark)",
 		"TestRecall",
+	},
+	{
+		"a cut ends with any mark that is saved (W2)", warmup + "spender.go",
+		"if m.number >= s.cutting {", "if m.Amount == s.amount {",
+		"TestCutBehindAMark",
 	},
 	{
 		"reservations of others do not count (W1)", warmup + "ledger.go",

@@ -41,40 +41,61 @@ func (c *checker) init() {
 	c.changed = make(map[lease.LimitID]time.Duration)
 }
 
-// check holds the world against I1, I2 and I4 as of now. What a relay may use is
-// held against the table's word for that relay: that is stricter than I2.
-func (w *world) check() {
-	if w.failed != "" {
+// check holds the world against I1, I2, I4 and A1 to A4 after an event. What a relay
+// may do is held against the table's word for that relay: that is stricter than I2.
+// Time alone only takes away what relays may do, so it is enough to look at whose
+// event it was, and at all relays whose word in the table changed.
+func (w *world) check(m *machine) {
+	switch {
+	case w.failed != "":
+	case w.stale: // the log went on, or everything may have changed
+		w.stale = false
+		for _, r := range w.all {
+			w.checkRelay(r)
+		}
+	case m != nil && m.runs != nil:
+		w.checkRelay(m.runs)
+	}
+}
+
+// changed has the relays of a tick looked at, or all.
+func (w *world) changed(result any) {
+	res, ok := result.(tickResult)
+	if !ok || len(w.all) <= 16 {
+		w.stale = true
 		return
 	}
-	w.checkAddresses()
-	for _, r := range w.all[len(w.relays):] {
-		w.checkCopy(r)
+	for _, n := range res.nodes {
+		w.checkRelay(w.relays[n-1])
 	}
-	t := w.log.state.table
-	for _, id := range w.limits {
-		l, ok := t.Limit(id)
-		if !ok {
+}
+
+func (w *world) checkRelay(r *relay) {
+	if r.holder == nil || w.failed != "" {
+		return
+	}
+	now := r.clock(w.now)
+	w.checkAddresses(r, now)
+	if len(w.all) > len(w.relays) {
+		for _, c := range w.all[len(w.relays):] {
+			w.checkCopy(c)
+		}
+	}
+	for i, id := range w.limits {
+		rights := r.under(i)
+		has, open := rights.Usable(now), rights.Opened()
+		if has.Amount == 0 && has.Burst == 0 && open == 0 {
 			continue
 		}
-		w.checker.fill(w, l)
-		for _, r := range w.all {
-			if r.holder == nil {
-				continue
-			}
-			rights := r.rights(id)
-			h := t.Holding(id, r.node)
-			may := lease.Share{Amount: h.Ceiling.Amount + h.Floor.Amount, Burst: h.Ceiling.Burst + h.Floor.Burst}
-			if has := rights.Usable(r.clock(w.now)); has.Amount > may.Amount || has.Burst > may.Burst {
-				w.fail("I2: %s may use %v of limit %d by its own word, the table says %v and %v", r.name, has, id, h.Ceiling, h.Floor)
-				return
-			}
-			// A stopped process cannot close anything; it does so first when it
-			// goes on.
-			if open := rights.Opened(); open > may.Amount && r.until == 0 {
-				w.fail("I2: %s has %d slots of limit %d open, the table says %v and %v", r.name, open, id, h.Ceiling, h.Floor)
-				return
-			}
+		h := w.log.state.table.Holding(id, r.node)
+		may := lease.Share{Amount: h.Ceiling.Amount + h.Floor.Amount, Burst: h.Ceiling.Burst + h.Floor.Burst}
+		if has.Amount > may.Amount || has.Burst > may.Burst {
+			w.fail("I2: %s may use %v of limit %d by its own word, the table says %v and %v", r.name, has, id, h.Ceiling, h.Floor)
+		}
+		// A stopped process cannot close anything; it does so first when it
+		// goes on.
+		if open > may.Amount && r.until == 0 {
+			w.fail("I2: %s has %d slots of limit %d open, the table says %v and %v", r.name, open, id, h.Ceiling, h.Floor)
 		}
 	}
 }
@@ -148,6 +169,7 @@ func (c *checker) before(w *world) totals {
 	for _, id := range w.limits {
 		t.sums = append(t.sums, w.log.state.table.Sum(id))
 		l, _ := w.log.state.table.Limit(id)
+		c.fill(w, l) // by what held until now
 		t.limits = append(t.limits, l)
 	}
 	for i := range t.quotas {

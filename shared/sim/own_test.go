@@ -87,7 +87,12 @@ func (w *world) changeIPBy(s *server, ip int, what string, step change) {
 			w.note("%s address %d (%v): %s of %x, epoch %d", what, ip, res.err, row.State, row.Owner[0], row.Epoch)
 		}
 		for _, r := range w.everyone() {
-			w.send(&s.machine, &r.machine, func() { r.news([]ipRow{row}, ip) })
+			life := r.life // it is told over a connection of the process
+			w.send(&s.machine, &r.machine, func() {
+				if r.life == life {
+					r.news([]ipRow{row}, ip)
+				}
+			})
 		}
 	})
 }
@@ -305,40 +310,29 @@ func (r *relay) closeAddresses() {
 	}
 }
 
-// checkAddresses holds the world against A1 and A3: who may send from an address,
-// by its own word, or has a connection open, is whom the table names. That is
-// stricter than A1. A stopped process cannot close anything; it does so first when
-// it goes on.
-func (w *world) checkAddresses() {
-	for ip := range w.log.state.ips {
+// checkAddresses holds a relay against A1 and A3: if it may send from an address by
+// its own word, or has a connection open, the table names it. That is stricter than
+// A1. A stopped process cannot close anything; it does so first when it goes on.
+func (w *world) checkAddresses(r *relay, now lease.Instant) {
+	for ip := range r.uses {
+		u := &r.uses[ip]
+		open := u.Open()
+		if open > 0 && r.until != 0 {
+			open = 0
+		}
+		if open == 0 && (u.Standing(now) != ownership.Usable || !r.present(ip)) {
+			continue
+		}
 		row := &w.log.state.ips[ip]
-		for _, r := range w.all {
-			if r.down {
-				continue
-			}
-			open := r.uses[ip].Open()
-			if open == 0 && !row.Pinned && !r.leased(ip, row) {
-				continue
-			}
-			now := r.clock(w.now)
-			uses := open > 0 && r.until == 0 || r.uses[ip].Standing(now) == ownership.Usable && r.present(ip)
-			if uses && row.Owner != nodeID(r.node) {
-				w.fail("A1: %s sends from address %d under epoch %d with %d connections, it is %s of %x", r.name, ip, r.uses[ip].Epoch(), open, row.State, row.Owner[0])
-				return
-			}
-			for _, c := range r.mail[ip] {
-				if r.until == 0 && !row.Carries(c.tenant) {
-					w.fail("A3: from address %d, which is for tenant %x, goes mail of tenant %x", ip, row.Tenant[0], c.tenant[0])
-					return
-				}
+		if row.Owner != nodeID(r.node) {
+			w.fail("A1: %s sends from address %d under epoch %d with %d connections, it is %s of %x", r.name, ip, u.Epoch(), open, row.State, row.Owner[0])
+		}
+		for _, c := range r.mail[ip][:open] {
+			if !row.Carries(c.tenant) {
+				w.fail("A3: from address %d, which is for tenant %x, goes mail of tenant %x", ip, row.Tenant[0], c.tenant[0])
 			}
 		}
 	}
-}
-
-// leased is a quick look for whether there may be anything to check.
-func (r *relay) leased(ip int, row *ipRow) bool {
-	return row.Owner == nodeID(r.node) || r.uses[ip].Standing(r.clock(r.w.now)) != ownership.Gone
 }
 
 // committedIP holds a step against A2.

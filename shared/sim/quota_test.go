@@ -176,3 +176,22 @@ func TestRepeatedRequests(t *testing.T) {
 		}
 	}
 }
+
+// TestCutBehindAMark (W2): reservations are recalled while a mark is on its way to
+// the disk, and asked for again.
+func TestCutBehindAMark(t *testing.T) {
+	w := fixture(t, 3, rateOf(20, 20))
+	w.quotas(t, 400, 400)
+	w.sync = func() time.Duration { return w.between(0, time.Second) }
+	for range 400 {
+		_, reserved, _ := w.log.state.ledger.Totals(domain, 0, firstDay)
+		w.setQuota(domain, 0, uint32(reserved)+60)
+		w.run(w.between(500*time.Millisecond, 2*time.Second))
+		_, reserved, used := w.log.state.ledger.Totals(domain, 0, firstDay)
+		w.setQuota(domain, 0, uint32(used+(reserved-used)/2))
+		w.run(w.between(0, 300*time.Millisecond))
+	}
+	if _, reserved, _ := w.log.state.ledger.Totals(domain, 0, firstDay); reserved < 2000 {
+		t.Errorf("only %d were reserved", reserved)
+	}
+}

@@ -17,8 +17,9 @@ type relay struct {
 	disk disk
 
 	holder   *lease.Holder
-	server   int  // whom it takes for the leader
-	session  bool // the leader welcomed it
+	known    []*lease.Rights // in the order of the world's limits
+	server   int             // whom it takes for the leader
+	session  bool            // the leader welcomed it
 	asked    time.Duration
 	answered time.Duration
 	demand   map[lease.LimitID]int64
@@ -74,6 +75,7 @@ func (w *world) addRelay() *relay {
 // newRelay returns a relay that was never started.
 func (w *world) newRelay(node lease.Node, n int) *relay {
 	r := &relay{machine: w.machineNamed("relay", n), w: w, node: node, server: w.rng.IntN(len(w.servers))}
+	r.runs = r
 	r.disk.marks = make(map[accountID]warmup.Mark)
 	r.resume = func() { r.hardClose(); r.closeAddresses() }
 	r.demand = make(map[lease.LimitID]int64)
@@ -94,6 +96,7 @@ func (r *relay) boot() {
 	r.disk.incarnation++ // synced before anything else is done
 	now := r.clock(r.w.now)
 	r.holder = lease.NewHolder(r.w.cfg, r.node, r.disk.incarnation, 1, r.disk.floors, now)
+	r.known = r.known[:0]
 	r.sessions = make(map[lease.LimitID][]*session)
 	r.stamps = make(map[lease.LimitID]lease.Stamp)
 	r.session, r.saving = false, false
@@ -222,8 +225,17 @@ func (r *relay) release(id lease.LimitID) {
 }
 
 func (r *relay) rights(id lease.LimitID) *lease.Rights {
-	l, _ := r.w.log.state.table.Limit(id)
-	return r.holder.Rights(id, l.Kind, l.Per)
+	return r.under(slices.Index(r.w.limits, id))
+}
+
+// under returns the rights under a limit by its place in the world's list.
+func (r *relay) under(i int) *lease.Rights {
+	for len(r.known) <= i {
+		id := r.w.limits[len(r.known)]
+		l, _ := r.w.log.state.table.Limit(id)
+		r.known = append(r.known, r.holder.Rights(id, l.Kind, l.Per))
+	}
+	return r.known[i]
 }
 
 // work starts what may start under every limit.

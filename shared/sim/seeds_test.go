@@ -76,7 +76,7 @@ func (w *world) misfortune() {
 	r, s := w.relays[w.rng.IntN(len(w.relays))], w.servers[w.rng.IntN(len(w.servers))]
 	// In some worlds the leader stays: only there the long silences end that a new
 	// leader would begin to count anew.
-	what := w.rng.IntN(17)
+	what := w.rng.IntN(14)
 	if w.reign && (what == 0 || what >= 6 && what <= 9) {
 		what = 2
 	}
@@ -121,10 +121,16 @@ func (w *world) misfortune() {
 	case 13:
 		w.setQuota(address, 0, uint32(w.rng.IntN(300)))
 		w.setQuota(domain, 0, uint32(w.rng.IntN(500)))
-	default:
-		w.operator(w.rng.IntN(addresses), r)
 	}
 	w.after(w.between(0, 12*time.Second), w.misfortune)
+}
+
+// operators do something to addresses all the time.
+func (w *world) operators() {
+	if !w.quiet {
+		w.operator(w.rng.IntN(addresses), w.relays[w.rng.IntN(len(w.relays))])
+		w.after(w.between(0, 6*time.Second), w.operators)
+	}
 }
 
 // operator does something to an address. That a machine is off is said only of one
@@ -238,6 +244,7 @@ func (w *world) settled() {
 func play(seed uint64) *world {
 	w := randomWorld(seed)
 	w.after(0, w.misfortune)
+	w.after(0, w.operators)
 	w.nextDays()
 	w.run(4 * time.Minute)
 	w.calm()

@@ -104,6 +104,12 @@ func (s *server) tick(term uint64) {
 			out := tickResult{rows: take(st)}
 			if cmd != nil {
 				out.refused = st.table.Apply(cmd)
+				for _, c := range cmd.Changes {
+					out.nodes = append(out.nodes, c.Node)
+				}
+				for _, c := range cmd.Sessions {
+					out.nodes = append(out.nodes, c.Node)
+				}
 			}
 			return out
 		}, func(result any) {
@@ -126,6 +132,7 @@ func (s *server) tick(term uint64) {
 type tickResult struct {
 	refused []lease.Refusal
 	rows    []ipRow
+	nodes   []lease.Node // whose holdings changed
 }
 
 func (s *server) deliver(grants []lease.Grant) {

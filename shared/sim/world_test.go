@@ -1,7 +1,6 @@
 package sim
 
 import (
-	"container/heap"
 	"fmt"
 	"math/rand/v2"
 	"strings"
@@ -30,6 +29,7 @@ type world struct {
 	unaware   bool                 // a former leader never hears that it is none any more
 	quiet     bool                 // no faults any more
 	sync      func() time.Duration // how long a write takes; nil: as usual
+	stale     bool                 // all relays must be looked at
 	failed    string               // the first broken promise
 	trace     []string             // the last things that happened
 	recording bool                 // of what costs much to write down
@@ -44,19 +44,49 @@ type event struct {
 	do    func()
 }
 
+// eventHeap has the next event at its root.
 type eventHeap []event
 
-func (h eventHeap) Len() int { return len(h) }
-func (h eventHeap) Less(i, j int) bool {
-	return h[i].at < h[j].at || h[i].at == h[j].at && h[i].order < h[j].order
+func (e *event) before(o *event) bool { return e.at < o.at || e.at == o.at && e.order < o.order }
+
+func (h *eventHeap) push(e event) {
+	*h = append(*h, e)
+	all, i := *h, len(*h)-1
+	for i > 0 {
+		up := (i - 1) / 4
+		if !e.before(&all[up]) {
+			break
+		}
+		all[i], i = all[up], up
+	}
+	all[i] = e
 }
-func (h eventHeap) Swap(i, j int) { h[i], h[j] = h[j], h[i] }
-func (h *eventHeap) Push(x any)   { *h = append(*h, x.(event)) }
-func (h *eventHeap) Pop() any {
-	old := *h
-	e := old[len(old)-1]
-	*h = old[:len(old)-1]
-	return e
+
+func (h *eventHeap) pop() event {
+	all := *h
+	first, last := all[0], all[len(all)-1]
+	all[len(all)-1] = event{}
+	all = all[:len(all)-1]
+	*h = all
+	if len(all) == 0 {
+		return first
+	}
+	i := 0
+	for {
+		least, down := i, 4*i+1
+		next := &last
+		for c := down; c < min(down+4, len(all)); c++ {
+			if all[c].before(next) {
+				least, next = c, &all[c]
+			}
+		}
+		if least == i {
+			break
+		}
+		all[i], i = all[least], least
+	}
+	all[i] = last
+	return first
 }
 
 // machine has a clock of its own, may be stopped for a while, and may crash: then
@@ -68,6 +98,7 @@ type machine struct {
 	until  time.Duration // stopped until then
 	life   int
 	down   bool
+	runs   *relay // that runs on it, if one does
 	resume func() // the first thing that is done after a stop
 }
 
@@ -129,7 +160,7 @@ func (w *world) on(m *machine, d time.Duration, do func()) {
 func (w *world) push(e event) {
 	w.order++
 	e.order = w.order
-	heap.Push(&w.events, e)
+	w.events.push(e)
 }
 
 // run moves the world on. What a stopped machine should have done it does when it
@@ -137,7 +168,7 @@ func (w *world) push(e event) {
 func (w *world) run(d time.Duration) {
 	end := w.now + d
 	for w.failed == "" && len(w.events) > 0 && w.events[0].at <= end {
-		e := heap.Pop(&w.events).(event)
+		e := w.events.pop()
 		w.now = e.at
 		if m := e.on; m != nil {
 			if m.down || e.life != 0 && e.life != m.life {
@@ -145,7 +176,7 @@ func (w *world) run(d time.Duration) {
 			}
 			if m.until > w.now {
 				e.at = m.until
-				heap.Push(&w.events, e) // its order stays
+				w.events.push(e) // its order stays
 				continue
 			}
 			if m.until != 0 {
@@ -158,7 +189,7 @@ func (w *world) run(d time.Duration) {
 		}
 		e.do()
 		w.count++
-		w.check()
+		w.check(e.on)
 	}
 	w.now = end
 }
@@ -295,6 +326,7 @@ func (w *world) commit(p *proposal) {
 	w.log.state.index++
 	result := p.cmd(w.log.state)
 	w.checker.committed(w, before, result)
+	w.changed(result)
 	if p.done != nil {
 		w.on(&p.by.machine, w.between(0, 2*time.Millisecond), func() { p.done(result) })
 	}

@@ -308,6 +308,26 @@ func TestRepeatedMessagesChangeNothing(t *testing.T) {
 
 // TestSpenderNeverPassesItsMark: against a disk that loses what was not synced, at
 // every point, what was spent is at most what a restart takes for spent, and a
+// TestCutWaitsForItsOwnMark: a mark that was made before a cut and has the same
+// amount is not the cut's.
+func TestCutWaitsForItsOwnMark(t *testing.T) {
+	s := Resume(Mark{Amount: 104})
+	before, ok := s.Raise(10)
+	if !ok {
+		t.Fatal("there is nothing to raise")
+	}
+	cut := s.CutTo(122)
+	if cut.Amount != before.Amount {
+		t.Fatalf("the marks %v and %v are of different amounts", before, cut)
+	}
+	if s.Saved(before); !s.Cutting() {
+		t.Error("the cut counts as saved when a mark before it is")
+	}
+	if s.Saved(cut); s.Cutting() {
+		t.Error("the cut is saved and does not count as saved")
+	}
+}
+
 // restart wastes a step at most (W3).
 func TestSpenderNeverPassesItsMark(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {

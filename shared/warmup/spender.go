@@ -4,6 +4,7 @@ package warmup
 type Mark struct {
 	Used   uint32 // at most this much may have been spent
 	Amount uint32 // reserved when the mark was written
+	number uint64 // of a mark that this process made: it need not be kept
 }
 
 // Spender spends one relay's reservation of one subject, class and day. It spends
@@ -16,7 +17,8 @@ type Spender struct {
 	mark    uint32 // on stable storage
 	settled uint32 // told to the ledger
 	asked   uint64 // number of the request that waits for its reply, 0 for none
-	cutting bool   // a cut is not on stable storage yet
+	marks   uint64 // made so far
+	cutting uint64 // number of the mark of a cut that is not on stable storage yet, 0 for none
 }
 
 // Step returns by how much to raise the mark at once: what one second sends, and
@@ -52,19 +54,26 @@ func (s *Spender) Left() uint32 { return s.amount - min(s.used, s.amount) }
 // spent, and whether there is one. Saved must follow when it is there.
 func (s *Spender) Raise(step uint32) (Mark, bool) {
 	next := min(s.amount, s.used+step)
-	if next <= s.mark || s.cutting || s.mark-min(s.mark, s.used) > step/2 {
+	if next <= s.mark || s.Cutting() || s.mark-min(s.mark, s.used) > step/2 {
 		return Mark{}, false
 	}
-	return Mark{Used: next, Amount: s.amount}, true
+	return s.make(next), true
 }
 
 // Saved says that a mark is on stable storage. Marks are saved in the order in
 // which they were returned.
 func (s *Spender) Saved(m Mark) {
 	s.mark = m.Used
-	if m.Amount == s.amount {
-		s.cutting = false
+	// A mark that was made before the cut may be equal to it in all but its
+	// number: the cut is not on stable storage then.
+	if m.number >= s.cutting {
+		s.cutting = 0
 	}
+}
+
+func (s *Spender) make(used uint32) Mark {
+	s.marks++
+	return Mark{Used: used, Amount: s.amount, number: s.marks}
 }
 
 // Ask notes the number of a request whose reply is now awaited; any former reply
@@ -78,7 +87,7 @@ func (s *Spender) Granted(r Reply) bool {
 		return false
 	}
 	s.asked = 0
-	if !s.cutting {
+	if !s.Cutting() {
 		s.amount = max(r.Amount, s.used)
 		s.settled = max(s.settled, min(r.Used, s.used))
 	}
@@ -92,12 +101,13 @@ func (s *Spender) Granted(r Reply) bool {
 func (s *Spender) CutTo(amount uint32) Mark {
 	s.asked = 0
 	s.amount = max(min(s.amount, amount), s.used)
-	s.cutting = true
-	return Mark{Used: min(s.mark, s.amount), Amount: s.amount}
+	m := s.make(min(s.mark, s.amount))
+	s.cutting = m.number
+	return m
 }
 
 // Cutting reports whether a cut waits to be saved.
-func (s *Spender) Cutting() bool { return s.cutting }
+func (s *Spender) Cutting() bool { return s.cutting != 0 }
 
 // Settle returns what to tell the ledger.
 func (s *Spender) Settle() (used, amount uint32) {
