@@ -71,7 +71,7 @@ func (e *entry) current(t *Tick) (ceiling, floor Share) {
 
 // lower adds to the command what the relay has confirmed to hold no longer.
 func (e *entry) lower(t *Tick) {
-	if e.acked == 0 || e.acked != e.seq || e.at > 0 {
+	if e.acked == 0 || e.acked != e.seq || e.at > 0 || e.n.anew() {
 		return
 	}
 	ceiling, floor := e.sent, e.sentFloor
@@ -133,7 +133,7 @@ func share(lack, free, need int64) int64 {
 
 // lack returns what is missing to what a relay is to have.
 func (e *entry) lack(t *Tick) Share {
-	if !e.n.heard || e.n.gone {
+	if !e.n.heard || e.n.gone || e.n.anew() {
 		return Share{}
 	}
 	ceiling, floor := e.current(t)
@@ -143,7 +143,7 @@ func (e *entry) lack(t *Tick) Share {
 // lift raises a relay by what can be given, the floor first, and returns how much
 // of it was of use.
 func (e *entry) lift(g *Grantor, t *Tick, give Share) Share {
-	if !e.n.heard || e.n.gone {
+	if !e.n.heard || e.n.gone || e.n.anew() {
 		return Share{}
 	}
 	ceiling, floor := e.current(t)

@@ -55,6 +55,10 @@ type nodeState struct {
 	entries     []*entry // in the order of limits
 }
 
+// anew reports whether a new incarnation of the relay is about to be replicated.
+// What a command says of the former one would be refused: it waits for the next.
+func (n *nodeState) anew() bool { return n.hello > n.incarnation }
+
 // limitState is one limit and everybody who holds or wants something of it.
 type limitState struct {
 	Limit
@@ -265,7 +269,7 @@ func (g *Grantor) Tick(now Instant) (*Tick, []Grant) {
 	}
 	t := &Tick{}
 	for _, n := range g.queue {
-		if n.hello > n.incarnation {
+		if n.anew() {
 			t.Sessions = append(t.Sessions, Session{n.id, n.hello})
 		}
 	}
@@ -387,7 +391,7 @@ func (e *entry) stamp(g *Grantor) {
 // reclaim takes back what silent relays hold.
 func (g *Grantor) reclaim(now Instant, t *Tick) {
 	for _, n := range g.nodes {
-		if len(n.entries) == 0 || now <= n.basis.Add(Outlast(g.cfg.TTL)) {
+		if len(n.entries) == 0 || n.anew() || now <= n.basis.Add(Outlast(g.cfg.TTL)) {
 			continue
 		}
 		// R3. The relay's own lease has ended by now, whatever its clock.

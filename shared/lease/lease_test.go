@@ -330,6 +330,34 @@ func TestNewLeaderTakesNothing(t *testing.T) {
 	}
 }
 
+// TestReclaimedRelayStartsAnew: what a silent relay holds is due to be reclaimed when
+// its new process greets. One command cannot do both.
+func TestReclaimedRelayStartsAnew(t *testing.T) {
+	l := rateLimit(1, 100, 100)
+	l.FloorPercent = 20
+	for _, ttl := range []time.Duration{DefaultConfig().TTL, DefaultConfig().FloorTTL} {
+		c := newCluster(t, 2, l)
+		c.want(1, 1, 100_000)
+		c.want(2, 1, 100_000)
+		c.run(time.Minute)
+		silent := c.relays[0]
+		c.deaf[1] = true
+		due := c.grantor.byNode[1].basis.Add(Outlast(ttl)) + 1
+		c.run(due.Sub(c.now) - time.Second)
+		c.now = due
+		silent.Holder = NewHolder(c.cfg, 1, 2, 1, nil, c.now)
+		c.grantor.Hello(c.now, silent.Hello())
+		c.tick() // which fails if anything is refused
+		c.tick()
+		if h := c.table.Holding(1, 1); !h.Ceiling.zero() || ttl == DefaultConfig().FloorTTL && !h.Floor.zero() {
+			t.Errorf("after %v of silence and a new start the table has %v and %v", ttl, h.Ceiling, h.Floor)
+		}
+		if incarnation, _ := c.table.Session(1); incarnation != 2 {
+			t.Errorf("the incarnation is %d", incarnation)
+		}
+	}
+}
+
 // TestStaleReleaseMeansNothing: a release that was written before the last grant
 // arrived does not free what that grant gave.
 func TestStaleReleaseMeansNothing(t *testing.T) {

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"fmt"
 	"slices"
+	"strings"
 
 	"github.com/relais-mta/relais/shared/fault"
 )
@@ -110,6 +111,22 @@ func (t *Table) PutLimit(l Limit) error {
 	return nil
 }
 
+// Load adds or changes a limit as PutLimit does, of which as much as room may be
+// held although that is more than the limit: the limit was lowered, or a recovery
+// found more in use. It is for making a table anew from what was replicated; when
+// all holdings are in, each limit is loaded once more without room.
+func (t *Table) Load(l Limit, room Share) {
+	row := t.limits[l.ID]
+	if row == nil {
+		row = &limitRow{}
+		t.limits[l.ID] = row
+		at, _ := slices.BinarySearch(t.order, l.ID)
+		t.order = slices.Insert(t.order, at, l.ID)
+	}
+	l.Max, l.Burst = max(l.Max, room.Amount), max(l.Burst, room.Burst)
+	row.limit = l
+}
+
 // DropLimit removes a limit: it bounds nobody any more.
 func (t *Table) DropLimit(id LimitID) {
 	row := t.limits[id]
@@ -175,31 +192,50 @@ func (t *Table) change(c *Change) string {
 		return "no such limit"
 	case n == nil || n.incarnation != c.Incarnation:
 		return "another incarnation"
-	case c.Ceiling.Amount < 0 || c.Ceiling.Burst < 0 || c.Floor.Amount < 0 || c.Floor.Burst < 0:
-		return "a negative share"
 	}
 	old := Holding{}
 	if h := row.find(c.Node); h != nil {
 		old = *h
+	}
+	if why := c.Against(&row.limit, old, row.sum, n.gone, t.rows); why != "" {
+		return why
+	}
+	t.set(row, n, Holding{Limit: c.Limit, Node: c.Node, Ceiling: c.Ceiling, Floor: c.Floor})
+	return ""
+}
+
+// Against returns why the change must not be made, or "": old is what the relay
+// holds of the limit, sum what all hold of it, gone whether the relay was put out,
+// and holders how many pairs of limit and relay there are. It is the rule that
+// Table follows, for those who keep what a Table holds in another form.
+func (c *Change) Against(l *Limit, old Holding, sum Share, gone bool, holders int) string {
+	if c.Ceiling.Amount < 0 || c.Ceiling.Burst < 0 || c.Floor.Amount < 0 || c.Floor.Burst < 0 {
+		return "a negative share"
 	}
 	before, after := old.Ceiling.add(old.Floor), c.Ceiling.add(c.Floor)
 	rises := !c.Ceiling.within(old.Ceiling) || !c.Floor.within(old.Floor)
 	switch {
 	case rises && c.Why != Raised:
 		return "only a raise may raise"
-	case rises && n.gone:
+	case rises && gone:
 		return "the relay was put out"
-	case rises && old.Ceiling.zero() && old.Floor.zero() && t.rows >= MaxHolders:
+	case rises && old.Ceiling.zero() && old.Floor.zero() && holders >= MaxHolders:
 		return "too many holders"
 	}
 	// I1. A part that rises must fit; one that falls always may.
-	sum, whole := row.sum.sub(before).add(after), row.limit.whole()
+	sum, whole := sum.sub(before).add(after), l.whole()
 	if after.Amount > before.Amount && sum.Amount > whole.Amount || after.Burst > before.Burst && sum.Burst > whole.Burst {
-		return fmt.Sprintf("the limit of %d and %d would be passed: %d and %d", whole.Amount, whole.Burst, sum.Amount, sum.Burst)
+		return fmt.Sprintf("%s%d and %d would be passed: %d and %d", passed, whole.Amount, whole.Burst, sum.Amount, sum.Burst)
 	}
-	t.set(row, n, Holding{Limit: c.Limit, Node: c.Node, Ceiling: c.Ceiling, Floor: c.Floor})
 	return ""
 }
+
+// passed begins the text of a refusal for I1.
+const passed = "the limit of "
+
+// Passes reports whether the change was refused because the limit would have been
+// passed: what a leader proposes must never come to that.
+func (r *Refusal) Passes() bool { return strings.HasPrefix(r.Why, passed) }
 
 // set writes one holding; an empty one is removed.
 func (t *Table) set(row *limitRow, n *nodeRow, h Holding) {
