@@ -91,10 +91,10 @@ func CheckOperation(op *Operation) error {
 }
 
 // Operate carries out an operation step by step in the order of message ids,
-// each step durable and reported before the next, until nothing is left or ctx
-// ends, which lets the step that was begun come to its end. What is being tried
-// is counted and left alone. Mail that comes meanwhile is found, because its id
-// is later.
+// each step durable and reported before the next is begun, until nothing is left
+// or ctx ends, which lets the step that was begun come to its end. While one is
+// made durable the next is read. What is being tried is counted and left alone.
+// Mail that comes meanwhile is found, because its id is later.
 func (q *Queue) Operate(ctx context.Context, op Operation, report func(Progress)) (Progress, error) {
 	var p Progress
 	if err := CheckOperation(&op); err != nil {
@@ -108,38 +108,91 @@ func (q *Queue) Operate(ctx context.Context, op Operation, report func(Progress)
 		f.State = relay.StateHeld
 	}
 	p.After = f.After
-	for ctx.Err() == nil {
-		s, err := q.readStep(&f, p.After)
-		if err != nil {
+	var under *operating
+	for after := p.After; ; {
+		var next *operating
+		var err error
+		if ctx.Err() == nil && (under == nil || !under.end) {
+			if next, err = q.takeStep(&f, after); next != nil && next.last != (ids.Message{}) {
+				after = next.last
+			}
+		}
+		if under != nil {
+			if failed := q.account(&p, &f, under); failed != nil {
+				q.giveUp(next)
+				return p, failed
+			}
+			report(p)
+			if under.end {
+				return p, nil
+			}
+		}
+		if err != nil || next == nil || ctx.Err() != nil {
+			q.giveUp(next)
 			return p, err
 		}
-		works, inFlight, err := q.seize(&f, s.targets)
-		if err != nil {
-			return p, err
-		}
-		matched := 0
-		for _, w := range works {
-			matched += len(w.Recipients)
-		}
-		done, err := q.carryOut(&op, works)
-		p.Looked += int64(s.looked)
-		p.Matched += int64(matched + inFlight)
-		p.InFlight += int64(inFlight)
-		p.Done += int64(done)
-		if err != nil {
-			return p, err
-		}
-		p.Skipped += int64(matched - done)
-		if s.last != (ids.Message{}) {
-			p.After = s.last
-		}
-		p.Finished, p.Total = s.end, q.estimate(&f, p.Looked, s.end)
-		report(p)
-		if s.end {
-			return p, nil
-		}
+		under = next
+		go func() {
+			done, err := q.carryOut(&op, next.works)
+			next.ended <- carried{done, err}
+		}()
 	}
-	return p, nil
+}
+
+// operating is a step of an operation with the recipients that it takes.
+type operating struct {
+	step
+	works             []*Work
+	matched, inFlight int
+	ended             chan carried
+}
+
+// carried is what became of a step.
+type carried struct {
+	done int
+	err  error
+}
+
+// takeStep reads the next step and takes what matches into the caller's hands.
+func (q *Queue) takeStep(f *Filter, after ids.Message) (*operating, error) {
+	s, err := q.readStep(f, after)
+	if err != nil {
+		return nil, err
+	}
+	o := &operating{step: s, ended: make(chan carried, 1)}
+	if o.works, o.inFlight, err = q.seize(f, s.targets); err != nil {
+		return nil, err
+	}
+	o.targets = nil // the works have what is needed of them
+	for _, w := range o.works {
+		o.matched += len(w.Recipients)
+	}
+	return o, nil
+}
+
+// giveUp lets go of a step that was taken and not begun; nil: of nothing.
+func (q *Queue) giveUp(o *operating) {
+	if o != nil {
+		q.returnAll(o.works)
+	}
+}
+
+// account waits for the end of a step and adds it to the progress.
+func (q *Queue) account(p *Progress, f *Filter, o *operating) error {
+	got := <-o.ended
+	p.Looked += int64(o.looked)
+	p.Matched += int64(o.matched + o.inFlight)
+	p.InFlight += int64(o.inFlight)
+	p.Done += int64(got.done)
+	if got.err != nil {
+		return got.err
+	}
+	p.Skipped += int64(o.matched - got.done)
+	if o.last != (ids.Message{}) {
+		p.After = o.last
+	}
+	p.Finished, p.Total = o.end, q.estimate(f, p.Looked, o.end)
+	return nil
 }
 
 // estimate guesses how many recipients an operation will have looked at.

@@ -6,11 +6,13 @@ import (
 	"time"
 
 	"github.com/relais-mta/relais/relay/store"
+	"github.com/relais-mta/relais/shared/policy"
 )
 
 // Paging settings.
 const (
 	maxPagesPerSnapshot = 256
+	laterPages          = maxPagesPerSnapshot / 4 // of these for those that are not urgent, while such are wanted
 	sweepInterval       = time.Minute
 	idleBeforeDrop      = 10 * time.Minute
 	maxDroppedAtOnce    = 1024
@@ -51,7 +53,11 @@ func (q *Queue) wantPage(wq *workQueue) {
 		return
 	}
 	wq.wanted = true
-	q.pageList = append(q.pageList, wq)
+	if wq == q.deadlines || wq.key.Kind == policy.Transactional {
+		q.urgentPages = append(q.urgentPages, wq)
+	} else {
+		q.pageList = append(q.pageList, wq)
+	}
 	select {
 	case q.pageWake <- struct{}{}:
 	default:
@@ -93,16 +99,14 @@ func (q *Queue) readPages() (more bool) {
 	err := q.st.Barrier(func() {
 		q.mu.Lock()
 		defer q.mu.Unlock()
-		n := min(len(q.pageList), maxPagesPerSnapshot)
-		list = slices.Clone(q.pageList[:n])
-		q.pageList = slices.Delete(q.pageList, 0, n)
-		more = len(q.pageList) > 0
+		list = q.nextPages()
+		more = len(q.pageList)+len(q.urgentPages) > 0
 		size = q.pageSize()
 		for _, wq := range list {
 			wq.paging, wq.pageEnd = true, wq.end
 			wq.late, wq.gone = nil, nil
 		}
-		if n > 0 {
+		if len(list) > 0 {
 			snap = q.st.Snapshot()
 		}
 	})
@@ -119,6 +123,18 @@ func (q *Queue) readPages() (more bool) {
 		q.readPage(snap, wq, size)
 	}
 	return more
+}
+
+// nextPages takes the queues whose pages are read next from the lists: after a
+// start, new transactional mail must not wait for the heads of a whole backlog.
+// Call with the lock held.
+func (q *Queue) nextPages() []*workQueue {
+	first := min(len(q.urgentPages), maxPagesPerSnapshot-min(len(q.pageList), laterPages))
+	rest := min(len(q.pageList), maxPagesPerSnapshot-first)
+	list := append(slices.Clone(q.urgentPages[:first]), q.pageList[:rest]...)
+	q.urgentPages = slices.Delete(q.urgentPages, 0, first)
+	q.pageList = slices.Delete(q.pageList, 0, rest)
+	return list
 }
 
 func (q *Queue) readPage(snap *store.Snapshot, wq *workQueue, size int) {

@@ -7,6 +7,7 @@ import (
 	"github.com/relais-mta/relais/relay"
 	"github.com/relais-mta/relais/relay/outbox"
 	"github.com/relais-mta/relais/relay/store"
+	"github.com/relais-mta/relais/shared/policy"
 )
 
 // TestWhatHappensWhileAPageIsReadIsInTheWindow holds a page between its
@@ -126,5 +127,36 @@ func TestAClockSetBackHidesNoMail(t *testing.T) {
 	}
 	if due, ok := f.q.NextDeadline(); !ok || !due.Equal(late.ExpiresAt) {
 		t.Errorf("the next deadline is %v, %v, want %v", due, ok, late.ExpiresAt)
+	}
+}
+
+// After a start all queues of a backlog want their heads. Those of transactional
+// mail, and the deadlines, are read first; the others not never.
+func TestPagesOfTransactionalMailAreReadFirst(t *testing.T) {
+	q := &Queue{deadlines: &workQueue{}, pageWake: make(chan struct{}, 1)}
+	want := func(n int, kind policy.StreamKind) {
+		for range n {
+			q.wantPage(&workQueue{number: 1, key: Key{Kind: kind}})
+		}
+	}
+	next := func(urgent, rest int) {
+		t.Helper()
+		for i, wq := range q.nextPages() {
+			if first := wq == q.deadlines || wq.key.Kind == policy.Transactional; first != (i < urgent) {
+				t.Fatalf("page %d of %d urgent ones and %d others is urgent: %v", i, urgent, rest, first)
+			}
+			if i >= urgent+rest {
+				t.Fatalf("more than %d pages", urgent+rest)
+			}
+		}
+	}
+	want(1000, policy.Bulk)
+	want(3, policy.Transactional)
+	q.wantPage(q.deadlines)
+	next(4, 252)
+	want(1000, policy.Transactional)
+	next(192, 64)
+	if left := len(q.pageList) + len(q.urgentPages); left != 1000-252-64+1000-192 {
+		t.Errorf("%d are left", left)
 	}
 }

@@ -221,14 +221,15 @@ type Queue struct {
 
 	ruleChange sync.Mutex // one change of a rule's record at a time; taken before mu
 
-	pageWake chan struct{}
-	pageList []*workQueue
-	stop     chan struct{}
-	done     sync.WaitGroup
-	pending  sync.WaitGroup // commits under way
-	closed   bool
-	overdue  atomic.Bool // a message came back after its deadline: notify has to tell
-	broken   atomic.Bool // a panic left the lock held
+	pageWake    chan struct{}
+	pageList    []*workQueue
+	urgentPages []*workQueue // of transactional mail and deadlines: read before pageList
+	stop        chan struct{}
+	done        sync.WaitGroup
+	pending     sync.WaitGroup // commits under way
+	closed      bool
+	overdue     atomic.Bool // a message came back after its deadline: notify has to tell
+	broken      atomic.Bool // a panic left the lock held
 }
 
 // SetPolicy changes schedule and bounds while the queue runs.
