@@ -54,7 +54,7 @@ func startSink(t *testing.T, m mood) (*seen, string) {
 	if err := l.Close(); err != nil {
 		t.Fatal(err)
 	}
-	s := newSeen()
+	s := newSeen(100)
 	hosts := newSinks(s)
 	var mood atomic.Int32
 	mood.Store(int32(m))
@@ -81,7 +81,7 @@ func TestSinkTakesAndCountsMail(t *testing.T) {
 func TestSinkPutsOff(t *testing.T) {
 	s, at := startSink(t, later)
 	got := talk(t, at, "EHLO a", "MAIL FROM:<x@y>", "RCPT TO:<p3@d.test>", "DATA", "QUIT")
-	if text := strings.Join(got, " "); text != "220 250 250 450 503 221" {
+	if text := strings.Join(got, " "); text != "220 250 250 452 503 221" {
 		t.Errorf("replies %s", text)
 	}
 	if s.attemptOf(3).IsZero() || s.count(promptMail) != 0 {
@@ -119,7 +119,7 @@ func TestParseLocal(t *testing.T) {
 // Every domain has records that name hosts of its mood, and the proportions are
 // as described.
 func TestWorldOfDomains(t *testing.T) {
-	s := newSeen()
+	s := newSeen(100)
 	w, err := newWorld(1000, 0, s)
 	if err != nil {
 		t.Fatal(err)

@@ -157,3 +157,13 @@ func saveProfile(ctx context.Context, base, kind, path string) error {
 	}
 	return f.Close()
 }
+
+// peakOf returns the most memory that a process had that has ended
+// (getrusage(2)).
+func peakOf(p *os.ProcessState) (int64, bool) {
+	usage, ok := p.SysUsage().(*syscall.Rusage)
+	if !ok {
+		return 0, false
+	}
+	return usage.Maxrss << 10, true
+}

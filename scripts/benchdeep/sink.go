@@ -18,7 +18,7 @@ type mood int32
 
 const (
 	takes mood = iota // every message
-	later             // sessions, but no recipient: 450
+	later             // sessions, but no recipient: 452
 	busy              // nothing at all: 421 instead of a greeting
 )
 
@@ -149,7 +149,7 @@ func (ss *sinkSession) command(line []byte) bool {
 		local := localPart(line)
 		ss.seen.attempt(local)
 		if ss.mood == later {
-			reply = "450 4.2.1 Mailbox busy, try again later\r\n"
+			reply = "452 4.2.2 Mailbox full\r\n"
 			break
 		}
 		ss.to = append(ss.to[:0], local...)
@@ -206,6 +206,8 @@ const (
 // benchmark itself needs little memory.
 type seen struct {
 	taken      [3]marks
+	tried      marks // mail of the backlog that a host was offered
+	backlog    int   // numbers of it that count
 	attempts   atomic.Int64
 	duplicates atomic.Int64
 	armed      atomic.Bool
@@ -221,7 +223,7 @@ type marks struct {
 	last atomic.Int64 // when the last one was added, Unix nanoseconds
 }
 
-func newSeen() *seen { return &seen{first: make(chan time.Time, 1)} }
+func newSeen(backlog int) *seen { return &seen{first: make(chan time.Time, 1), backlog: backlog} }
 
 func classOf(b byte) int {
 	return bytes.IndexByte([]byte{backlogMail, speedMail, promptMail}, b)
@@ -251,10 +253,12 @@ func (s *seen) attempt(local []byte) {
 	if s.armed.Load() && s.armed.CompareAndSwap(true, false) {
 		s.first <- time.Now()
 	}
-	if len(local) == 0 || local[0] != promptMail {
-		return
-	}
-	if _, n, ok := parseLocal(local); ok {
+	class, n, ok := parseLocal(local)
+	switch {
+	case !ok:
+	case class == classOf(backlogMail) && n < s.backlog:
+		s.tried.add(n)
+	case class == classOf(promptMail):
 		now := time.Now()
 		s.mu.Lock()
 		for len(s.firstAt) <= n {
@@ -282,14 +286,20 @@ func (s *seen) take(local []byte) {
 	if !ok {
 		return
 	}
-	m := &s.taken[class]
+	if !s.taken[class].add(n) {
+		s.duplicates.Add(1)
+	}
+}
+
+// add reports false if the number is there already.
+func (m *marks) add(n int) bool {
 	bit := uint64(1) << (n % 64)
 	if m.bits[n/64].Or(bit)&bit != 0 {
-		s.duplicates.Add(1)
-		return
+		return false
 	}
 	m.last.Store(time.Now().UnixNano())
 	m.n.Add(1)
+	return true
 }
 
 // count returns how many messages of a class were taken.

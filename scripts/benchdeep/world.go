@@ -65,6 +65,20 @@ func (w *world) moodOf(d int) mood {
 	return later
 }
 
+// putOff counts the mail of the backlog that its hosts put off.
+func (w *world) putOff(n int, domain func(int) string) (count int) {
+	moods := make(map[string]mood, w.domains)
+	for d := range w.domains {
+		moods[domainName(d)] = w.moodOf(d)
+	}
+	for i := range n {
+		if moods[domain(i)] == later {
+			count++
+		}
+	}
+	return count
+}
+
 // record returns the MX and the address records of a domain of the backlog:
 // half have hosts of their own, three of ten share those of a hosting company,
 // and two of ten have a name of their own each at one big provider.
