@@ -25,7 +25,7 @@ func sum(b byte) []byte { return []byte(strings.Repeat(string([]byte{b}), 32)) }
 // samples holds one command of every type with every field set.
 func samples() []Command {
 	meta := &Meta{Actor: "admin", Reason: "golden"}
-	return append(firstSamples(meta), brakeSamples(meta)...)
+	return append(append(firstSamples(meta), brakeSamples(meta)...), warmSamples(meta)...)
 }
 
 func firstSamples(meta *Meta) []Command {

@@ -52,6 +52,12 @@ const (
 
 	TypeCredentialPutScoped Type = 80
 
+	TypeWarmPut   Type = 90
+	TypeWarmStop  Type = 91
+	TypeWarmRoll  Type = 92
+	TypeWarmJudge Type = 93
+	TypeWarmBatch Type = 94
+
 	TypeStateHash Type = 1 | IgnorableBit // says nothing that changes the state
 )
 
@@ -107,6 +113,11 @@ var registry = []registration{
 	{TypeDomainKeysAdd, "domain.keys-add", func() Command { return new(DomainKeysAdd) }},
 	{TypeDomainKeyStep, "domain.key-step", func() Command { return new(DomainKeyStep) }},
 	{TypeDomainKeysRollback, "domain.keys-rollback", func() Command { return new(DomainKeysRollback) }},
+	{TypeWarmPut, "warm-up.put", func() Command { return new(WarmPut) }},
+	{TypeWarmStop, "warm-up.stop", func() Command { return new(WarmStop) }},
+	{TypeWarmRoll, "warm-up.roll", func() Command { return new(WarmRoll) }},
+	{TypeWarmJudge, "warm-up.judge", func() Command { return new(WarmJudge) }},
+	{TypeWarmBatch, "warm-up.batch", func() Command { return new(WarmBatch) }},
 	{TypeCredentialPutScoped, "credential.put-scoped", func() Command { return new(CredentialPutScoped) }},
 	{TypeBrakeSet, "brake.set", func() Command { return new(BrakeSet) }},
 	{TypeBrakeCancel, "brake.cancel", func() Command { return new(BrakeCancel) }},
@@ -191,6 +202,9 @@ func TypeOf(c Command) Type {
 		return TypeCredentialPutScoped
 	case *StateHash:
 		return TypeStateHash
+	}
+	if t := warmType(c); t != 0 {
+		return t
 	}
 	if t := keysType(c); t != 0 {
 		return t

@@ -32,6 +32,9 @@ const (
 	sectionRotation       = 26
 	sectionRefusedCAs     = 27
 	sectionRevoked        = 28
+	sectionWarmCalendar   = 40
+	sectionWarmSubjects   = 41
+	sectionWarmBlocks     = 42
 	maxSections           = 64
 )
 
@@ -78,6 +81,7 @@ var sections = []interface {
 	dump(txn *memdb.Txn, fn func(encoded []byte) error) error
 	load(a *applier, encoded []byte) error
 }{
+	warmCalendarTable, warmSubjectsTable, warmBlocksTable,
 	clusterTable, serversTable, nodesTable, tokensTable, tenantsTable, projectsTable, domainsTable, credentialsTable,
 	poolsTable, sourcesTable, policyTable, operatorsTable, apiKeysTable, returnPathKeysTable, auditTable,
 	recoveryTable, policyVersionsTable, rotationTable, refusedCAsTable, revokedTable, brakesTable,
@@ -146,6 +150,9 @@ func (a *applier) apply(body command.Command) (any, error) {
 		return a.recoveryEnd(c)
 	case *command.StateHash:
 		return nil, nil // compared by Store.Apply
+	}
+	if row, known, err := a.applyWarm(body); known {
+		return row, err
 	}
 	if row, known, err := a.applyKeys(body); known {
 		return row, err

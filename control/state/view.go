@@ -52,6 +52,7 @@ func (r *Reader) View(node ids.Node, open OpenFunc) (*policy.View, error) {
 	if err := r.viewDomains(v, open); err != nil {
 		return nil, err
 	}
+	r.viewWarm(v)
 	r.viewTenants(v)
 	r.viewSources(v)
 	r.viewTrust(v)

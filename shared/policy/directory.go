@@ -37,6 +37,7 @@ type Directory struct {
 	certificates bool
 
 	feedback        map[feedbackKey]*FeedbackPlan
+	warm            warmTable
 	feedbackTenants map[ids.Tenant]string
 }
 
@@ -99,6 +100,7 @@ func Compile(v *View) (*Directory, error) {
 	d.compilePools(&p)
 	d.compileSources(&p)
 	d.compileShared(&p)
+	d.compileWarm(&p)
 	keys := make(map[uint8]bool, len(v.ReturnPathKeys))
 	for i, k := range v.ReturnPathKeys {
 		if keys[k.ID] {

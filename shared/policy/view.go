@@ -34,6 +34,7 @@ type View struct {
 
 	SharedLimits []SharedLimit // by number; those of all relays
 	Brakes       []Brake       // by id
+	Warm         Warm          // what warms up
 	Lease        lease.Config  // zero: there are no shared limits
 }
 

@@ -31,6 +31,8 @@ var quotaKinds = []struct {
 	{4, (*LeaseWelcome)(nil)},
 	{5, (*LeaseGrant)(nil)},
 	{6, (*LeaseHelloWanted)(nil)},
+	{10, (*WarmUp)(nil)},
+	{11, (*WarmDown)(nil)},
 }
 
 // quotaBody returns the kind and the encoding of a message.

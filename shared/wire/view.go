@@ -53,6 +53,7 @@ func EncodeView(v *policy.View) ([]byte, error) {
 		out.ReturnPathKeys = append(out.ReturnPathKeys, &ReturnPathKey{Id: uint32(k.ID), Key: k.Key[:]})
 	}
 	encodeShared(out, v)
+	encodeWarm(out, v)
 	encodeBrakes(out, v)
 	encoded, err := proto.MarshalOptions{Deterministic: true}.Marshal(out)
 	if err != nil {
@@ -136,6 +137,7 @@ func DecodeView(encoded []byte) (*policy.View, error) {
 	d.owners(&in)
 	d.sources(&in)
 	d.shared(&in)
+	d.warm(&in)
 	d.brakes(&in)
 	d.view.Trust = policy.Trust{CAs: in.GetCaBundle(), RefusedCAs: in.GetRefusedCas(), RevokedServers: sized[policy.RevokedServer](len(in.GetRevokedServers()))}
 	for i, r := range in.GetRevokedServers() {

@@ -1536,6 +1536,9 @@ type View struct {
 	ScopedCredentials []*Credential          `protobuf:"bytes,23,rep,name=scoped_credentials,json=scopedCredentials,proto3" json:"scoped_credentials,omitempty"` // those with a scope: a reader that does not know scopes does not know these credentials
 	SharedLimits      []*SharedLimit         `protobuf:"bytes,30,rep,name=shared_limits,json=sharedLimits,proto3" json:"shared_limits,omitempty"`                // by id
 	Lease             *LeaseConfig           `protobuf:"bytes,31,opt,name=lease,proto3" json:"lease,omitempty"`                                                  // unset: there are no shared limits
+	WarmSubjects      []*WarmSubject         `protobuf:"bytes,40,rep,name=warm_subjects,json=warmSubjects,proto3" json:"warm_subjects,omitempty"`                // by number
+	WarmClasses       []string               `protobuf:"bytes,41,rep,name=warm_classes,json=warmClasses,proto3" json:"warm_classes,omitempty"`                   // by number
+	WarmToday         int32                  `protobuf:"zigzag32,42,opt,name=warm_today,json=warmToday,proto3" json:"warm_today,omitempty"`                      // since 1 January 1970
 	Brakes            []*Brake               `protobuf:"bytes,60,rep,name=brakes,proto3" json:"brakes,omitempty"`                                                // by id; those of all relays
 	unknownFields     protoimpl.UnknownFields
 	sizeCache         protoimpl.SizeCache
@@ -1709,6 +1712,27 @@ func (x *View) GetLease() *LeaseConfig {
 		return x.Lease
 	}
 	return nil
+}
+
+func (x *View) GetWarmSubjects() []*WarmSubject {
+	if x != nil {
+		return x.WarmSubjects
+	}
+	return nil
+}
+
+func (x *View) GetWarmClasses() []string {
+	if x != nil {
+		return x.WarmClasses
+	}
+	return nil
+}
+
+func (x *View) GetWarmToday() int32 {
+	if x != nil {
+		return x.WarmToday
+	}
+	return 0
 }
 
 func (x *View) GetBrakes() []*Brake {
@@ -2482,7 +2506,7 @@ var File_shared_wire_wire_proto protoreflect.FileDescriptor
 
 const file_shared_wire_wire_proto_rawDesc = "" +
 	"\n" +
-	"\x16shared/wire/wire.proto\x12\x0erelais.wire.v1\x1a\x18shared/wire/brakes.proto\x1a\x17shared/wire/quota.proto\"\x8d\x02\n" +
+	"\x16shared/wire/wire.proto\x12\x0erelais.wire.v1\x1a\x18shared/wire/brakes.proto\x1a\x17shared/wire/quota.proto\x1a\x16shared/wire/warm.proto\"\x8d\x02\n" +
 	"\aPreface\x12!\n" +
 	"\fprotocol_min\x18\x01 \x01(\rR\vprotocolMin\x12!\n" +
 	"\fprotocol_max\x18\x02 \x01(\rR\vprotocolMax\x12\"\n" +
@@ -2603,7 +2627,7 @@ const file_shared_wire_wire_proto_rawDesc = "" +
 	"\brevision\x18\x01 \x01(\v2\x18.relais.wire.v1.RevisionR\brevision\"i\n" +
 	"\x04Nack\x124\n" +
 	"\brevision\x18\x01 \x01(\v2\x18.relais.wire.v1.RevisionR\brevision\x12+\n" +
-	"\x05error\x18\x02 \x01(\v2\x15.relais.wire.v1.ErrorR\x05error\"\xf7\a\n" +
+	"\x05error\x18\x02 \x01(\v2\x15.relais.wire.v1.ErrorR\x05error\"\xfb\b\n" +
 	"\x04View\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x1d\n" +
 	"\n" +
@@ -2627,7 +2651,11 @@ const file_shared_wire_wire_proto_rawDesc = "" +
 	"\x0frevoked_servers\x18\x16 \x03(\v2\x1d.relais.wire.v1.RevokedServerR\x0erevokedServers\x12I\n" +
 	"\x12scoped_credentials\x18\x17 \x03(\v2\x1a.relais.wire.v1.CredentialR\x11scopedCredentials\x12@\n" +
 	"\rshared_limits\x18\x1e \x03(\v2\x1b.relais.wire.v1.SharedLimitR\fsharedLimits\x121\n" +
-	"\x05lease\x18\x1f \x01(\v2\x1b.relais.wire.v1.LeaseConfigR\x05lease\x12-\n" +
+	"\x05lease\x18\x1f \x01(\v2\x1b.relais.wire.v1.LeaseConfigR\x05lease\x12@\n" +
+	"\rwarm_subjects\x18( \x03(\v2\x1b.relais.wire.v1.WarmSubjectR\fwarmSubjects\x12!\n" +
+	"\fwarm_classes\x18) \x03(\tR\vwarmClasses\x12\x1d\n" +
+	"\n" +
+	"warm_today\x18* \x01(\x11R\twarmToday\x12-\n" +
 	"\x06brakes\x18< \x03(\v2\x15.relais.wire.v1.BrakeR\x06brakes\"F\n" +
 	"\rRevokedServer\x12\x1b\n" +
 	"\tserver_id\x18\x01 \x01(\fR\bserverId\x12\x18\n" +
@@ -2749,7 +2777,8 @@ var file_shared_wire_wire_proto_goTypes = []any{
 	(*LaneReflex)(nil),      // 36: relais.wire.v1.LaneReflex
 	(*SharedLimit)(nil),     // 37: relais.wire.v1.SharedLimit
 	(*LeaseConfig)(nil),     // 38: relais.wire.v1.LeaseConfig
-	(*Brake)(nil),           // 39: relais.wire.v1.Brake
+	(*WarmSubject)(nil),     // 39: relais.wire.v1.WarmSubject
+	(*Brake)(nil),           // 40: relais.wire.v1.Brake
 }
 var file_shared_wire_wire_proto_depIdxs = []int32{
 	35, // 0: relais.wire.v1.JoinRequest.labels:type_name -> relais.wire.v1.JoinRequest.LabelsEntry
@@ -2778,15 +2807,16 @@ var file_shared_wire_wire_proto_depIdxs = []int32{
 	30, // 23: relais.wire.v1.View.scoped_credentials:type_name -> relais.wire.v1.Credential
 	37, // 24: relais.wire.v1.View.shared_limits:type_name -> relais.wire.v1.SharedLimit
 	38, // 25: relais.wire.v1.View.lease:type_name -> relais.wire.v1.LeaseConfig
-	39, // 26: relais.wire.v1.View.brakes:type_name -> relais.wire.v1.Brake
-	29, // 27: relais.wire.v1.Domain.dkim:type_name -> relais.wire.v1.DKIMKey
-	29, // 28: relais.wire.v1.Domain.other_dkim:type_name -> relais.wire.v1.DKIMKey
-	31, // 29: relais.wire.v1.Credential.scope:type_name -> relais.wire.v1.CredentialScope
-	30, // [30:30] is the sub-list for method output_type
-	30, // [30:30] is the sub-list for method input_type
-	30, // [30:30] is the sub-list for extension type_name
-	30, // [30:30] is the sub-list for extension extendee
-	0,  // [0:30] is the sub-list for field type_name
+	39, // 26: relais.wire.v1.View.warm_subjects:type_name -> relais.wire.v1.WarmSubject
+	40, // 27: relais.wire.v1.View.brakes:type_name -> relais.wire.v1.Brake
+	29, // 28: relais.wire.v1.Domain.dkim:type_name -> relais.wire.v1.DKIMKey
+	29, // 29: relais.wire.v1.Domain.other_dkim:type_name -> relais.wire.v1.DKIMKey
+	31, // 30: relais.wire.v1.Credential.scope:type_name -> relais.wire.v1.CredentialScope
+	31, // [31:31] is the sub-list for method output_type
+	31, // [31:31] is the sub-list for method input_type
+	31, // [31:31] is the sub-list for extension type_name
+	31, // [31:31] is the sub-list for extension extendee
+	0,  // [0:31] is the sub-list for field type_name
 }
 
 func init() { file_shared_wire_wire_proto_init() }
@@ -2796,6 +2826,7 @@ func file_shared_wire_wire_proto_init() {
 	}
 	file_shared_wire_brakes_proto_init()
 	file_shared_wire_quota_proto_init()
+	file_shared_wire_warm_proto_init()
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
