@@ -12,5 +12,6 @@
 //	make sim SEEDS=1 SEED=4711
 //
 // plays it again. Raft itself is a log here: an entry is committed or lost, and a
-// leader may not know that it is none any more.
+// leader may not know that it is none any more. A second layer, Test…Raft…, has the
+// real Raft in memory, under testing/synctest.
 package sim
