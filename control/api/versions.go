@@ -43,6 +43,7 @@ type PolicyImpact struct {
 	Providers []ProviderImpact `json:"providers,omitempty"`
 	Streams   []string         `json:"streams,omitempty" doc:"Entries that change, as tenant/project/name"`
 	Settings  []string         `json:"settings,omitempty" doc:"Sections whose settings change on every relay"`
+	Limits    []string         `json:"limits,omitempty" doc:"Limits across the cluster that change, by name"`
 }
 
 // ProviderImpact is a provider whose profile changes.
@@ -85,7 +86,7 @@ type RelayStatus struct {
 func previewOf(p service.Preview) PolicyPreview {
 	i := p.Impact
 	out := PolicyPreview{Revision: p.Revision, Changes: make([]PolicyChange, 0, len(p.Changes)),
-		Impact: PolicyImpact{Summary: i.String(), Pools: i.Pools, Sources: i.Sources, Lanes: i.Lanes, Streams: i.Streams, Settings: i.Settings}}
+		Impact: PolicyImpact{Summary: i.String(), Pools: i.Pools, Sources: i.Sources, Lanes: i.Lanes, Streams: i.Streams, Settings: i.Settings, Limits: i.Limits}}
 	for _, c := range p.Changes {
 		out.Changes = append(out.Changes, PolicyChange(c))
 	}

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/relais-mta/relais/shared/fault"
+	"github.com/relais-mta/relais/shared/lease"
 )
 
 var update = flag.Bool("update", false, "write the golden files")
@@ -70,6 +71,11 @@ func firstSamples(meta *Meta) []Command {
 		&DomainKeysAdd{Meta: meta, Expect: 26, Domain: "example.com", Keys: []*DKIMKey{{Selector: "e1", Algorithm: "ed25519-sha256", Public: []byte("p"), PrivateSealed: []byte("s")}}},
 		&DomainKeyStep{Meta: meta, Domain: "example.com", Selector: "e1", Step: "seen"},
 		&DomainKeysRollback{Meta: meta, Expect: 27, Domain: "example.com"},
+		&LimitsSet{Meta: meta, Put: []*SharedLimit{{Name: "orange", Kind: 1, Max: 600_000, PerMs: 60_000, Burst: 20, FloorPercent: 20, ReservePercent: 5, SoftFloor: true, Provider: "orange", Tenant: "acme", Domain: "example.com", Pool: "own"}}, Drop: []uint64{7}, Config: LeaseConfigRecord(lease.DefaultConfig())},
+		&LeaseBegin{Meta: meta, Settled: true},
+		&LeaseNumber{Meta: meta, Nodes: [][]byte{id(5)}},
+		NewLeaseTick(99, []lease.Session{{Node: 1, Incarnation: 2}}, []lease.Change{{Limit: 7, Node: 1, Incarnation: 2, Ceiling: lease.Share{Amount: 1000, Burst: 1}, Floor: lease.Share{Amount: 2000, Burst: 2}, Why: lease.Raised}}),
+		&LeaseDeclare{Meta: meta, Node: id(5), Limits: []uint64{7}, Floors: []int64{2000}, FloorBursts: []int64{2}},
 	}
 }
 

@@ -123,6 +123,11 @@ var registry = []registration{
 	{TypeBrakeCancel, "brake.cancel", func() Command { return new(BrakeCancel) }},
 	{TypeBrakePin, "brake.pin", func() Command { return new(BrakePin) }},
 	{TypeBrakeSweep, "brake.sweep", func() Command { return new(BrakeSweep) }},
+	{TypeLimitsSet, "limits.set", func() Command { return new(LimitsSet) }},
+	{TypeLeaseBegin, "lease.begin", func() Command { return new(LeaseBegin) }},
+	{TypeLeaseNumber, "lease.number", func() Command { return new(LeaseNumber) }},
+	{TypeLeaseTick, "lease.tick", func() Command { return new(LeaseTick) }},
+	{TypeLeaseDeclare, "lease.declare", func() Command { return new(LeaseDeclare) }},
 	{TypeStateHash, "state-hash", func() Command { return new(StateHash) }},
 }
 
@@ -210,6 +215,9 @@ func TypeOf(c Command) Type {
 		return t
 	}
 	if t := brakesType(c); t != 0 {
+		return t
+	}
+	if t := leasesType(c); t != 0 {
 		return t
 	}
 	return rotationType(c)

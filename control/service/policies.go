@@ -67,6 +67,9 @@ func (s *Service) PutPolicy(ctx context.Context, a Actor, sections map[string]st
 		e.Cause = &state.StaleError{Revision: row.Revision}
 		return PolicyView{}, s.sayWhatChanged(e)
 	}
+	if err := s.checkSections(sections); err != nil {
+		return PolicyView{}, err
+	}
 	if _, err := s.checkPolicy(row, sections); err != nil {
 		return PolicyView{}, err
 	}

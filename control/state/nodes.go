@@ -50,7 +50,9 @@ func (a *applier) nodeSetState(c *command.NodeSetState) (any, error) {
 	}
 	out, err := putRow(a, nodesTable, &row, change[control.Node]{what: quoted("node", row.Name), object: row.ID.String(), expect: expect})
 	if err == nil && row.State == control.NodeEvicted {
-		err = a.evicted(old, &row)
+		if err = a.evicted(old, &row); err == nil {
+			err = a.evictLeases(row.ID)
+		}
 	}
 	return out, err
 }

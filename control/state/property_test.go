@@ -150,7 +150,7 @@ func TestApplySnapshotRestore(t *testing.T) {
 	})
 }
 
-func snapshot(t *rapid.T, s *Store) string {
+func snapshot(t fataler, s *Store) string {
 	var b bytes.Buffer
 	if _, err := s.Read().WriteTo(&b); err != nil {
 		t.Fatal(err)
@@ -158,7 +158,7 @@ func snapshot(t *rapid.T, s *Store) string {
 	return b.String()
 }
 
-func throughSnapshot(t *rapid.T, s *Store) *Store {
+func throughSnapshot(t fataler, s *Store) *Store {
 	out := New()
 	if err := out.Restore(bytes.NewReader([]byte(snapshot(t, s)))); err != nil {
 		t.Fatal(err)

@@ -101,6 +101,9 @@ func (a *applier) recoveryEnd(c *command.RecoveryEnd) (any, error) {
 		return nil, fault.New(fault.Conflict, op, "the recovery that runs began with generation %d, not %d: look again", old.Generation, c.GetGeneration())
 	}
 	remove(a, recoveryTable, old)
+	if err := a.settleLeases(); err != nil {
+		return nil, err
+	}
 	a.audit("recovery", old.Summary(), "")
 	return cluster, nil
 }

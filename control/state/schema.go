@@ -35,6 +35,10 @@ const (
 	sectionWarmCalendar   = 40
 	sectionWarmSubjects   = 41
 	sectionWarmBlocks     = 42
+	sectionLease          = 30
+	sectionSharedLimits   = 31
+	sectionLeaseNodes     = 32
+	sectionHoldings       = 33
 	maxSections           = 64
 )
 
@@ -84,7 +88,7 @@ var sections = []interface {
 	warmCalendarTable, warmSubjectsTable, warmBlocksTable,
 	clusterTable, serversTable, nodesTable, tokensTable, tenantsTable, projectsTable, domainsTable, credentialsTable,
 	poolsTable, sourcesTable, policyTable, operatorsTable, apiKeysTable, returnPathKeysTable, auditTable,
-	recoveryTable, policyVersionsTable, rotationTable, refusedCAsTable, revokedTable, brakesTable,
+	recoveryTable, policyVersionsTable, rotationTable, refusedCAsTable, revokedTable, leaseTable, sharedLimitsTable, leaseNodesTable, holdingsTable, brakesTable,
 }
 
 // apply dispatches an entry to the function of its command.
@@ -158,6 +162,9 @@ func (a *applier) apply(body command.Command) (any, error) {
 		return row, err
 	}
 	if row, known, err := a.applyBrakes(body); known {
+		return row, err
+	}
+	if row, known, err := a.applyLeases(body); known {
 		return row, err
 	}
 	return a.applyRotation(body)

@@ -35,7 +35,9 @@ func (r *Reader) View(node ids.Node, open OpenFunc) (*policy.View, error) {
 	}
 	v := &policy.View{Cluster: cluster.ID, Generation: cluster.Generation, Revision: r.ViewRevision(), Node: node, Draining: r.Draining(node), Sections: map[string]string{}}
 	for _, s := range r.Policy().Sections {
-		v.Sections[s.Name] = s.Text
+		if policy.ForRelays(s.Name) {
+			v.Sections[s.Name] = s.Text
+		}
 	}
 	var err error
 	if v.Document, err = policy.Parse(v.Sections); err != nil {
@@ -56,6 +58,7 @@ func (r *Reader) View(node ids.Node, open OpenFunc) (*policy.View, error) {
 	r.viewTenants(v)
 	r.viewSources(v)
 	r.viewTrust(v)
+	r.viewLimits(v)
 	r.viewBrakes(v)
 	return v, nil
 }

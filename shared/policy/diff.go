@@ -98,6 +98,8 @@ func flatten(path string, v reflect.Value, out map[string]string) {
 // entryName is what tells an entry of a list from its neighbours.
 func entryName(entry any) string {
 	switch e := entry.(type) {
+	case LimitEntry:
+		return e.Name
 	case Stream:
 		return e.Tenant + "/" + e.Project + "/" + e.Name
 	case TenantWeight:

@@ -36,6 +36,7 @@ type Document struct {
 	Pools      Pools
 	Providers  Providers
 	Feedback   Feedback
+	Limits     Limits
 	Warmup     Warmup
 }
 

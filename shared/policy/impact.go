@@ -22,6 +22,7 @@ type Impact struct {
 	Providers []ProviderImpact // by name
 	Streams   []string         // tenant/project/name of entries that change
 	Settings  []string         // sections whose settings change on every relay
+	Limits    []string         // limits across the cluster that change, by name
 }
 
 // ProviderImpact is a provider whose profile changes.
@@ -90,10 +91,17 @@ func ImpactOf(from, to *Document, v *View) Impact {
 
 // entries fills in streams and settings.
 func (i *Impact) entries(changes []Change, from, to *Document, pools map[string]bool) {
-	touched := map[string]bool{}
+	touched, limits := map[string]bool{}, map[string]bool{}
 	for _, c := range changes {
 		switch c.Section {
 		case "providers", "pools":
+		case "limits":
+			if name, ok := strings.CutPrefix(c.Key, "limit["); ok {
+				name, _, _ = strings.Cut(name, "]")
+				limits[strings.Trim(name, `"`)] = true
+				continue
+			}
+			i.setting(c.Section)
 		case "streams":
 			if name, ok := strings.CutPrefix(c.Key, "stream["); ok {
 				name, _, _ = strings.Cut(name, "]")
@@ -105,7 +113,7 @@ func (i *Impact) entries(changes []Change, from, to *Document, pools map[string]
 			i.setting(c.Section)
 		}
 	}
-	i.Streams = sortedKeys(touched)
+	i.Streams, i.Limits = sortedKeys(touched), sortedKeys(limits)
 	for _, doc := range []*Document{from, to} {
 		for _, s := range doc.Streams.Stream {
 			if touched[entryName(s)] {
@@ -215,6 +223,11 @@ func (i Impact) String() string {
 		parts = append(parts, fmt.Sprintf("changes %d streams", n))
 	} else if n > 0 {
 		parts = append(parts, "changes stream "+strings.Join(i.Streams, ", "))
+	}
+	if n := len(i.Limits); n > maxImpactNames {
+		parts = append(parts, fmt.Sprintf("changes %d limits across the cluster", n))
+	} else if n > 0 {
+		parts = append(parts, "changes limit "+strings.Join(i.Limits, ", ")+" across the cluster")
 	}
 	if len(i.Settings) > 0 {
 		parts = append(parts, "settings of every relay: "+strings.Join(i.Settings, ", "))

@@ -31,6 +31,7 @@ var sections = [...]struct {
 	{"pools", func(d *Document) any { return &d.Pools }},
 	{"providers", func(d *Document) any { return &d.Providers }},
 	{"feedback", func(d *Document) any { return &d.Feedback }},
+	{"limits", func(d *Document) any { return &d.Limits }},
 	{"warmup", func(d *Document) any { return &d.Warmup }},
 }
 

@@ -98,5 +98,6 @@ func CheckReferences(doc *Document, refs References) error {
 			p.add(fmt.Sprintf("feedback.rule[%d].domain", i), "there is no sending domain %q: correct the name or add the domain first", clip(name))
 		}
 	}
+	checkLimits(doc, refs, &p)
 	return p.err("policy.CheckReferences")
 }

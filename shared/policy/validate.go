@@ -59,6 +59,7 @@ func (d *Document) Validate() error {
 	providers := newProviderTable(&d.Providers, &p)
 	d.Feedback.validate(&p, &d.Streams)
 	d.Warmup.validate(&p, providers)
+	d.Limits.validate(providers, &p)
 	return p.err("policy.Validate")
 }
 
