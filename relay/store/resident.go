@@ -3,7 +3,6 @@ package store
 import (
 	"bufio"
 	"bytes"
-	"errors"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -69,7 +68,8 @@ func mappedResident() (int64, error) {
 //
 // A large compaction makes hundreds of tables before the first of them is
 // there. They get MADV_PAGEOUT, which takes them out of the page cache as well,
-// and can do no harm whatever the range has become.
+// and can do no harm whatever the range has become. It may wait for the disk, with
+// the process's mappings locked, and so is only used when the rest was not enough.
 func (s *Store) releaseTables() error {
 	before := s.db.Tables()
 	txn := s.db.NewTransaction(false)
@@ -93,12 +93,19 @@ func (s *Store) releaseTables() error {
 	}
 	for _, m := range maps {
 		if there[m.id] {
-			err = m.advise(unix.MADV_DONTNEED)
-		} else {
-			err = m.advise(unix.MADV_PAGEOUT)
+			if err := m.advise(unix.MADV_DONTNEED); err != nil {
+				return err
+			}
 		}
-		if err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOMEM) { // an older kernel; unmapped since
-			return err
+	}
+	if mapped, err := mappedResident(); err != nil || mapped <= maxMappedBytes {
+		return err
+	}
+	for _, m := range maps {
+		if !there[m.id] {
+			if err := m.advise(unix.MADV_PAGEOUT); err != nil {
+				return err
+			}
 		}
 	}
 	return nil
@@ -113,10 +120,12 @@ type tableMap struct {
 // advise says it by address, because the mapping is Badger's and not in our
 // hands.
 func (m *tableMap) advise(advice uintptr) error {
-	if _, _, errno := unix.Syscall(unix.SYS_MADVISE, m.at, m.length, advice); errno != 0 {
+	switch _, _, errno := unix.Syscall(unix.SYS_MADVISE, m.at, m.length, advice); errno {
+	case 0, unix.EINVAL, unix.ENOMEM: // an older kernel; unmapped since
+		return nil
+	default:
 		return errno
 	}
-	return nil
 }
 
 // tableMaps finds them in the lines of proc_pid_maps(5).
