@@ -56,6 +56,7 @@ type gate struct {
 	waiters fifo[*groupGate] // held by the sessions
 	sites   fifo[*site]      // likewise, of a gate with a tenant or domain
 	parked  int              // queues that wait
+	waiting int              // recipients known to be due that it matches, of a gate with a tenant or domain
 	lines   waitlist[*gateLine]
 	byFlow  map[flowKey]*gateLine
 }
@@ -179,6 +180,39 @@ func (s *Scheduler) DropGate(id GateID, now time.Time) {
 	gt.bucket = throttle.Bucket{}
 	s.emptyGate(gt, now)
 	s.detachGate(gt, now)
+}
+
+// GateState is what there is for a gate to let pass.
+type GateState struct {
+	Number   uint64
+	Waiting  int // recipients known to be due, wherever they wait
+	Sessions int // open or being opened
+}
+
+// GateStates returns the states of an owner's gates that have work or sessions, in
+// no order.
+func (s *Scheduler) GateStates(owner string, dst []GateState) []GateState {
+	for id, gt := range s.gates.all {
+		if id.Owner != owner {
+			continue
+		}
+		waiting := gt.waiting
+		for _, gg := range gt.groups {
+			waiting += gg.group.waiting
+		}
+		if waiting > 0 || gt.sessions > 0 {
+			dst = append(dst, GateState{id.Number, waiting, gt.sessions})
+		}
+	}
+	return dst
+}
+
+// tally counts recipients that are due, or fewer of them, for all that asks.
+func (q *queue) tally(n int) {
+	q.site.group.waiting += n
+	for _, gt := range q.gates {
+		gt.waiting += n
+	}
 }
 
 // Gates returns the numbers of an owner's gates, in order.

@@ -215,6 +215,11 @@ func TestAShutGateOpens(t *testing.T) {
 				t.Fatalf("%d messages passed", n)
 			}
 			if m.Source.IsZero() {
+				if got := w.s.GateStates("test", nil); len(got) != 1 || got[0].Number != 1 || got[0].Waiting != 80 {
+					t.Errorf("half of all mail waits for it: %+v", got)
+				}
+			}
+			if m.Source.IsZero() {
 				for n, q := range w.queues {
 					why := w.s.Why(n, w.now)
 					if m.queue(&q.key, w.routes[q.key.Domain].Provider) != (why.Reason == "brake") || why.Reason == "brake" && (why.Gate != gate.ID || !why.Until.Equal(gate.Until)) {
@@ -301,7 +306,7 @@ func randomGate(rng *rand.Rand) Gate {
 // checkGates asserts that the counts of gates are those of what they count.
 func (w *world) checkGates() {
 	for id, gt := range w.s.gates.all {
-		open, parked := 0, 0
+		open, parked, waiting := 0, 0, 0
 		for _, ss := range w.s.sessions {
 			if slices.Contains(ss.gates, gt) {
 				open++
@@ -311,9 +316,21 @@ func (w *world) checkGates() {
 			if q.gated == gt {
 				parked++
 			}
+			if slices.Contains(q.gates, gt) && q.ready {
+				waiting += q.waiting
+			}
 		}
-		if open != gt.sessions || parked != gt.parked || gt.closing < 0 {
-			w.t.Fatalf("gate %v counts %d sessions of %d, %d queues of %d", id, gt.sessions, open, gt.parked, parked)
+		if open != gt.sessions || waiting != gt.waiting || parked != gt.parked || gt.closing < 0 {
+			w.t.Fatalf("gate %v counts %d sessions of %d, %d queues of %d, %d recipients of %d", id, gt.sessions, open, gt.parked, parked, gt.waiting, waiting)
+		}
+	}
+	for _, g := range w.s.groups {
+		waiting := 0
+		for _, st := range g.order {
+			waiting += st.backlog + st.gated
+		}
+		if waiting != g.waiting {
+			w.t.Fatalf("the group of %s counts %d recipients of %d", g.key.provider, g.waiting, waiting)
 		}
 	}
 }

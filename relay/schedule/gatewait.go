@@ -208,6 +208,7 @@ func (s *Scheduler) wait(q *queue, gt *gate, until time.Time) {
 	s.unlist(q)
 	q.gated, q.site.gatedBy = gt, gt
 	q.site.gated += q.waiting
+	q.tally(q.waiting)
 	gt.parked++
 	key := flowKey{q.key.Tenant, q.key.Stream, q.strand.flow.urgent()}
 	in := gt.byFlow[key]
@@ -255,6 +256,7 @@ func (s *Scheduler) unwait(q *queue) {
 	q.prev.next, q.next.prev = q.next, q.prev
 	q.next, q.prev, q.gated = nil, nil, nil
 	q.site.gated -= q.waiting
+	q.tally(-q.waiting)
 	gt.parked--
 }
 

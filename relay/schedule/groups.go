@@ -55,6 +55,7 @@ type group struct {
 	relayTurn bool     // may open one session before those in Scheduler.waiters
 	gateTurn  *gate    // may pass it once before those that wait there
 
+	waiting    int  // recipients known to be due, over all sites
 	lanesGated bool // some lane has a gate of its own
 }
 

@@ -99,8 +99,10 @@ func (s *Scheduler) setWaiting(q *queue, waiting int) {
 	switch {
 	case q.gated != nil:
 		q.site.gated += waiting - q.waiting
+		q.tally(waiting - q.waiting)
 	case q.site != nil && q.ready:
 		q.site.backlog += waiting - q.waiting
+		q.tally(waiting - q.waiting)
 	}
 	q.waiting = waiting
 }

@@ -347,12 +347,8 @@ type LaneInfo struct {
 func (s *Scheduler) Lanes() []LaneInfo {
 	var out []LaneInfo
 	for key, g := range s.groups {
-		waiting := 0
-		for _, st := range g.order {
-			waiting += st.backlog + st.gated
-		}
 		for _, l := range g.lanes {
-			out = append(out, LaneInfo{Lane: l.key, Pool: key.pool, Sessions: l.sessions, Waiting: waiting})
+			out = append(out, LaneInfo{Lane: l.key, Pool: key.pool, Sessions: l.sessions, Waiting: g.waiting})
 		}
 	}
 	return out

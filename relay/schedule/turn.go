@@ -145,6 +145,7 @@ func (s *Scheduler) list(q *queue, now time.Time) {
 		st.since, st.servedAt = now, g.served
 	}
 	st.backlog += q.waiting
+	q.tally(q.waiting)
 	s.touchSite(st)
 }
 
@@ -173,6 +174,7 @@ func (s *Scheduler) unlist(q *queue) {
 		}
 	}
 	st.backlog -= q.waiting
+	q.tally(-q.waiting)
 	if st.backlog == 0 {
 		s.touchSite(st)
 	}
