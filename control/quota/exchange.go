@@ -160,11 +160,11 @@ type Request func(ctx context.Context, from ids.Node, body []byte) (any, error)
 
 // Requests are what this server answers to others.
 func (q *Quota) Requests() map[string]Request {
-	return map[string]Request{requestUp: q.onUp, requestDown: q.onDown}
+	return map[string]Request{requestUp: q.onUp, requestDown: q.onDown, requestStatus: q.onStatus}
 }
 
 // RequestNames are the names of all Requests.
-func RequestNames() []string { return []string{requestUp, requestDown} }
+func RequestNames() []string { return []string{requestUp, requestDown, requestStatus} }
 
 func (q *Quota) onUp(_ context.Context, from ids.Node, body []byte) (any, error) {
 	const op = "quota.onUp"

@@ -8,12 +8,29 @@ import (
 	"github.com/relais-mta/relais/control/quota"
 	"github.com/relais-mta/relais/shared/fault"
 	"github.com/relais-mta/relais/shared/ids"
+	"github.com/relais-mta/relais/shared/telemetry"
 	"github.com/relais-mta/relais/shared/wire"
 )
 
 // newQuota returns this server's end of what relays share.
 func (s *server) newQuota() (*quota.Quota, error) {
-	return quota.New(quota.Options{Self: s.file.Server, Cluster: s.cluster, Deliver: s.deliverQuota, Logger: s.logger, Registerer: s.registry})
+	q, err := quota.New(quota.Options{Self: s.file.Server, Cluster: s.cluster, Deliver: s.deliverQuota, Logger: s.logger, Registerer: s.registry})
+	if err != nil {
+		return nil, err
+	}
+	limits, err := quota.NewLease(quota.LeaseOptions{State: s.state, Log: s.cluster, Send: q.Send, Logger: s.logger, Registerer: s.registry})
+	if err != nil {
+		return nil, err
+	}
+	q.Add("limits", limits)
+	s.health.Watch("limits", func() (telemetry.Severity, string) {
+		if alarm := limits.Alarm(); alarm != "" {
+			return telemetry.Critical, alarm
+		}
+		return telemetry.OK, ""
+	})
+	q.Add("warmup", s.newWarm(q))
+	return q, nil
 }
 
 // deliverQuota hands a message of the leader to a relay that is linked here.
@@ -24,6 +41,7 @@ func (s *server) deliverQuota(node ids.Node, down *wire.QuotaDown) bool {
 
 // quotaRequests adds what servers ask the leader about what relays share.
 func (s *server) quotaRequests(all map[string]cluster.PeerHandler) map[string]cluster.PeerHandler {
+	all = warmRequests(all)
 	for _, name := range quota.RequestNames() {
 		all[name] = func(ctx context.Context, from ids.Node, body []byte) (any, error) {
 			if s.answering.Load() == nil {
