@@ -44,7 +44,7 @@ type ipSession struct {
 }
 
 func nodeID(n lease.Node) (id ids.Node) {
-	id[0] = byte(n)
+	id[0], id[1] = byte(n), byte(n>>8)
 	return id
 }
 

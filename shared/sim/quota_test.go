@@ -38,6 +38,30 @@ func Test11CrashAtEverySync(t *testing.T) {
 	}
 }
 
+// Test11PowerLossAtEverySync: the power fails at every single write, before it is
+// synced, with nothing of what was written on the disk, with a part, or with all.
+func Test11PowerLossAtEverySync(t *testing.T) {
+	for at := 1; at <= 60; at++ {
+		for kept := range 3 {
+			w := fixture(t, 2, floored(rateOf(20, 20)))
+			r := w.relays[at%2]
+			writes := 0
+			w.sync = func() time.Duration {
+				writes++
+				if writes == at {
+					w.after(0, func() { r.losePower(kept) })
+				}
+				return w.between(time.Millisecond, 300*time.Millisecond)
+			}
+			w.quotas(t, 300, 300)
+			w.run(30 * time.Second)
+			if writes < at {
+				t.Fatalf("there were only %d writes", writes)
+			}
+		}
+	}
+}
+
 // Test12LeaderDiesAfterReserve: the reservation is committed, the reply is lost, and
 // the relay asks the next leader again: there is one reservation (W5).
 func Test12LeaderDiesAfterReserve(t *testing.T) {

@@ -118,16 +118,30 @@ func (r *relay) crash(down time.Duration) {
 	if r.down {
 		return
 	}
-	for _, wr := range r.disk.writes[:r.w.rng.IntN(len(r.disk.writes)+1)] {
-		wr.apply()
-	}
-	r.disk.writes = nil
+	r.lose(r.w.rng.IntN(len(r.disk.writes) + 1))
 	r.w.note("%s crashes", r.name)
 	r.w.checker.crashed(r.w, r)
 	r.endIPs()
 	r.down, r.holder, r.until = true, nil, 0
 	r.life++
 	r.w.after(down, r.boot)
+}
+
+// lose leaves on the disk the first of what was written and not synced.
+func (r *relay) lose(kept int) {
+	for _, wr := range r.disk.writes[:kept] {
+		wr.apply()
+	}
+	r.disk.writes = nil
+}
+
+// losePower ends the process with nothing of what was not synced on the disk, with
+// the first half, or with all.
+func (r *relay) losePower(halves int) {
+	if !r.down {
+		r.lose(len(r.disk.writes) * halves / 2)
+		r.crash(200 * time.Millisecond)
+	}
 }
 
 // write puts something on disk and calls done when it is synced.

@@ -108,7 +108,7 @@ func (w *world) misfortune() {
 		w.net.loss, w.net.dup, w.net.tail = w.rng.IntN(20), w.rng.IntN(20), w.rng.IntN(10)
 	case 11:
 		id := w.limits[w.rng.IntN(len(w.limits))]
-		if l, ok := w.log.state.table.Limit(id); ok && l.Max > 2 && l.Burst != 2 {
+		if l, ok := w.log.state.table.Limit(id); ok && l.Max > 2 && l.Burst != 2 && !w.forgetful {
 			l.Max = max(l.Max*int64(w.rng.IntN(15)+1)/10, 3*lease.Milli)
 			if l.Kind == lease.Slots {
 				l.Max = max(l.Max%40, 3)

@@ -33,6 +33,7 @@ type world struct {
 	failed    string               // the first broken promise
 	trace     []string             // the last things that happened
 	recording bool                 // of what costs much to write down
+	forgetful bool                 // the log is not kept
 	count     int                  // events
 }
 
@@ -321,7 +322,9 @@ func (w *world) commitUpTo(p *proposal) {
 }
 
 func (w *world) commit(p *proposal) {
-	w.log.entries = append(w.log.entries, p.cmd)
+	if !w.forgetful {
+		w.log.entries = append(w.log.entries, p.cmd)
+	}
 	before := w.checker.before(w)
 	w.log.state.index++
 	result := p.cmd(w.log.state)
