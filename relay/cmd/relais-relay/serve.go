@@ -22,6 +22,7 @@ import (
 	"github.com/relais-mta/relais/relay/egress"
 	"github.com/relais-mta/relais/relay/engine"
 	"github.com/relais-mta/relais/relay/inbound"
+	"github.com/relais-mta/relais/relay/limits"
 	"github.com/relais-mta/relais/relay/outbox"
 	"github.com/relais-mta/relais/relay/queue"
 	"github.com/relais-mta/relais/relay/store"
@@ -86,6 +87,7 @@ type node struct {
 	outbox     *outbox.Outbox
 	egress     *egress.Manager
 	engine     *engine.Engine
+	limits     *limits.Limits
 	queue      *queue.Queue
 	holder     *pki.Holder // certificate of the SMTP listeners
 	submission *submission.Server
@@ -223,6 +225,8 @@ func (n *node) run(ctx context.Context) (err error) {
 	n.start("watch", func() error { n.watch(linkCtx); return nil })
 	engineCtx, stopEngine := context.WithCancel(linkCtx)
 	defer stopEngine()
+	n.limits.Attach(n.engine) // before anything is delivered
+	n.start("limits", func() error { n.limits.Run(linkCtx); return nil })
 	engineDone := make(chan struct{})
 	go func() {
 		defer close(engineDone)
@@ -250,6 +254,7 @@ func (n *node) run(ctx context.Context) (err error) {
 	stopEngine()
 	n.stopSMTP(grace)
 	<-engineDone
+	n.limits.Release()
 	stopLink()
 	n.traces.Close()
 	_ = n.admin.Close()
@@ -353,6 +358,7 @@ func (n *node) applyView() {
 	n.outbox.SetMaxBytes(doc.Storage.MaxOutboxBytes)
 	n.queue.SetPolicy(doc.Queue, doc.Inbound.MaxStoredBytes)
 	n.heap.Set(memoryBase + memoryPerRecipient*int64(doc.Queue.MaxMemoryRecipients))
+	n.limits.Changed()
 	n.engine.Changed()
 }
 

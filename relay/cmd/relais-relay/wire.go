@@ -51,8 +51,11 @@ func (n *node) openEngine(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
+	if err = n.openLimits(); err != nil {
+		return err
+	}
 	n.engine, err = engine.New(engine.Config{
-		Store: n.store, Directory: n.agent.Directory, Resolver: resolver, Egress: n.egress, Dialer: dialer, Outbox: n.outbox, Hostname: hostname(n.cfg),
+		Store: n.store, Directory: n.agent.Directory, Resolver: resolver, Egress: n.egress, Dialer: dialer, Admit: []engine.Admitter{n.limits}, Outbox: n.outbox, Hostname: hostname(n.cfg),
 		Now: time.Now, ClockTrusted: n.trusted, Logger: n.log, Registerer: n.registry,
 	})
 	if err != nil {
