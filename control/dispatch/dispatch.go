@@ -110,6 +110,7 @@ type Report struct {
 	Problems           []string
 	BundleSum          []byte // of the CAs it believes; empty: a release that does not tell
 	LeafIssuer         string // key id of the CA that its certificate is of
+	Reflexes           []Reflex
 }
 
 // SourceReport says whether an assigned address is on the relay's host.

@@ -406,6 +406,9 @@ func decodeReport(in *wire.Report, now time.Time) (Report, error) {
 		}
 		out.Sources = append(out.Sources, held)
 	}
+	if err := out.decodeReflexes(in); err != nil {
+		return out, err
+	}
 	for _, problem := range in.GetProblems()[:min(len(in.GetProblems()), maxProblems)] {
 		out.Problems = append(out.Problems, problem[:min(len(problem), maxProblemBytes)])
 	}

@@ -34,7 +34,7 @@ type upgrade struct {
 // up the way back, all with mail flowing and mail waiting in the queues.
 func TestUpgradeAndBack(t *testing.T) {
 	u := &upgrade{before: releaseBefore(t), after: thisRelease(t)}
-	u.trio = startTrio(t, fleet.Config{Bin: u.before.bin, Relays: 2, Open: true, NoDKIM: true})
+	u.trio = startTrio(t, fleet.Config{Bin: u.before.bin, Older: true, Relays: 2, Open: true, NoDKIM: true})
 	u.held = []string{"orange", "gmx"}
 	u.hold()
 	stop := make(chan struct{})

@@ -22,7 +22,8 @@ type HelloInfo struct {
 
 // ReportInfo is what a relay says from time to time.
 type ReportInfo struct {
-	Revision           uint64 // it works with; 0: none
+	Reflexes           []Reflex // lanes that it has slowed down by itself for long
+	Revision           uint64   // it works with; 0: none
 	ClockOffset        time.Duration
 	WaitingRecipients  uint64
 	InFlightRecipients uint64

@@ -44,8 +44,9 @@ type Load struct {
 	InFlightRecipients uint64
 	HeldRecipients     uint64
 	QueueBytes         uint64
-	FreeBytes          uint64   // on the queue's file system
-	Problems           []string // one sentence each, as health shows them
+	FreeBytes          uint64             // on the queue's file system
+	Problems           []string           // one sentence each, as health shows them
+	Reflexes           []*wire.LaneReflex // lanes that were slowed down long ago; at most wire.MaxLaneReflexes
 }
 
 // Health is the state of the tie to control, for health pages.

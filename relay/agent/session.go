@@ -420,7 +420,7 @@ func (s *session) newReport(nonce uint64, now time.Time) *wire.Report {
 		Nonce: nonce, SentTimeMs: now.UnixMilli(),
 		WaitingRecipients: load.WaitingRecipients, InFlightRecipients: load.InFlightRecipients, HeldRecipients: load.HeldRecipients,
 		QueueBytes: load.QueueBytes, FreeBytes: load.FreeBytes, Problems: load.Problems,
-		LeafIssuer: pki.IssuerKeyID(a.holder.Leaf()),
+		LeafIssuer: pki.IssuerKeyID(a.holder.Leaf()), Reflexes: load.Reflexes,
 	}
 	sum := pki.BundleSum(a.holder.Bundle())
 	report.BundleSha256 = sum[:]

@@ -10,7 +10,7 @@ import (
 
 // Explanation names the one thing a recipient waits for.
 type Explanation struct {
-	Reason   string    `json:"reason"` // stable word: retry, in-doubt, scheduled, deadline, dns, resolve, source, family, backoff, source-connections, unproven, relay-connections, provider-share, sessions, connects, rate, session, held, in-flight
+	Reason   string    `json:"reason"` // stable word: retry, in-doubt, scheduled, deadline, dns, resolve, source, family, backoff, source-connections, unproven, relay-connections, provider-share, sessions, connects, rate, reflex, brake, session, held, in-flight
 	Text     string    `json:"text"`
 	Until    time.Time `json:"until,omitzero"` // when it ends, if that is known
 	Source   string    `json:"source,omitempty"`
@@ -34,6 +34,8 @@ var whyTexts = map[string]string{
 	"connects":           "this relay opens as many connections at once as it may",
 	"rate":               "the provider's rate limit is used up",
 	"session":            "it is next for a session",
+	"reflex":             "the relay slows the source down by itself, because of what the provider answered",
+	"brake":              "a brake holds or slows down such mail",
 }
 
 // Explain tells why a waiting recipient is not being delivered now.

@@ -27,6 +27,7 @@ type LaneInfo struct {
 	DeferredPerSecond  float64 `json:"deferred_per_s"`
 	BouncedPerSecond   float64 `json:"bounced_per_s"`
 
+	Reflex       string    `json:"reflex,omitempty"`       // how the relay slows the lane down by itself, after what
 	Hold         string    `json:"hold,omitempty"`         // what keeps due mail from the lane now, a word as in Explanation
 	HoldText     string    `json:"hold_text,omitempty"`    // the same for people
 	HoldUntil    time.Time `json:"hold_until,omitzero"`    // when that ends, if it is known
@@ -51,6 +52,10 @@ func (e *Engine) Lanes() []LaneInfo {
 			if !l.Until.IsZero() {
 				info.HoldUntil = l.Until
 			}
+		}
+		info.Reflex = e.describe(l.Lane)
+		if h, ok := e.explainGate(l.Gate); ok {
+			info.HoldText = h.Text
 		}
 		if dir != nil {
 			if p, ok := dir.Pool(l.Pool); ok {

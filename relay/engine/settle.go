@@ -196,6 +196,7 @@ func (e *Engine) settle(w *queue.Work, a *relay.Attempt, done func(error)) {
 		return
 	}
 	s := decide(w, a, &dir.Document().Queue)
+	e.observe(a)
 	e.metrics.count(a, &s)
 	e.logResults(w, a, &s)
 	e.record(w, a, &s, dir, done)

@@ -428,6 +428,10 @@ func (l *Lane) growRate() {
 	l.rate = min(l.rate, maxRate)
 }
 
+// Release ends all that the reflex does to the lane, on a person's word. It reports
+// whether that was anything.
+func (l *Lane) Release() bool { return l.free() }
+
 // free ends all of it.
 func (l *Lane) free() bool {
 	changed := l.phase != Free

@@ -32,6 +32,17 @@ type Brake struct {
 	Node     ids.Node
 }
 
+// KnowsProvider reports whether a brake may name the provider: it is in the
+// policy, or a name that hosts without a profile can have.
+func (d *Document) KnowsProvider(name string) bool {
+	for i := range d.Providers.Provider {
+		if d.Providers.Provider[i].Name == name {
+			return true
+		}
+	}
+	return isUnlistedName(name)
+}
+
 // ByLane reports whether all mail of the lanes that match is meant.
 func (b *Brake) ByLane() bool { return b.Tenant.IsZero() && b.Domain == "" }
 

@@ -118,6 +118,8 @@ func entryName(entry any) string {
 		return e.Name
 	case WarmupGrowth:
 		return strconv.Itoa(e.From)
+	case ReflexOf:
+		return e.Provider
 	case Override:
 		return e.Provider + "/" + string(e.Kind) + "/" + string(e.Scope)
 	case Limit:

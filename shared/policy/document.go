@@ -209,6 +209,8 @@ type Providers struct {
 	Default  []Limit    `toml:"default"` // limits of a provider without its own
 	Provider []Provider `toml:"provider"`
 	Limit    []Override `toml:"limit"` // changes to a provider's limits, by name
+	Reflex   Reflex     `toml:"reflex"`
+	ReflexOf []ReflexOf `toml:"reflex_of"` // changes to the Reflex, by provider
 }
 
 // Provider is the profile of one mailbox provider.

@@ -54,6 +54,7 @@ type Profile struct {
 	connections              [scopes]int
 	messageRate              [scopes]Rate
 	connectionRate           [scopes]Rate
+	reflex                   Reflex
 	messagesPerConnection    int
 	recipientsPerTransaction int
 }
@@ -213,7 +214,7 @@ func unlistedName(hosts []string, ip netip.Addr) string {
 // newProviderTable checks and compiles the section.
 func newProviderTable(s *Providers, p *problems) *ProviderTable {
 	t := &ProviderTable{
-		fallback: &Profile{TLS: TLSOpportunistic, Family: FamilyAny},
+		fallback: &Profile{TLS: TLSOpportunistic, Family: FamilyAny, reflex: s.Reflex},
 		byName:   make(map[string]*Profile, len(s.Provider)),
 		bySuffix: make(map[string]*Profile, 2*len(s.Provider)),
 		unlisted: make(map[string]*Profile),
@@ -235,6 +236,7 @@ func newProviderTable(s *Providers, p *problems) *ProviderTable {
 		t.examples(&s.Provider[i], names[i], fmt.Sprintf("providers.provider[%d]", i), p)
 	}
 	t.overrides(s.Limit, p)
+	t.reflexes(s, p)
 	return t
 }
 
@@ -407,19 +409,12 @@ func (t *ProviderTable) overrides(list []Override, p *problems) {
 	}
 	for i := range list {
 		o := &list[i]
-		switch {
-		case o.Provider == everyone:
-		case t.byName[o.Provider] != nil:
-			t.byName[o.Provider].set(o.Limit)
-		case isUnlistedName(o.Provider):
-			profile := t.unlisted[o.Provider]
-			if profile == nil {
-				own := *t.fallback
-				own.Name, profile = o.Provider, &own
-				t.unlisted[o.Provider] = profile
-			}
+		if o.Provider == everyone {
+			continue
+		}
+		if profile := t.named(o.Provider); profile != nil {
 			profile.set(o.Limit)
-		default:
+		} else {
 			p.add(fmt.Sprintf("providers.limit[%d].provider", i), "%q is not a known provider: write the name of a [[provider]], \"mx:\" and a registrable domain or an address, or \"*\"", clip(o.Provider))
 		}
 	}

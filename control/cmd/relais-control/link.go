@@ -62,6 +62,9 @@ func (r relays) NodeReported(id ids.Node, in dispatch.Report) {
 			out.Missing = append(out.Missing, s.Source)
 		}
 	}
+	for _, x := range in.Reflexes {
+		out.Reflexes = append(out.Reflexes, service.Reflex(x))
+	}
 	r.Service.NodeReported(id, out)
 }
 

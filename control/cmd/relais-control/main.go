@@ -99,7 +99,7 @@ func (a *app) root() *cobra.Command {
 		a.tokenCommand(), a.nodeCommand(), a.serverCommand(), a.tenantCommand(), a.projectCommand(), a.domainCommand(),
 		a.credentialCommand(), a.ipCommand(), a.poolCommand(), a.policyCommand(), a.auditCommand(), a.statusCommand(),
 		a.backupCommand(), a.restoreCommand(), a.recoverCommand(), a.recoveryCommand(),
-		a.warmupCommand(), a.upgradeCommand(), a.versionCommand(),
+		a.brakeCommand(), a.warmupCommand(), a.upgradeCommand(), a.versionCommand(),
 	)
 	for _, group := range root.Commands() {
 		if group.HasSubCommands() && group.RunE == nil {

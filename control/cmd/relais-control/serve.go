@@ -297,6 +297,7 @@ func (s *server) whenReady(ctx context.Context, group *errgroup.Group) error {
 	}
 	s.watchDNS(ctx, group)
 	s.watchKeys(ctx, group)
+	s.watchBrakes(ctx, group)
 	s.health.SetReady(true, "")
 	s.supervisor.Ready("serving")
 	return nil

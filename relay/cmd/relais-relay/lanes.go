@@ -23,8 +23,8 @@ func newLanes(o *options) *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "lanes", Short: "List source × provider with sessions and waiting work, busiest first", Args: exactly(0),
 		Long: `List the lanes, source × provider: sessions, recipients under way and due, results of
-the last ten seconds, what keeps due mail from the lane now and until when, and for
-how long the oldest has been due. Due mail may take any source of its pool, so it
+the last ten seconds, what keeps due mail from the lane now and until when, how the
+relay slows the lane down by itself, and for how long the oldest has been due. Due mail may take any source of its pool, so it
 is counted at each of them. With --top the list is shown anew all the time: ` + keyHelp + `.
 Where standard output is no terminal --top prints once.`,
 		Example: "  relais-relay lanes --json\n  relais-relay lanes --top --sort waiting",

@@ -120,6 +120,13 @@ func laneRow(l *engine.LaneInfo, now time.Time) []string {
 			hold += ", " + ageText(l.HoldUntil.Sub(now))
 		}
 	}
+	switch {
+	case l.Reflex == "":
+	case l.Hold == "":
+		hold = "reflex: " + l.Reflex
+	default:
+		hold += "; reflex: " + l.Reflex
+	}
 	return []string{l.Source, l.Provider, l.Pool, fmt.Sprint(l.Sessions), fmt.Sprint(l.InFlight), fmt.Sprint(l.Waiting),
 		rateText(l.DeliveredPerSecond), rateText(l.DeferredPerSecond), rateText(l.BouncedPerSecond), oldest, hold}
 }

@@ -18,6 +18,7 @@ import (
 
 	"github.com/relais-mta/relais/relay/admin"
 	"github.com/relais-mta/relais/relay/agent"
+	"github.com/relais-mta/relais/relay/brake"
 	"github.com/relais-mta/relais/relay/config"
 	"github.com/relais-mta/relais/relay/egress"
 	"github.com/relais-mta/relais/relay/engine"
@@ -87,6 +88,7 @@ type node struct {
 	outbox     *outbox.Outbox
 	egress     *egress.Manager
 	engine     *engine.Engine
+	brakes     *brake.Keeper
 	limits     *limits.Limits
 	queue      *queue.Queue
 	holder     *pki.Holder // certificate of the SMTP listeners
@@ -227,6 +229,8 @@ func (n *node) run(ctx context.Context) (err error) {
 	defer stopEngine()
 	n.limits.Attach(n.engine) // before anything is delivered
 	n.start("limits", func() error { n.limits.Run(linkCtx); return nil })
+	n.brakes.Attach(n.engine) // before anything is delivered
+	n.start("brakes", func() error { n.brakes.Run(engineCtx); return nil })
 	engineDone := make(chan struct{})
 	go func() {
 		defer close(engineDone)
@@ -358,6 +362,7 @@ func (n *node) applyView() {
 	n.outbox.SetMaxBytes(doc.Storage.MaxOutboxBytes)
 	n.queue.SetPolicy(doc.Queue, doc.Inbound.MaxStoredBytes)
 	n.heap.Set(memoryBase + memoryPerRecipient*int64(doc.Queue.MaxMemoryRecipients))
+	n.brakes.Changed()
 	n.limits.Changed()
 	n.engine.Changed()
 }

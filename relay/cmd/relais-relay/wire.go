@@ -10,6 +10,7 @@ import (
 
 	"github.com/relais-mta/relais/relay/admin"
 	"github.com/relais-mta/relais/relay/agent"
+	"github.com/relais-mta/relais/relay/brake"
 	"github.com/relais-mta/relais/relay/config"
 	"github.com/relais-mta/relais/relay/delivery"
 	"github.com/relais-mta/relais/relay/egress"
@@ -21,6 +22,7 @@ import (
 	"github.com/relais-mta/relais/shared/fault"
 	"github.com/relais-mta/relais/shared/policy"
 	"github.com/relais-mta/relais/shared/telemetry"
+	"github.com/relais-mta/relais/shared/wire"
 )
 
 // openEngine makes everything that delivers, and the queue it delivers from.
@@ -54,8 +56,12 @@ func (n *node) openEngine(ctx context.Context) (err error) {
 	if err = n.openLimits(); err != nil {
 		return err
 	}
+	n.brakes, err = brake.New(brake.Config{Directory: n.agent.Directory, Now: time.Now, ClockTrusted: n.trusted, Logger: n.log, Registerer: n.registry})
+	if err != nil {
+		return err
+	}
 	n.engine, err = engine.New(engine.Config{
-		Store: n.store, Directory: n.agent.Directory, Resolver: resolver, Egress: n.egress, Dialer: dialer, Admit: []engine.Admitter{n.limits}, Outbox: n.outbox, Hostname: hostname(n.cfg),
+		Store: n.store, Directory: n.agent.Directory, Resolver: resolver, Egress: n.egress, Dialer: dialer, Admit: []engine.Admitter{n.brakes, n.limits}, Outbox: n.outbox, Hostname: hostname(n.cfg),
 		Now: time.Now, ClockTrusted: n.trusted, Logger: n.log, Registerer: n.registry,
 	})
 	if err != nil {
@@ -114,6 +120,10 @@ func (n *node) load() agent.Load {
 		if c.Severity != telemetry.OK && len(l.Problems) < 16 {
 			l.Problems = append(l.Problems, c.Name+": "+c.Message)
 		}
+	}
+	for _, r := range n.brakes.Long(wire.MaxLaneReflexes) {
+		l.Reflexes = append(l.Reflexes, &wire.LaneReflex{SourceId: wire.EncodeID(r.Source), Provider: r.Provider, Phase: r.Phase, PerHour: r.PerHour, Connections: uint32(r.Connections),
+			Class: r.Class, Reply: r.Reply, CauseMs: r.CauseAt.UnixMilli(), SinceMs: r.Since.UnixMilli()})
 	}
 	return l
 }

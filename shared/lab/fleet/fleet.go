@@ -35,6 +35,7 @@ type Config struct {
 	Seed    uint64
 	Open    bool // providers and policy without limits, faults and rates
 	NoDKIM  bool
+	Older   bool // Bin is of the release before this one: the policy says nothing that it does not know
 	// DNS is where the lab's name server listens, and SMTPPort the port to which
 	// relays deliver, when it is not the farm's but another's; 0: the block's own.
 	DNS      netip.AddrPort
@@ -219,7 +220,7 @@ func (f *Fleet) setUp(ctx context.Context) error {
 	if _, err := f.Ctl(ctx, "tenant", "add", Tenant); err != nil {
 		return err
 	}
-	sections := labPolicy(f.cfg.Open, !f.cfg.NoDKIM)
+	sections := labPolicy(f.cfg.Open, !f.cfg.NoDKIM, f.cfg.Older)
 	for name, text := range f.cfg.Policy {
 		sections[name] = text
 	}

@@ -3,8 +3,8 @@ package fleet
 import "fmt"
 
 // labPolicy is the policy of the lab: real limits, but times that let a run
-// end while somebody watches.
-func labPolicy(open, dkim bool) map[string]string {
+// end while somebody watches. An older release knows no reflex.
+func labPolicy(open, dkim, older bool) map[string]string {
 	sections := map[string]string{
 		"queue": `retry = ["1s", "2s", "3s"]
 retry_max = "5s"
@@ -34,8 +34,23 @@ max_commands_per_session = 1000000
 	if open {
 		sections["providers"] = NoProviderLimits
 	}
+	if !older {
+		sections["providers"] += quickReflex
+	}
 	return sections
 }
+
+// quickReflex has lanes come back within seconds from what a test made a provider
+// answer.
+const quickReflex = `
+[reflex]
+min_per_hour = 3600
+spacing = "1s"
+step = "1s"
+hold = "1s"
+max_hold = "2s"
+probe = 1
+`
 
 // NoProviderLimits is the section providers of a policy under which only the
 // machine bounds how fast mail goes.

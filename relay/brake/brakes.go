@@ -1,0 +1,319 @@
+package brake
+
+import (
+	"fmt"
+	"time"
+
+	"github.com/relais-mta/relais/relay/engine"
+	"github.com/relais-mta/relais/relay/schedule"
+	"github.com/relais-mta/relais/shared/ids"
+	"github.com/relais-mta/relais/shared/policy"
+	"github.com/relais-mta/relais/shared/throttle"
+)
+
+// defaultPerHour stands for the rate of a provider whose profile has none, when a
+// brake is to leave a part of it.
+const defaultPerHour = 100 * 3600
+
+// mixedWait is how long mail is left alone that a brake holds on one source only:
+// another source of its pool may carry it.
+const mixedWait = time.Second
+
+// brakeGate is what a brake becomes at one place.
+type brakeGate struct {
+	brake    ids.Brake
+	source   ids.Source
+	provider string
+}
+
+// pace is the part of a lane's rate that a brake leaves to some of its mail.
+type pace struct{ bucket throttle.Bucket }
+
+// lookAtView takes over the brakes of the view, and makes their gates anew if
+// they, the lanes or the profiles have changed.
+func (k *Keeper) lookAtView(gates Gates, now time.Time) {
+	k.mu.Lock()
+	dir := k.cfg.Directory()
+	if dir != k.view {
+		k.view, k.stale = dir, true
+		k.revise(dir)
+	}
+	if dir == nil || !k.stale && !k.over(now) {
+		k.mu.Unlock()
+		return
+	}
+	k.stale = false
+	before := k.brakes
+	k.brakes = nil
+	view := dir.View()
+	for i := range view.Brakes {
+		if b := &view.Brakes[i]; b.InForce(now) || b.Released.IsZero() && !k.cfg.ClockTrusted() {
+			k.brakes = append(k.brakes, *b)
+		}
+	}
+	set, keep := k.brakeGates(dir)
+	recalled := ended(before, k.brakes)
+	k.mu.Unlock()
+	gates.SetGates(set...)
+	gates.KeepGates(ownerBrake, keep)
+	for _, id := range recalled {
+		gates.Recall(id.String())
+	}
+}
+
+// over reports whether the time of a brake has passed. k.mu is held.
+func (k *Keeper) over(now time.Time) bool {
+	for i := range k.brakes {
+		if !k.brakes[i].InForce(now) && k.cfg.ClockTrusted() {
+			return true
+		}
+	}
+	return false
+}
+
+// ended returns the brakes that are in force no more.
+func ended(before, after []policy.Brake) []ids.Brake {
+	still := make(map[ids.Brake]bool, len(after))
+	for i := range after {
+		still[after[i].ID] = true
+	}
+	var out []ids.Brake
+	for i := range before {
+		if !still[before[i].ID] {
+			out = append(out, before[i].ID)
+		}
+	}
+	return out
+}
+
+// revise takes over what the view says of the reflexes. k.mu is held.
+func (k *Keeper) revise(dir *policy.Directory) {
+	for _, l := range k.lanes {
+		l.settings = settingsOf(dir, l.key.Provider)
+		before := l.state.Allowance().Phase
+		if l.state.Clamp(&l.settings) {
+			k.note(l)
+			k.tell(l, before, 0)
+		}
+	}
+	if dir == nil {
+		return
+	}
+	view := dir.View()
+	for i := range view.Brakes {
+		b := &view.Brakes[i]
+		if b.Released.IsZero() || b.Node != view.Node {
+			continue
+		}
+		l := k.lanes[schedule.Lane{Source: b.Source, Provider: b.Provider}]
+		if l == nil || l.state.Cause().At.After(b.Released) {
+			continue
+		}
+		before := l.state.Allowance().Phase
+		if l.state.Release() {
+			k.note(l)
+			k.tell(l, before, 0)
+		}
+	}
+}
+
+// slows reports whether a brake slows mail of a lane down, so that the lane needs
+// a gate. k.mu is held.
+func (k *Keeper) slows(l *lane) bool {
+	for i := range k.brakes {
+		if b := &k.brakes[i]; b.Percent > 0 && b.MatchesLane(l.key.Provider, l.pool, l.key.Source) {
+			return true
+		}
+	}
+	return false
+}
+
+// mixed reports whether a brake cannot be a gate, because it is for some mail of
+// one source: such mail is refused where it is to begin.
+func mixed(b *policy.Brake) bool { return !b.Source.IsZero() && !b.ByLane() }
+
+// brakeGates returns the gates of all brakes, and all their numbers. k.mu is held.
+func (k *Keeper) brakeGates(dir *policy.Directory) (set []schedule.Gate, keep map[uint64]bool) {
+	keep = make(map[uint64]bool)
+	add := func(id brakeGate, g schedule.Gate) {
+		if len(set) >= maxGates {
+			return
+		}
+		g.ID, g.Reason = schedule.GateID{Owner: ownerBrake, Number: k.numberOf(id)}, ownerBrake
+		keep[g.ID.Number] = true
+		set = append(set, g)
+	}
+	for i := range k.brakes {
+		b := &k.brakes[i]
+		switch {
+		case mixed(b):
+		case b.Percent == 0:
+			add(brakeGate{brake: b.ID}, schedule.Gate{Match: matchOf(b), Slots: b.ByLane(), NoMessages: true, NoSessions: b.ByLane()})
+		case b.ByLane():
+			for _, l := range k.lanes {
+				if b.MatchesLane(l.key.Provider, l.pool, l.key.Source) {
+					rate, connections := partOf(dir, l.key.Provider, b.Percent, 1)
+					add(brakeGate{b.ID, l.key.Source, l.key.Provider}, schedule.Gate{
+						Match: schedule.Match{Source: l.key.Source, Provider: l.key.Provider}, Slots: true, Messages: rate, Sessions: connections})
+				}
+			}
+		default:
+			for provider, lanes := range k.lanesOf(b) {
+				rate, _ := partOf(dir, provider, b.Percent, lanes)
+				m := matchOf(b)
+				m.Provider = provider
+				add(brakeGate{brake: b.ID, provider: provider}, schedule.Gate{Match: m, Messages: rate})
+			}
+		}
+	}
+	for id, n := range k.numbers {
+		if !keep[n] {
+			delete(k.numbers, id)
+			delete(k.byNumber, n)
+		}
+	}
+	clear(k.buckets)
+	return set, keep
+}
+
+// lanesOf counts the lanes that a brake is for, by provider. k.mu is held.
+func (k *Keeper) lanesOf(b *policy.Brake) map[string]int {
+	out := make(map[string]int)
+	for _, l := range k.lanes {
+		if b.MatchesLane(l.key.Provider, l.pool, l.key.Source) {
+			out[l.key.Provider]++
+		}
+	}
+	return out
+}
+
+func (k *Keeper) numberOf(id brakeGate) uint64 {
+	n, ok := k.numbers[id]
+	if !ok {
+		k.last++
+		n = k.last
+		k.numbers[id], k.byNumber[n] = n, id
+	}
+	return n
+}
+
+func matchOf(b *policy.Brake) schedule.Match {
+	return schedule.Match{Source: b.Source, Provider: b.Provider, Pool: b.Pool, Tenant: b.Tenant, Domain: b.Domain}
+}
+
+// partOf is a part of what a provider's profile allows so many sources.
+func partOf(dir *policy.Directory, provider string, percent, sources int) (schedule.Rate, int) {
+	profile, ok := dir.Providers().Named(provider)
+	if !ok {
+		profile = dir.Providers().Default()
+	}
+	perHour := profile.MessageRate(policy.ScopeSource).PerHour()
+	if perHour == 0 {
+		perHour = defaultPerHour
+	}
+	connections := profile.Connections(policy.ScopeSource)
+	if connections > 0 {
+		connections = max(1, connections*percent/100)
+	}
+	return rateOf(max(1, perHour*int64(percent)*int64(sources)/100)), connections
+}
+
+// refuses returns the mixed brake that holds the mail of a place now. k.mu is
+// held; l is nil for a lane that is not kept.
+func (k *Keeper) refuses(p *engine.Place, l *lane, begins bool, now time.Time) engine.Hold {
+	for i := range k.brakes {
+		b := &k.brakes[i]
+		if !mixed(b) || !b.MatchesLane(p.Lane.Provider, p.Key.Pool, p.Lane.Source) || !b.MatchesMail(p.Key.Tenant, p.Key.Domain) {
+			continue
+		}
+		if b.Percent == 0 {
+			return holdOf(b, now.Add(mixedWait))
+		}
+		if begins && l != nil {
+			if wait := k.paceOf(b, l).take(now); wait > 0 {
+				return holdOf(b, now.Add(wait))
+			}
+		}
+	}
+	return engine.Hold{}
+}
+
+func (k *Keeper) paceOf(b *policy.Brake, l *lane) *pace {
+	id := brakeGate{b.ID, l.key.Source, l.key.Provider}
+	p := k.buckets[id]
+	if p == nil {
+		part, _ := partOf(k.view, l.key.Provider, b.Percent, 1)
+		rate, err := throttle.NewRate(part.Max, part.Per, part.Burst)
+		if err != nil { // partOf keeps to the bounds of a rate; a limit must fail closed
+			rate, _ = throttle.NewRate(1, throttle.MaxPer, 1)
+		}
+		p = &pace{bucket: throttle.NewBucket(rate)}
+		k.buckets[id] = p
+	}
+	return p
+}
+
+func (p *pace) take(now time.Time) time.Duration {
+	_, wait := p.bucket.Take(now, 1)
+	return wait
+}
+
+// holdOf words a brake.
+func holdOf(b *policy.Brake, until time.Time) engine.Hold {
+	level := "holds it"
+	if b.Percent > 0 {
+		level = fmt.Sprintf("lets through %d %% of what policy allows", b.Percent)
+	}
+	text := fmt.Sprintf("a brake of %s %s: %s", b.Owner, level, b.Cause)
+	if b.Until.IsZero() {
+		text += "; until it is cancelled"
+	} else {
+		text += "; until " + b.Until.UTC().Format(time.RFC3339)
+	}
+	return engine.Hold{Reason: ownerBrake, Name: b.ID.String(), Scope: scopeOf(b), Text: text, Until: until}
+}
+
+// scopeOf words what a brake is for.
+func scopeOf(b *policy.Brake) string {
+	out := ""
+	for _, p := range []struct {
+		name, value string
+		given       bool
+	}{
+		{"provider", b.Provider, b.Provider != ""}, {"pool", b.Pool.String(), !b.Pool.IsZero()}, {"source", b.Source.String(), !b.Source.IsZero()},
+		{"tenant", b.Tenant.String(), !b.Tenant.IsZero()}, {"domain", string(b.Domain), b.Domain != ""},
+	} {
+		if p.given {
+			out += ", " + p.name + " " + p.value
+		}
+	}
+	return out[min(2, len(out)):]
+}
+
+// Explain implements engine.Explainer.
+func (k *Keeper) Explain(gate schedule.GateID) (engine.Hold, bool) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	switch gate.Owner {
+	case ownerReflex:
+		if l := k.slowed[gate.Number]; l != nil {
+			x := l.show()
+			return engine.Hold{Reason: ownerReflex, Name: ownerReflex, Scope: "provider " + x.Provider + ", this source", Text: "reflex: " + x.text(), Until: x.Until}, true
+		}
+	case ownerBrake:
+		id := k.byNumber[gate.Number].brake
+		for i := range k.brakes {
+			if k.brakes[i].ID == id {
+				return holdOf(&k.brakes[i], k.brakes[i].Until), true
+			}
+		}
+	}
+	return engine.Hold{}, false
+}
+
+// Brakes returns how many brakes are in force.
+func (k *Keeper) Brakes() int {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return len(k.brakes)
+}
