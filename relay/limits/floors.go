@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io/fs"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -127,6 +128,21 @@ func (l *Limits) grown() bool {
 		}
 	}
 	return false
+}
+
+// declared returns what a greeting says of floors: the larger of what is in use and
+// what a restart would use. After a restore of the cluster nothing else is known.
+func (l *Limits) declared() []lease.Floor {
+	out := l.holder.Floors()
+	for _, f := range l.saved {
+		at := slices.IndexFunc(out, func(o lease.Floor) bool { return o.Limit == f.Limit })
+		if at < 0 {
+			out = append(out, f)
+			continue
+		}
+		out[at].Share = lease.Share{Amount: max(out[at].Share.Amount, f.Share.Amount), Burst: max(out[at].Share.Burst, f.Share.Burst)}
+	}
+	return out
 }
 
 // saver writes floors until stop closes.

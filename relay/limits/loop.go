@@ -93,7 +93,7 @@ func (l *Limits) speak(now lease.Instant, t *table) (proto.Message, lease.Instan
 			return nil, l.helloAt.Add(helloEvery)
 		}
 		l.helloAt = now
-		return wire.EncodeLeaseHello(l.holder.Hello(), l.saved), now.Add(helloEvery)
+		return wire.EncodeLeaseHello(l.holder.Hello(), l.declared()), now.Add(helloEvery)
 	}
 	if at := l.holder.ReportAt(l.spread); now < at {
 		return nil, at

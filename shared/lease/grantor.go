@@ -194,7 +194,8 @@ func (g *Grantor) Report(now Instant, r *Report) {
 	if n == nil || n.gone || r.Incarnation != n.incarnation || n.hello > n.incarnation || r.Nonce <= n.nonce {
 		return
 	}
-	n.nonce, n.basis, n.heard = r.Nonce, now, true
+	// One that came before the barrier, and waited, proves nothing about it.
+	n.nonce, n.basis, n.heard = r.Nonce, max(n.basis, now), true
 	n.weight = min(max(r.Weight, 1), 1000)
 	g.enqueue(n)
 	at := 0

@@ -330,6 +330,23 @@ func TestNewLeaderTakesNothing(t *testing.T) {
 	}
 }
 
+// TestReportFromBeforeTheBarrier (R4): a report that came before the leader's barrier
+// and was taken up after it does not shorten the wait for what former leaders granted.
+func TestReportFromBeforeTheBarrier(t *testing.T) {
+	c := newCluster(t, 2, rateLimit(1, 100, 100))
+	c.want(1, 1, 100_000)
+	c.want(2, 1, 100_000)
+	c.run(time.Minute)
+	early := c.relays[0].Report(c.now)
+	came := c.now
+	c.now = c.now.Add(5 * time.Second) // meanwhile a former leader may have answered a later one
+	c.elect()
+	c.grantor.Report(came, &early)
+	if basis := c.grantor.byNode[1].basis; basis < c.now {
+		t.Errorf("the wait for a silent relay begins %v before the barrier", c.now.Sub(basis))
+	}
+}
+
 // TestReclaimedRelayStartsAnew: what a silent relay holds is due to be reclaimed when
 // its new process greets. One command cannot do both.
 func TestReclaimedRelayStartsAnew(t *testing.T) {
