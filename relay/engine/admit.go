@@ -208,6 +208,14 @@ func (e *Engine) KeepGates(owner string, numbers map[uint64]bool) {
 	e.wake()
 }
 
+// GateStates returns what there is for an owner's gates to let pass, appended to
+// dst: of those that have work or sessions.
+func (e *Engine) GateStates(owner string, dst []schedule.GateState) []schedule.GateState {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.sched.GateStates(owner, dst)
+}
+
 // Recall has mail looked at again that was refused by a hold of the name.
 func (e *Engine) Recall(name string) {
 	e.mu.Lock()
