@@ -353,6 +353,9 @@ func (a *applier) mayReserve(s *control.WarmSubject, node ids.Node, epoch uint64
 	if !s.Warms() {
 		return fault.New(fault.NotFound, op, "%s does not warm up any more", s.RefText())
 	}
+	if r := get(a.txn, recoveryTable, "id", singleton); r != nil {
+		return fault.New(fault.Unavailable, op, "the cluster is in recovery mode since its %s: until every relay was heard nobody knows what is reserved", r.Cause)
+	}
 	if s.Kind != control.WarmSource {
 		return nil
 	}
