@@ -79,6 +79,7 @@ func New(o Options) http.Handler {
 	s.registerPolicy(a)
 	s.registerRecovery(a)
 	s.registerUpgrade(a)
+	s.registerLimits(a)
 	s.registerBrakes(a)
 	return router
 }

@@ -18,6 +18,7 @@ type HelloInfo struct {
 	Remote    netip.AddrPort
 	Addresses []netip.Addr // present on its host
 	Revision  uint64       // it works with; 0: none
+	Quota     bool         // it keeps the limits that relays share
 }
 
 // ReportInfo is what a relay says from time to time.
@@ -44,6 +45,7 @@ type Seen struct {
 	Version     string
 	Remote      netip.AddrPort
 	Addresses   []netip.Addr
+	Quota       bool        // it keeps the limits that relays share
 	Report      *ReportInfo // the newest; nil: none yet
 	Acked       uint64      // revision the relay works with
 	AckedAt     time.Time
@@ -108,7 +110,7 @@ func (s *Service) NodeSeen(_ context.Context, id ids.Node, info HelloInfo) {
 	n, at := s.heard(id), time.Now()
 	n.Connected, n.Since, n.LastContact = true, at, at
 	n.Version, n.Remote, n.Addresses = info.Version, info.Remote, slices.Clone(info.Addresses)
-	n.Acked = info.Revision
+	n.Acked, n.Quota = info.Revision, info.Quota
 }
 
 // NodeReported records what a relay said of itself.

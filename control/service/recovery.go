@@ -37,7 +37,7 @@ func (s *Service) recovery() RecoveryView {
 		if !n.State.Connects() {
 			continue
 		}
-		if heard[n.ID].LastContact.After(v.Recovery.Since) {
+		if heard[n.ID].LastContact.After(v.Recovery.Since) && !owesFloors(r, n.ID, heard[n.ID].Quota, v.Recovery.Generation) {
 			v.Heard = append(v.Heard, n)
 		} else {
 			v.Missing = append(v.Missing, n)

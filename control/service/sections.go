@@ -7,7 +7,7 @@ import (
 // sectionSince is the version of the commands since which a section of the policy
 // may be put: before it some server may not know the section, and could make no
 // view for its relays.
-var sectionSince = map[string]uint16{"limits": 4}
+var sectionSince = map[string]uint16{"limits": 4, "warmup": 4}
 
 // checkSections refuses sections that some server may not know.
 func (s *Service) checkSections(sections map[string]string) error {

@@ -63,6 +63,7 @@ type Service struct {
 
 	membership Membership // nil: this server has no others to ask
 	self       ids.Node
+	lender     Lender // nil: nobody knows what relays want of shared limits
 
 	ownCertificate func() CertificateState // nil: not to be asked
 

@@ -50,7 +50,7 @@ type relays struct{ *service.Service }
 
 // NodeConnected implements dispatch.Nodes.
 func (r relays) NodeConnected(id ids.Node, h dispatch.Hello) {
-	r.NodeSeen(context.Background(), id, service.HelloInfo{Version: h.Version, Remote: h.Remote, Addresses: h.Addresses, Revision: h.Revision})
+	r.NodeSeen(context.Background(), id, service.HelloInfo{Version: h.Version, Remote: h.Remote, Addresses: h.Addresses, Revision: h.Revision, Quota: h.Quota})
 }
 
 // NodeReported implements dispatch.Nodes.

@@ -97,7 +97,7 @@ func (a *app) root() *cobra.Command {
 	root.AddCommand(
 		a.initCommand(), a.joinCommand(), a.serveCommand(), a.caCommand(),
 		a.tokenCommand(), a.nodeCommand(), a.serverCommand(), a.tenantCommand(), a.projectCommand(), a.domainCommand(),
-		a.credentialCommand(), a.ipCommand(), a.poolCommand(), a.policyCommand(), a.auditCommand(), a.statusCommand(),
+		a.credentialCommand(), a.ipCommand(), a.poolCommand(), a.policyCommand(), a.limitCommand(), a.auditCommand(), a.statusCommand(),
 		a.backupCommand(), a.restoreCommand(), a.recoverCommand(), a.recoveryCommand(),
 		a.brakeCommand(), a.warmupCommand(), a.upgradeCommand(), a.versionCommand(),
 	)

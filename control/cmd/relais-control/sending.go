@@ -184,7 +184,7 @@ func (a *app) poolCommand() *cobra.Command {
 }
 
 func (a *app) policyCommand() *cobra.Command {
-	return group("policy", "Get, compare, put and roll back the policy", a.policyGet(), a.policyDiff(), a.policyPut(), a.policyRollback(), a.policyHistory(), a.policyStatus())
+	return group("policy", "Get, compare, put and roll back the policy", a.policyGet(), a.policyDiff(), a.policyPut(), a.policyRollback(), a.policyHistory(), a.policyStatus(), a.policyWhy())
 }
 
 func (a *app) policyGet() *cobra.Command {

@@ -144,6 +144,7 @@ func (s *server) run(ctx context.Context) error {
 		return errors.Join(err, s.cluster.Close())
 	}
 	s.service.SetMembership(membership{s.cluster}, s.file.Server)
+	s.service.SetLender(s.quota)
 	s.service.SetCertificateState(func() service.CertificateState { return service.CertificateStateOf(s.holder) })
 	s.answering.Store(s.service)
 	err = s.serve(ctx)
