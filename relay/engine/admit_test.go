@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"net/netip"
 	"sync"
 	"testing"
 	"time"
@@ -196,5 +197,31 @@ func TestAGateKeepsMailFromSessions(t *testing.T) {
 		t.Errorf("no lane says it: %+v", w.engine.Lanes())
 	}
 	w.engine.KeepGates("test", nil)
+	w.event(env, outbox.Delivered)
+}
+
+// An address that vanished from the machine takes its sessions with it: they would
+// wait for answers that cannot come.
+func TestSessionsEndWithTheirAddress(t *testing.T) {
+	w := newWorld(t, nil, first)
+	long := func(d *policy.Document) { d.Delivery.IdleSession = policy.Duration(5 * time.Minute) }
+	w.view(long, first)
+	w.event(w.accept(nil, w.at(lab.Yahoo, 0, lab.Accept)), outbox.Delivered) // its session is idle now
+	reached := w.holdAt(lab.Google, lab.PhaseMail, 5*time.Minute)
+	env := w.accept(nil, w.at(lab.Google, 0, lab.Accept))
+	reached()
+	gone := first
+	gone.Bind = netip.MustParseAddr("192.0.2.7")
+	w.view(long, gone)
+	w.event(env, outbox.Deferred)
+	w.until("both sessions to end", func() bool {
+		w.engine.mu.Lock()
+		defer w.engine.mu.Unlock()
+		return len(w.engine.sessions) == 0
+	})
+	if err := w.lab.SetBehaviour(lab.Google, lab.Behaviour{}); err != nil {
+		t.Fatal(err)
+	}
+	w.view(long, first)
 	w.event(env, outbox.Delivered)
 }

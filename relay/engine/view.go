@@ -3,6 +3,7 @@ package engine
 import (
 	"time"
 
+	"github.com/relais-mta/relais/relay/egress"
 	"github.com/relais-mta/relais/relay/queue"
 	"github.com/relais-mta/relais/relay/schedule"
 	"github.com/relais-mta/relais/shared/ids"
@@ -46,6 +47,13 @@ func (e *Engine) applyView(now time.Time) {
 	for domain, route := range e.routes {
 		if route.Failure == nil {
 			e.sched.Reroute(domain, toSchedule(route, dir), now)
+		}
+	}
+	// What goes over an address that is not here any more gets no answer, and QUIT
+	// none either.
+	for _, w := range e.sessions {
+		if e.cfg.Egress.State(w.lane.Source) == egress.NotPresent {
+			w.abort()
 		}
 	}
 	back := e.unpinAll(now)
