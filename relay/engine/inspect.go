@@ -10,7 +10,7 @@ import (
 
 // Explanation names the one thing a recipient waits for.
 type Explanation struct {
-	Reason   string    `json:"reason"` // stable word: retry, in-doubt, scheduled, deadline, dns, resolve, source, family, backoff, source-connections, unproven, relay-connections, provider-share, sessions, connects, rate, reflex, brake, session, held, in-flight
+	Reason   string    `json:"reason"` // stable word: retry, in-doubt, scheduled, deadline, dns, resolve, source, family, backoff, source-connections, unproven, relay-connections, provider-share, sessions, connects, rate, limit, reflex, brake, session, held, in-flight
 	Text     string    `json:"text"`
 	Until    time.Time `json:"until,omitzero"` // when it ends, if that is known
 	Source   string    `json:"source,omitempty"`
