@@ -64,6 +64,7 @@ type Keeper struct {
 	slowed   map[uint64]*lane // those with a gate, by its number
 	swept    time.Time
 	brakes   []policy.Brake // in force, as the view says
+	mixed    []policy.Brake // of those, the ones that cannot be gates
 	view     *policy.Directory
 	stale    bool // the gates of brakes are to be made anew
 	numbers  map[brakeGate]uint64

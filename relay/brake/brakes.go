@@ -2,6 +2,7 @@ package brake
 
 import (
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/relais-mta/relais/relay/engine"
@@ -44,11 +45,16 @@ func (k *Keeper) lookAtView(gates Gates, now time.Time) {
 	}
 	k.stale = false
 	before := k.brakes
-	k.brakes = nil
+	k.brakes, k.mixed = nil, nil
 	view := dir.View()
 	for i := range view.Brakes {
-		if b := &view.Brakes[i]; b.InForce(now) || b.Released.IsZero() && !k.cfg.ClockTrusted() {
-			k.brakes = append(k.brakes, *b)
+		b := &view.Brakes[i]
+		if !b.InForce(now) && (!b.Released.IsZero() || k.cfg.ClockTrusted()) {
+			continue
+		}
+		k.brakes = append(k.brakes, *b)
+		if mixed(b) {
+			k.mixed = append(k.mixed, *b)
 		}
 	}
 	set, keep := k.brakeGates(dir)
@@ -137,6 +143,7 @@ func (k *Keeper) brakeGates(dir *policy.Directory) (set []schedule.Gate, keep ma
 	keep = make(map[uint64]bool)
 	add := func(id brakeGate, g schedule.Gate) {
 		if len(set) >= maxGates {
+			k.cfg.Logger.Error("there are more brakes and lanes than this relay keeps gates for, some mail is not slowed down: set fewer brakes of a wider scope", "gates", maxGates, "brake", id.brake)
 			return
 		}
 		g.ID, g.Reason = schedule.GateID{Owner: ownerBrake, Number: k.numberOf(id)}, ownerBrake
@@ -172,7 +179,11 @@ func (k *Keeper) brakeGates(dir *policy.Directory) (set []schedule.Gate, keep ma
 			delete(k.byNumber, n)
 		}
 	}
-	clear(k.buckets)
+	for id := range k.buckets {
+		if !slices.ContainsFunc(k.mixed, func(b policy.Brake) bool { return b.ID == id.brake }) {
+			delete(k.buckets, id)
+		}
+	}
 	return set, keep
 }
 
@@ -221,16 +232,16 @@ func partOf(dir *policy.Directory, provider string, percent, sources int) (sched
 // refuses returns the mixed brake that holds the mail of a place now. k.mu is
 // held; l is nil for a lane that is not kept.
 func (k *Keeper) refuses(p *engine.Place, l *lane, begins bool, now time.Time) engine.Hold {
-	for i := range k.brakes {
-		b := &k.brakes[i]
-		if !mixed(b) || !b.MatchesLane(p.Lane.Provider, p.Key.Pool, p.Lane.Source) || !b.MatchesMail(p.Key.Tenant, p.Key.Domain) {
+	for i := range k.mixed {
+		b := &k.mixed[i]
+		if !b.MatchesLane(p.Lane.Provider, p.Key.Pool, p.Lane.Source) || !b.MatchesMail(p.Key.Tenant, p.Key.Domain) {
 			continue
 		}
 		if b.Percent == 0 {
 			return holdOf(b, now.Add(mixedWait))
 		}
 		if begins && l != nil {
-			if wait := k.paceOf(b, l).take(now); wait > 0 {
+			if wait := k.paceOf(b, l, now).take(now); wait > 0 {
 				return holdOf(b, now.Add(wait))
 			}
 		}
@@ -238,18 +249,19 @@ func (k *Keeper) refuses(p *engine.Place, l *lane, begins bool, now time.Time) e
 	return engine.Hold{}
 }
 
-func (k *Keeper) paceOf(b *policy.Brake, l *lane) *pace {
+func (k *Keeper) paceOf(b *policy.Brake, l *lane, now time.Time) *pace {
+	part, _ := partOf(k.view, l.key.Provider, b.Percent, 1)
+	rate, err := throttle.NewRate(part.Max, part.Per, part.Burst)
+	if err != nil { // partOf keeps to the bounds of a rate; a limit must fail closed
+		rate, _ = throttle.NewRate(1, throttle.MaxPer, 1)
+	}
 	id := brakeGate{b.ID, l.key.Source, l.key.Provider}
 	p := k.buckets[id]
 	if p == nil {
-		part, _ := partOf(k.view, l.key.Provider, b.Percent, 1)
-		rate, err := throttle.NewRate(part.Max, part.Per, part.Burst)
-		if err != nil { // partOf keeps to the bounds of a rate; a limit must fail closed
-			rate, _ = throttle.NewRate(1, throttle.MaxPer, 1)
-		}
 		p = &pace{bucket: throttle.NewBucket(rate)}
 		k.buckets[id] = p
 	}
+	p.bucket.Set(rate, now) // the profile may have changed
 	return p
 }
 
