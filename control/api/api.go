@@ -80,6 +80,7 @@ func New(o Options) http.Handler {
 	s.registerRecovery(a)
 	s.registerUpgrade(a)
 	s.registerLimits(a)
+	s.registerWarmUps(a)
 	s.registerBrakes(a)
 	return router
 }

@@ -29,6 +29,7 @@ import (
 	"github.com/relais-mta/relais/relay/store"
 	"github.com/relais-mta/relais/relay/submission"
 	"github.com/relais-mta/relais/relay/trace"
+	"github.com/relais-mta/relais/relay/warm"
 	"github.com/relais-mta/relais/shared/buildinfo"
 	"github.com/relais-mta/relais/shared/fault"
 	"github.com/relais-mta/relais/shared/memlimit"
@@ -88,8 +89,9 @@ type node struct {
 	outbox     *outbox.Outbox
 	egress     *egress.Manager
 	engine     *engine.Engine
-	brakes     *brake.Keeper
 	limits     *limits.Limits
+	brakes     *brake.Keeper
+	warm       *warm.Keeper
 	queue      *queue.Queue
 	holder     *pki.Holder // certificate of the SMTP listeners
 	submission *submission.Server
@@ -227,10 +229,12 @@ func (n *node) run(ctx context.Context) (err error) {
 	n.start("watch", func() error { n.watch(linkCtx); return nil })
 	engineCtx, stopEngine := context.WithCancel(linkCtx)
 	defer stopEngine()
-	n.limits.Attach(n.engine) // before anything is delivered
-	n.start("limits", func() error { n.limits.Run(linkCtx); return nil })
+	n.warm.Attach(n.engine)
+	n.start("warmup", func() error { n.warm.Run(engineCtx); return nil })
 	n.brakes.Attach(n.engine) // before anything is delivered
 	n.start("brakes", func() error { n.brakes.Run(engineCtx); return nil })
+	n.limits.Attach(n.engine) // before anything is delivered
+	n.start("limits", func() error { n.limits.Run(linkCtx); return nil })
 	engineDone := make(chan struct{})
 	go func() {
 		defer close(engineDone)
@@ -362,6 +366,7 @@ func (n *node) applyView() {
 	n.outbox.SetMaxBytes(doc.Storage.MaxOutboxBytes)
 	n.queue.SetPolicy(doc.Queue, doc.Inbound.MaxStoredBytes)
 	n.heap.Set(memoryBase + memoryPerRecipient*int64(doc.Queue.MaxMemoryRecipients))
+	n.warm.Changed()
 	n.brakes.Changed()
 	n.limits.Changed()
 	n.engine.Changed()

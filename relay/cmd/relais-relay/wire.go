@@ -53,15 +53,18 @@ func (n *node) openEngine(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	if err = n.openLimits(); err != nil {
+	if err = n.openWarm(); err != nil {
 		return err
 	}
 	n.brakes, err = brake.New(brake.Config{Directory: n.agent.Directory, Now: time.Now, ClockTrusted: n.trusted, Logger: n.log, Registerer: n.registry})
 	if err != nil {
 		return err
 	}
+	if err = n.openLimits(); err != nil {
+		return err
+	}
 	n.engine, err = engine.New(engine.Config{
-		Store: n.store, Directory: n.agent.Directory, Resolver: resolver, Egress: n.egress, Dialer: dialer, Admit: []engine.Admitter{n.brakes, n.limits}, Outbox: n.outbox, Hostname: hostname(n.cfg),
+		Store: n.store, Directory: n.agent.Directory, Resolver: resolver, Egress: n.egress, Dialer: dialer, Admit: []engine.Admitter{n.warm, n.brakes, n.limits}, Outbox: n.outbox, Hostname: hostname(n.cfg),
 		Now: time.Now, ClockTrusted: n.trusted, Logger: n.log, Registerer: n.registry,
 	})
 	if err != nil {
