@@ -24,8 +24,8 @@ const (
 	maxDownBytes  = 8 << 20   // of bodies in one answer, within cluster's 16 MiB
 	maxBatchItems = 2048
 	itemBytes     = 64 // of an item beside its body
-	passTimeout   = 5 * time.Second
-	pollWait      = 10 * time.Second // an answer without anything comes after this
+	passTimeout   = 3 * time.Second
+	pollWait      = 2 * time.Second // an answer without anything comes after this; a leader that is stopped keeps one waiting
 	pollTimeout   = pollWait + passTimeout
 	askPause      = 250 * time.Millisecond // after a leader did not answer
 	maxServers    = 64
