@@ -4,7 +4,10 @@ import (
 	"sync"
 	"time"
 
+	"google.golang.org/protobuf/proto"
+
 	"github.com/relais-mta/relais/shared/lease"
+	"github.com/relais-mta/relais/shared/wire"
 )
 
 // raftRelay is a relay of the second layer.
@@ -25,11 +28,11 @@ type raftRelay struct {
 	answered    time.Time
 	open        []time.Time // when the slots in use will be free
 	stamps      map[lease.LimitID]lease.Stamp
-	cut         map[*raftServer]time.Time // until when
+	link        *raftLink
 }
 
 func (w *raftWorld) addRelay() {
-	r := &raftRelay{w: w, node: lease.Node(len(w.relays) + 1), gone: make(chan struct{}), cut: make(map[*raftServer]time.Time)}
+	r := &raftRelay{w: w, node: lease.Node(len(w.relays) + 1), gone: make(chan struct{})}
 	r.clock = w.newClock(int64(w.intN(3)-1) * 4000)
 	r.restart()
 	w.relays = append(w.relays, r)
@@ -44,6 +47,8 @@ func (r *raftRelay) restart() {
 	r.holder = lease.NewHolder(r.w.cfg, r.node, r.incarnation, 1, r.floors, r.clock())
 	r.session, r.open, r.stamps = false, nil, make(map[lease.LimitID]lease.Stamp)
 	r.answered = time.Now()
+	r.link.close()
+	r.link = nil
 }
 
 func (r *raftRelay) run() {
@@ -66,11 +71,13 @@ func (r *raftRelay) step() {
 		r.to, r.session, r.answered = r.w.intN(len(r.w.members())), false, time.Now()
 	case !r.session && time.Since(r.asked) > time.Second:
 		r.asked = time.Now()
-		hello := r.holder.Hello()
-		r.say(func(s *raftServer, g *lease.Grantor) { g.Hello(s.clock(), hello) })
+		r.say(wire.EncodeLeaseHello(r.holder.Hello(), r.floors))
 	case r.session && now >= r.holder.ReportAt(r.w.intN(1000)):
 		report := r.holder.Report(now)
-		r.say(func(s *raftServer, g *lease.Grantor) { g.Report(s.clock(), &report) })
+		r.say(wire.EncodeLeaseReport(&report))
+	}
+	if s := r.w.members()[r.to]; r.link == nil || r.link.to != s || r.link.ended() {
+		r.dial(s)
 	}
 	r.work(now)
 	if r.holder.FloorsUnsaved() {
@@ -84,62 +91,20 @@ func (r *raftRelay) step() {
 // delay is how long a message takes.
 func (w *raftWorld) delay() time.Duration {
 	if w.intN(20) == 0 {
-		return time.Duration(w.intN(12_000)) * time.Millisecond
+		return time.Duration(w.intN(4_000)) * time.Millisecond
 	}
 	return time.Duration(w.intN(30)+1) * time.Millisecond
 }
 
-// say has a server hear something, if it leads.
-func (r *raftRelay) say(what func(*raftServer, *lease.Grantor)) {
-	s := r.w.members()[r.to]
-	if r.cut[s].After(time.Now()) {
+// say has the server at the other end of the link hear something. r.mu is held.
+func (r *raftRelay) say(m proto.Message) {
+	if r.link == nil {
 		return
 	}
-	time.AfterFunc(r.w.delay(), func() {
-		s.pause()
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		if s.grantor != nil {
-			what(s, s.grantor)
-		}
-	})
-}
-
-// tell sends what the leader says.
-func (s *raftServer) tell(welcomes []lease.Welcome, grants []lease.Grant) {
-	for _, m := range welcomes {
-		s.send(m.Node, func(r *raftRelay) {
-			if m.Incarnation == r.incarnation {
-				r.session, r.answered = true, time.Now()
-			}
-		})
+	select {
+	case r.link.out <- m:
+	default:
 	}
-	for i := range grants {
-		g := &grants[i]
-		s.send(g.Node, func(r *raftRelay) {
-			r.holder.Grant(r.clock(), g)
-			r.answered = time.Now()
-			r.check(r.clock())
-		})
-	}
-}
-
-func (s *raftServer) send(n lease.Node, what func(*raftRelay)) {
-	r := s.w.relays[n-1]
-	time.AfterFunc(s.w.delay(), func() {
-		r.mu.Lock()
-		defer r.mu.Unlock()
-		if !r.cut[s].After(time.Now()) {
-			what(r)
-		}
-	})
-}
-
-// cut cuts a relay off from a server, both ways.
-func (w *raftWorld) cut(r *raftRelay, s *raftServer, d time.Duration) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.cut[s] = time.Now().Add(d)
 }
 
 // work starts what may start: of the rate everything, of the slots all it gets.
