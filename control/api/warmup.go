@@ -58,8 +58,8 @@ func warmUpOf(v service.WarmUpView) WarmUp {
 	return out
 }
 
-// warmPath names a warm-up in a path.
-type warmPath struct {
+// WarmUpPath names a warm-up in a path.
+type WarmUpPath struct {
 	Kind string `path:"kind" enum:"source,pool,domain"`
 	Name string `path:"name" doc:"The address, or the name of the pool or domain"`
 }
@@ -81,13 +81,13 @@ func (s *server) registerWarmUps(a huma.API) {
 			return list(all, warmUpOf), nil
 		})
 	handle(s, a, route{method: http.MethodGet, path: "/warmups/{kind}/{name}", id: "show-warmup", summary: "Show where a warm-up stands"},
-		func(ctx context.Context, in *warmPath) (*Out[WarmUp], error) {
+		func(ctx context.Context, in *WarmUpPath) (*Out[WarmUp], error) {
 			return warmOut(s.svc.WarmUp(actorOf(ctx), control.WarmKind(in.Kind), in.Name))
 		})
 	handle(s, a, route{method: http.MethodPost, path: "/warmups/{kind}/{name}", id: "start-warmup", summary: "Put an address, pool or sending domain under a plan"},
 		func(ctx context.Context, in *struct {
 			Precondition
-			warmPath
+			WarmUpPath
 			Body struct {
 				Plan   string      `json:"plan"`
 				Proven []WarmProof `json:"proven,omitempty" doc:"What it has shown already: it enters at the stages that allow that"`
@@ -111,7 +111,7 @@ func (s *server) registerWarmUps(a huma.API) {
 		handle(s, a, route{method: http.MethodPost, path: "/warmups/{kind}/{name}/" + word, id: word + "-warmup", summary: summary},
 			func(ctx context.Context, in *struct {
 				Precondition
-				warmPath
+				WarmUpPath
 			}) (*Out[WarmUp], error) {
 				c, err := in.change()
 				if err != nil {
@@ -127,7 +127,7 @@ func (s *server) registerWarmEnds(a huma.API) {
 	handle(s, a, route{method: http.MethodPost, path: "/warmups/{kind}/{name}/step-back", id: "step-warmup-back", summary: "Put a warm-up back by some stages"},
 		func(ctx context.Context, in *struct {
 			Precondition
-			warmPath
+			WarmUpPath
 			Body struct {
 				Stages int    `json:"stages" minimum:"1" maximum:"100"`
 				Class  string `json:"class,omitempty" doc:"Of this class alone"`
@@ -142,7 +142,7 @@ func (s *server) registerWarmEnds(a huma.API) {
 	handle(s, a, route{method: http.MethodPost, path: "/warmups/{kind}/{name}/stop", id: "stop-warmup", summary: "End a warm-up: nothing limits it any more"},
 		func(ctx context.Context, in *struct {
 			Precondition
-			warmPath
+			WarmUpPath
 		}) (*struct{ Body struct{} }, error) {
 			c, err := in.change()
 			if err != nil {
