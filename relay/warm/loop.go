@@ -140,16 +140,23 @@ func (k *Keeper) tidy(now time.Time) {
 			continue
 		}
 		s.over = of.Day < today || subject == nil || !subject.Source.IsZero() && !owned(dir, subject.Source, of.Epoch)
-		// After a restore the ledger may know less than was reserved: all is given
-		// back, and asked for anew.
-		if (s.over || restored) && s.saved && s.cutSeq == 0 && s.spender.Left() > 0 {
-			used, _ := s.spender.Peek()
-			if err := k.cut(s, used); err != nil {
+		// After a restore the ledger may know less than was reserved and spent: all is
+		// told again, and what is left given back and asked for anew.
+		if restored {
+			s.settled, s.told = 0, time.Time{}
+		}
+		used, amount := s.spender.Peek()
+		if s.over || restored {
+			amount = used
+		}
+		// A cut that the disk did not take is made again.
+		if s.saved && s.cutSeq == 0 && (s.spender.Cutting() || s.spender.Reserved() > amount) {
+			if err := k.cut(s, amount); err != nil {
 				k.cfg.Logger.Error("the marks of warm-up cannot be saved", "error", err)
 				return
 			}
 		}
-		if used, _ := s.spender.Peek(); ahead && of.Day == today && !s.over && used > 0 {
+		if ahead && of.Day == today && !s.over && used > 0 {
 			next := of
 			next.Day++
 			if n := k.slot(next); n != nil && n.want == 0 && !n.heard {
@@ -211,6 +218,7 @@ func (k *Keeper) item(s *slot, now time.Time, last bool) *wire.WarmItem {
 	i := &wire.WarmItem{Subject: uint64(s.Subject), Class: uint32(s.Class), Day: int32(s.Day), Epoch: s.Epoch}
 	used, _ := s.spender.Peek()
 	waited := now.Sub(s.asked)
+	asks := !s.over && (!s.probed || s.want > 0 && s.spender.Left() < s.want || s.low())
 	switch {
 	case s.cutSeq != 0:
 		if waited < askAgain {
@@ -218,11 +226,8 @@ func (k *Keeper) item(s *slot, now time.Time, last bool) *wire.WarmItem {
 		}
 		i.Kind, i.Seq = 3, s.cutSeq
 		i.Used, i.Amount = s.spender.Settle()
-	case !s.over && (!s.probed || s.want > 0 && s.spender.Left() < s.want || s.low()) && !last:
+	case asks && !last && waited >= askAgain && (!s.full() || waited >= settleEvery):
 		// A quota that is used up may be raised, or given back by others.
-		if waited < askAgain || s.full() && waited < settleEvery {
-			return nil
-		}
 		i.Kind, i.Seq = 1, k.number()
 		if s.probed && s.heard {
 			i.Amount = s.upTo()
