@@ -122,7 +122,11 @@ func (w *world) misfortune() {
 		w.setQuota(address, 0, uint32(w.rng.IntN(300)))
 		w.setQuota(domain, 0, uint32(w.rng.IntN(500)))
 	}
-	w.after(w.between(0, 12*time.Second), w.misfortune)
+	gap := 12 * time.Second
+	if w.forgetful {
+		gap = time.Minute // what is lost has to come back before shares can be right
+	}
+	w.after(w.between(0, gap), w.misfortune)
 }
 
 // operators do something to addresses all the time.
