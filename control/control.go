@@ -131,6 +131,7 @@ type Node struct {
 	Addresses    []netip.Addr
 	Token        ids.Token
 	JoinedAt     time.Time
+	Handover     string // host:port at which it takes mail of other relays; empty: it never took any; "-": not any more
 	Revision     uint64
 }
 
@@ -318,7 +319,11 @@ func (n *Node) Summary() string {
 	for i, l := range n.Labels {
 		labels[i] = l.Key + "=" + l.Value
 	}
-	return fmt.Sprintf("name=%s state=%s zone=%s labels=%s version=%s cert=%s", n.Name, n.State, n.Zone, strings.Join(labels, ","), n.Version, n.CertSerial)
+	text := fmt.Sprintf("name=%s state=%s zone=%s labels=%s version=%s cert=%s", n.Name, n.State, n.Zone, strings.Join(labels, ","), n.Version, n.CertSerial)
+	if n.Handover != "" {
+		text += " handover=" + n.Handover
+	}
+	return text
 }
 
 // Summary renders the row for the audit tail, without secrets.

@@ -82,6 +82,10 @@ type NodeReport struct {
 	InFlightRecipients uint64   `json:"in_flight_recipients"`
 	HeldRecipients     uint64   `json:"held_recipients"`
 	QueueBytes         uint64   `json:"queue_bytes"`
+	HandedOver         uint64   `json:"handed_over_recipients" doc:"Recipients handed over to other relays since its start"`
+	HandoverPerSecond  uint64   `json:"handover_recipients_per_second" doc:"Of late"`
+	HandoverOffered    uint64   `json:"handover_offered_messages" doc:"Offered to other relays and not answered"`
+	HandoverPools      uint32   `json:"handover_pools" doc:"Pools whose mail goes to other relays"`
 	FreeBytes          uint64   `json:"free_bytes"`
 	ClockOffsetMillis  int64    `json:"clock_offset_ms"`
 	MissingSources     []string `json:"missing_sources,omitempty" doc:"Ids of addresses assigned to it that are not on its host"`
@@ -93,7 +97,8 @@ func reportOf(r *service.ReportInfo) *NodeReport {
 		return nil
 	}
 	out := &NodeReport{WaitingRecipients: r.WaitingRecipients, InFlightRecipients: r.InFlightRecipients, HeldRecipients: r.HeldRecipients, QueueBytes: r.QueueBytes, FreeBytes: r.FreeBytes,
-		ClockOffsetMillis: r.ClockOffset.Milliseconds(), Problems: r.Problems}
+		ClockOffsetMillis: r.ClockOffset.Milliseconds(), Problems: r.Problems,
+		HandedOver: r.Handover.Given, HandoverPerSecond: r.Handover.PerSecond, HandoverOffered: r.Handover.Offered, HandoverPools: r.Handover.Pools}
 	for _, id := range r.Missing {
 		out.MissingSources = append(out.MissingSources, id.String())
 	}

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -26,7 +27,7 @@ func sum(b byte) []byte { return []byte(strings.Repeat(string([]byte{b}), 32)) }
 // samples holds one command of every type with every field set.
 func samples() []Command {
 	meta := &Meta{Actor: "admin", Reason: "golden"}
-	return append(append(firstSamples(meta), brakeSamples(meta)...), warmSamples(meta)...)
+	return slices.Concat(firstSamples(meta), brakeSamples(meta), warmSamples(meta), ownSamples(meta))
 }
 
 func firstSamples(meta *Meta) []Command {

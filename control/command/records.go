@@ -147,7 +147,7 @@ func (r *Server) Row() (*control.Server, error) {
 // NodeRecord returns the record of the row.
 func NodeRecord(n *control.Node) *Node {
 	r := &Node{Id: optionalID(n.ID), Name: n.Name, State: string(n.State), Zone: n.Zone, Labels: labelsOf(n.Labels), Version: n.Version,
-		CertSerial: n.CertSerial, CertSpki: n.CertSPKI, CertNotAfterMs: millis(n.CertNotAfter), Token: optionalID(n.Token), JoinedMs: millis(n.JoinedAt)}
+		CertSerial: n.CertSerial, CertSpki: n.CertSPKI, CertNotAfterMs: millis(n.CertNotAfter), Token: optionalID(n.Token), JoinedMs: millis(n.JoinedAt), HandoverAddress: n.Handover}
 	for _, a := range n.Addresses {
 		r.Addresses = append(r.Addresses, a.AsSlice())
 	}
@@ -158,7 +158,7 @@ func NodeRecord(n *control.Node) *Node {
 func (r *Node) Row() (*control.Node, error) {
 	var s scan
 	n := &control.Node{Name: r.GetName(), State: control.NodeState(r.GetState()), Zone: r.GetZone(), Labels: fromLabels(r.GetLabels()), Version: r.GetVersion(),
-		CertSerial: r.GetCertSerial(), CertSPKI: r.GetCertSpki(), CertNotAfter: fromMillis(r.GetCertNotAfterMs()), JoinedAt: fromMillis(r.GetJoinedMs())}
+		CertSerial: r.GetCertSerial(), CertSPKI: r.GetCertSpki(), CertNotAfter: fromMillis(r.GetCertNotAfterMs()), JoinedAt: fromMillis(r.GetJoinedMs()), Handover: r.GetHandoverAddress()}
 	setID(&s, "node", &n.ID, r.GetId())
 	setOptionalID(&s, "token", &n.Token, r.GetToken())
 	for _, b := range r.GetAddresses() {

@@ -416,21 +416,22 @@ func (x *ServerCertificate) GetNotAfterMs() int64 {
 }
 
 type Node struct {
-	state          protoimpl.MessageState `protogen:"open.v1"`
-	Id             []byte                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	Name           string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
-	State          string                 `protobuf:"bytes,3,opt,name=state,proto3" json:"state,omitempty"`
-	Zone           string                 `protobuf:"bytes,4,opt,name=zone,proto3" json:"zone,omitempty"`
-	Labels         []*Label               `protobuf:"bytes,5,rep,name=labels,proto3" json:"labels,omitempty"`
-	Version        string                 `protobuf:"bytes,6,opt,name=version,proto3" json:"version,omitempty"`
-	CertSerial     string                 `protobuf:"bytes,7,opt,name=cert_serial,json=certSerial,proto3" json:"cert_serial,omitempty"`
-	CertSpki       []byte                 `protobuf:"bytes,8,opt,name=cert_spki,json=certSpki,proto3" json:"cert_spki,omitempty"`
-	CertNotAfterMs int64                  `protobuf:"varint,9,opt,name=cert_not_after_ms,json=certNotAfterMs,proto3" json:"cert_not_after_ms,omitempty"`
-	Addresses      [][]byte               `protobuf:"bytes,10,rep,name=addresses,proto3" json:"addresses,omitempty"`
-	Token          []byte                 `protobuf:"bytes,11,opt,name=token,proto3" json:"token,omitempty"`
-	JoinedMs       int64                  `protobuf:"varint,12,opt,name=joined_ms,json=joinedMs,proto3" json:"joined_ms,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	state           protoimpl.MessageState `protogen:"open.v1"`
+	Id              []byte                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Name            string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	State           string                 `protobuf:"bytes,3,opt,name=state,proto3" json:"state,omitempty"`
+	Zone            string                 `protobuf:"bytes,4,opt,name=zone,proto3" json:"zone,omitempty"`
+	Labels          []*Label               `protobuf:"bytes,5,rep,name=labels,proto3" json:"labels,omitempty"`
+	Version         string                 `protobuf:"bytes,6,opt,name=version,proto3" json:"version,omitempty"`
+	CertSerial      string                 `protobuf:"bytes,7,opt,name=cert_serial,json=certSerial,proto3" json:"cert_serial,omitempty"`
+	CertSpki        []byte                 `protobuf:"bytes,8,opt,name=cert_spki,json=certSpki,proto3" json:"cert_spki,omitempty"`
+	CertNotAfterMs  int64                  `protobuf:"varint,9,opt,name=cert_not_after_ms,json=certNotAfterMs,proto3" json:"cert_not_after_ms,omitempty"`
+	Addresses       [][]byte               `protobuf:"bytes,10,rep,name=addresses,proto3" json:"addresses,omitempty"`
+	Token           []byte                 `protobuf:"bytes,11,opt,name=token,proto3" json:"token,omitempty"`
+	JoinedMs        int64                  `protobuf:"varint,12,opt,name=joined_ms,json=joinedMs,proto3" json:"joined_ms,omitempty"`
+	HandoverAddress string                 `protobuf:"bytes,50,opt,name=handover_address,json=handoverAddress,proto3" json:"handover_address,omitempty"` // host:port at which it takes mail of other relays; empty: it takes none
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *Node) Reset() {
@@ -545,6 +546,13 @@ func (x *Node) GetJoinedMs() int64 {
 		return x.JoinedMs
 	}
 	return 0
+}
+
+func (x *Node) GetHandoverAddress() string {
+	if x != nil {
+		return x.HandoverAddress
+	}
+	return ""
 }
 
 type Redemption struct {
@@ -2188,7 +2196,7 @@ const file_control_command_records_proto_rawDesc = "" +
 	"\x11ServerCertificate\x12\x16\n" +
 	"\x06serial\x18\x01 \x01(\tR\x06serial\x12 \n" +
 	"\fnot_after_ms\x18\x02 \x01(\x03R\n" +
-	"notAfterMs\"\xda\x02\n" +
+	"notAfterMs\"\x85\x03\n" +
 	"\x04Node\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\fR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x14\n" +
@@ -2203,7 +2211,8 @@ const file_control_command_records_proto_rawDesc = "" +
 	"\taddresses\x18\n" +
 	" \x03(\fR\taddresses\x12\x14\n" +
 	"\x05token\x18\v \x01(\fR\x05token\x12\x1b\n" +
-	"\tjoined_ms\x18\f \x01(\x03R\bjoinedMs\";\n" +
+	"\tjoined_ms\x18\f \x01(\x03R\bjoinedMs\x12)\n" +
+	"\x10handover_address\x182 \x01(\tR\x0fhandoverAddress\";\n" +
 	"\n" +
 	"Redemption\x12\x19\n" +
 	"\bcsr_hash\x18\x01 \x01(\fR\acsrHash\x12\x12\n" +

@@ -128,6 +128,7 @@ var registry = []registration{
 	{TypeLeaseNumber, "lease.number", func() Command { return new(LeaseNumber) }},
 	{TypeLeaseTick, "lease.tick", func() Command { return new(LeaseTick) }},
 	{TypeLeaseDeclare, "lease.declare", func() Command { return new(LeaseDeclare) }},
+	{TypeNodeHandover, "node.handover", func() Command { return new(NodeHandover) }},
 	{TypeStateHash, "state-hash", func() Command { return new(StateHash) }},
 }
 
@@ -218,6 +219,9 @@ func TypeOf(c Command) Type {
 		return t
 	}
 	if t := leasesType(c); t != 0 {
+		return t
+	}
+	if t := ownType(c); t != 0 {
 		return t
 	}
 	return rotationType(c)

@@ -42,6 +42,7 @@ const (
 	maxProblems       = 64
 	maxProblemBytes   = 512
 	maxVersionBytes   = 64
+	maxHandoverBytes  = 260 // of a host name with its port
 )
 
 // Nodes is what dispatch needs of the service.
@@ -85,6 +86,7 @@ type Hello struct {
 	Addresses   []netip.Addr // present on its host
 	Generation  uint64       // of the view it holds
 	Revision    uint64       // of the view it holds; 0: none
+	Handover    string       // where it takes mail of other relays; empty: it takes none
 	Quota       bool         // it keeps the limits that relays share
 }
 
@@ -104,6 +106,7 @@ type Report struct {
 	WaitingRecipients  uint64
 	InFlightRecipients uint64
 	HeldRecipients     uint64
+	Handover           *wire.HandoverReport // nil: it hands over nothing
 	QueueBytes         uint64
 	FreeBytes          uint64
 	Sources            []SourceReport // those assigned to it

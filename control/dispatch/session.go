@@ -166,6 +166,9 @@ func (n *session) readHello() error {
 		Remote: n.link.RemoteAddr(), Transport: n.link.Transport(), Addresses: addresses,
 		Generation: n.held.GetHeld().GetGeneration(), Revision: n.held.GetHeld().GetIndex(), Quota: n.quota,
 	}
+	if address := n.held.GetHandoverAddress(); len(address) <= maxHandoverBytes {
+		n.hello.Handover = address
+	}
 	n.base = held{generation: n.hello.Generation, revision: n.hello.Revision, sum: string(n.held.GetHeldSha256())}
 	return nil
 }
@@ -393,7 +396,7 @@ func decodeReport(in *wire.Report, now time.Time) (Report, error) {
 		At: now, Generation: in.GetApplied().GetGeneration(), Revision: in.GetApplied().GetIndex(),
 		ClockOffset:       time.UnixMilli(in.GetSentTimeMs()).Sub(now),
 		WaitingRecipients: in.GetWaitingRecipients(), InFlightRecipients: in.GetInFlightRecipients(), HeldRecipients: in.GetHeldRecipients(),
-		QueueBytes: in.GetQueueBytes(), FreeBytes: in.GetFreeBytes(),
+		QueueBytes: in.GetQueueBytes(), FreeBytes: in.GetFreeBytes(), Handover: in.GetHandover(),
 	}
 	out.decodeCertificate(in)
 	if n := len(in.GetSources()); n > maxReportSources {

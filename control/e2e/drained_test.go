@@ -13,7 +13,7 @@ import (
 // it has goes out, and without an address it is shown as drained. Let back, it
 // takes mail again.
 func TestRelayDrains(t *testing.T) {
-	f := start(t, fleet.Config{Relays: 2, Open: true, NoDKIM: true})
+	f := start(t, fleet.Config{Relays: 2, Open: true, NoDKIM: true, NoHandover: true})
 	r, other := f.Relays[0], f.Relays[1]
 	behave := func(b lab.Behaviour) {
 		t.Helper()

@@ -198,7 +198,7 @@ func beside(t *testing.T, f *fleet.Fleet, dir string, servers ...string) {
 	if len(servers) == 0 {
 		named = []byte("[]")
 	}
-	text := "[control]\naddresses = " + string(named) + "\n[dns]\nresolvers = [\"" + f.Lab.DNSAddr().String() + "\"]\n[listen]\nsubmission = [\"127.0.0.1:0\"]\nsubmissions = []\ninbound = []\nmetrics = \"127.0.0.1:0\"\n[lab]\nallow_private = true\n"
+	text := "[control]\naddresses = " + string(named) + "\n[dns]\nresolvers = [\"" + f.Lab.DNSAddr().String() + "\"]\n[listen]\nsubmission = [\"127.0.0.1:0\"]\nsubmissions = []\ninbound = []\nhandover = []\nmetrics = \"127.0.0.1:0\"\n[lab]\nallow_private = true\n"
 	if err := os.WriteFile(filepath.Join(dir, "relay.toml"), []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}

@@ -19,6 +19,7 @@ type HelloInfo struct {
 	Addresses []netip.Addr // present on its host
 	Revision  uint64       // it works with; 0: none
 	Quota     bool         // it keeps the limits that relays share
+	Handover  string       // host:port at which it takes mail of others, ":port" for the address it links from; empty: it takes none
 }
 
 // ReportInfo is what a relay says from time to time.
@@ -29,6 +30,7 @@ type ReportInfo struct {
 	WaitingRecipients  uint64
 	InFlightRecipients uint64
 	HeldRecipients     uint64
+	Handover           HandoverInfo
 	QueueBytes         uint64
 	FreeBytes          uint64
 	Missing            []ids.Source // assigned to it but not on its host
@@ -52,6 +54,7 @@ type Seen struct {
 	Refused     uint64 // revision it refused last
 	RefusedWhy  string
 	Clone       *Clone // nil: nobody else came with its key
+	Handover    string // host:port at which it takes mail of others; empty: it takes none
 }
 
 // maxCertTries bounds how often a certificate is recorded anew after a conflict.
@@ -111,6 +114,7 @@ func (s *Service) NodeSeen(_ context.Context, id ids.Node, info HelloInfo) {
 	n.Connected, n.Since, n.LastContact = true, at, at
 	n.Version, n.Remote, n.Addresses = info.Version, info.Remote, slices.Clone(info.Addresses)
 	n.Acked, n.Quota = info.Revision, info.Quota
+	n.Handover = reachedAt(info.Handover, info.Remote)
 }
 
 // NodeReported records what a relay said of itself.

@@ -10,7 +10,7 @@ import (
 )
 
 var nodesTable = &table[control.Node]{
-	name: "nodes", section: sectionNodes, maxRows: maxNodes,
+	name: "nodes", section: sectionNodes, maxRows: maxNodes, moves: (*applier).movesViews,
 	key:      func(n *control.Node) []byte { return n.ID[:] },
 	record:   func(n *control.Node) proto.Message { return command.NodeRecord(n) },
 	row:      unmarshalRow[command.Node, control.Node],

@@ -167,6 +167,9 @@ func (a *applier) apply(body command.Command) (any, error) {
 	if row, known, err := a.applyLeases(body); known {
 		return row, err
 	}
+	if row, known, err := a.applyOwn(body); known {
+		return row, err
+	}
 	return a.applyRotation(body)
 }
 

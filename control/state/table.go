@@ -18,8 +18,9 @@ type table[T any] struct {
 	name     string
 	section  uint16 // number in snapshots and row hashes; append only
 	maxRows  int
-	unhashed bool // rows are not part of the state hash
-	inViews  bool // a change moves the revision of views
+	unhashed bool                               // rows are not part of the state hash
+	inViews  bool                               // a change moves the revision of views
+	moves    func(a *applier, old, row *T) bool // of a table not in views: whether this change does all the same; nil: none does
 	key      func(*T) []byte
 	record   func(*T) proto.Message
 	row      func([]byte) (*T, error)
@@ -190,7 +191,7 @@ func put[T any](a *applier, t *table[T], row *T) error {
 		}
 		a.progress.hash = a.progress.hash.add(t.rowHash(t.encode(row)))
 	}
-	if t.inViews {
+	if t.inViews || t.moves != nil && t.moves(a, old, row) {
 		a.progress.viewIndex = a.index
 	}
 	if err := a.txn.Insert(t.name, row); err != nil {

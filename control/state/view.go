@@ -59,6 +59,7 @@ func (r *Reader) View(node ids.Node, open OpenFunc) (*policy.View, error) {
 	r.viewSources(v)
 	r.viewTrust(v)
 	r.viewLimits(v)
+	r.viewPeers(v)
 	r.viewBrakes(v)
 	return v, nil
 }

@@ -42,9 +42,11 @@ type Config struct {
 	Queue  *queue.Queue
 	Outbox *outbox.Outbox
 	Engine *engine.Engine
-	Status func() Status
-	Trace  *trace.Hub // nil: dialogues are not shown
-	Logger *slog.Logger
+	// Elsewhere explains mail that goes to another relay; nil: none does.
+	Elsewhere func(env *relay.Envelope, st *relay.RecipientState, inFlight bool) (engine.Explanation, bool)
+	Status    func() Status
+	Trace     *trace.Hub // nil: dialogues are not shown
+	Logger    *slog.Logger
 }
 
 // Status is the relay in a few words.
@@ -216,6 +218,11 @@ func (s *Server) message(m *queue.MessageInfo, why bool) Message {
 				explain = s.cfg.Engine.ExplainInFlight
 			}
 			x := explain(env, i, st)
+			if s.cfg.Elsewhere != nil {
+				if moving, ok := s.cfg.Elsewhere(env, &st, r.InFlight); ok {
+					x = moving
+				}
+			}
 			r.Why = &x
 		}
 		out.Recipients = append(out.Recipients, r)

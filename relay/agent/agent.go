@@ -33,6 +33,7 @@ type Options struct {
 	Version        string              // of the software
 	LocalAddresses func() []netip.Addr // present on the host at the moment
 	Load           func() Load         // what the reports tell of the queue
+	Handover       func() string       // host:port, or :port, where it takes mail of other relays; empty: nowhere; nil: nowhere
 	DialTimeout    time.Duration       // for one address; 0: link.DefaultDialTimeout
 	Logger         *slog.Logger
 	Registerer     prometheus.Registerer
@@ -43,6 +44,7 @@ type Load struct {
 	WaitingRecipients  uint64
 	InFlightRecipients uint64
 	HeldRecipients     uint64
+	Handover           *wire.HandoverReport // nil: nothing is handed over
 	QueueBytes         uint64
 	FreeBytes          uint64             // on the queue's file system
 	Problems           []string           // one sentence each, as health shows them

@@ -266,6 +266,9 @@ func (s *session) hello() error {
 	}
 	addresses := a.options.LocalAddresses()
 	greeting := &wire.Hello{LocalAddresses: wire.EncodeAddresses(addresses[:min(len(addresses), maxLocalAddresses)])}
+	if a.options.Handover != nil {
+		greeting.HandoverAddress = a.options.Handover()
+	}
 	if held := a.current.Load(); held != nil {
 		greeting.Held = &wire.Revision{Generation: held.generation, Index: held.revision}
 		greeting.HeldSha256 = held.sum[:]
@@ -419,7 +422,7 @@ func (s *session) newReport(nonce uint64, now time.Time) *wire.Report {
 	report := &wire.Report{
 		Nonce: nonce, SentTimeMs: now.UnixMilli(),
 		WaitingRecipients: load.WaitingRecipients, InFlightRecipients: load.InFlightRecipients, HeldRecipients: load.HeldRecipients,
-		QueueBytes: load.QueueBytes, FreeBytes: load.FreeBytes, Problems: load.Problems,
+		QueueBytes: load.QueueBytes, FreeBytes: load.FreeBytes, Problems: load.Problems, Handover: load.Handover,
 		LeafIssuer: pki.IssuerKeyID(a.holder.Leaf()), Reflexes: load.Reflexes,
 	}
 	sum := pki.BundleSum(a.holder.Bundle())

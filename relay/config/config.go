@@ -8,9 +8,11 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 
 	"github.com/pelletier/go-toml/v2"
@@ -20,6 +22,9 @@ import (
 
 // DefaultDataDir is where a relay keeps its state.
 const DefaultDataDir = "/var/lib/relais/relay"
+
+// DefaultHandoverPort is where a relay takes mail of other relays.
+const DefaultHandoverPort = 7445
 
 // maxFileBytes bounds the file; a bootstrap file is a few lines.
 const maxFileBytes = 64 << 10
@@ -41,6 +46,13 @@ type Listen struct {
 	Submission  []netip.AddrPort `toml:"submission"`  // STARTTLS, RFC 6409 section 3.1: port 587
 	Inbound     []netip.AddrPort `toml:"inbound"`     // our own signed return paths: port 25
 	Metrics     netip.AddrPort   `toml:"metrics"`     // metrics, health, pprof
+	// Handover is where other relays of the cluster hand over mail; nil, when the
+	// file does not say: DefaultHandoverPort on all addresses, if it is free.
+	Handover []netip.AddrPort `toml:"handover"`
+	// HandoverAdvertise is host:port at which the others reach it; empty: the
+	// address of the listener or, if that is all of them, the one that the relay
+	// links to control from.
+	HandoverAdvertise string `toml:"handover_advertise"`
 	// Proxies are balancers in front of the submission listeners, which must
 	// begin each connection with a PROXY header (version 1 or 2). Others cannot.
 	Proxies []netip.Prefix `toml:"proxies"`
@@ -167,7 +179,7 @@ func (c *Config) check(op string) error {
 		addrs []netip.AddrPort
 	}{
 		{"listen.submissions", c.Listen.Submissions}, {"listen.submission", c.Listen.Submission},
-		{"listen.inbound", c.Listen.Inbound}, {"listen.metrics", []netip.AddrPort{c.Listen.Metrics}},
+		{"listen.inbound", c.Listen.Inbound}, {"listen.handover", c.Listen.Handover}, {"listen.metrics", []netip.AddrPort{c.Listen.Metrics}},
 	} {
 		for _, a := range l.addrs {
 			if other, taken := seen[a]; taken && a.Port() != 0 {
@@ -179,6 +191,12 @@ func (c *Config) check(op string) error {
 	for i, p := range c.Listen.Proxies {
 		if p.Bits() == 0 || p != p.Masked() || p.Addr().Is4In6() {
 			return fault.Field(op, fmt.Sprintf("listen.proxies[%d]", i), "%s is not a network of balancers; write one such as 10.0.0.0/24 or 10.0.0.7/32: whoever is in it can claim to be any client", p)
+		}
+	}
+	if a := c.Listen.HandoverAdvertise; a != "" {
+		host, port, err := net.SplitHostPort(a)
+		if n, perr := strconv.ParseUint(port, 10, 16); err != nil || host == "" || perr != nil || n == 0 {
+			return fault.Field(op, "listen.handover_advertise", "is %q; write host:port as other relays reach it, such as edge-1.example:7445", a)
 		}
 	}
 	if a := c.Listen.Metrics; a.IsValid() && !a.Addr().IsLoopback() {

@@ -54,6 +54,10 @@ func TestParseNamesTheKeyAndTheLine(t *testing.T) {
 		{"[[[", "line 1"},
 		{"[listen]\nproxies = [\"10.0.0.0/24\", \"0.0.0.0/0\"]", "listen.proxies[1]"},
 		{"[listen]\nproxies = [\"10.0.0.1/24\"]", "listen.proxies[0]"},
+		{"[listen]\nsubmission = [\"127.0.0.1:7445\"]\nhandover = [\"127.0.0.1:7445\"]", "listen.handover"},
+		{"[listen]\nhandover_advertise = \"edge-1\"", "listen.handover_advertise"},
+		{"[listen]\nhandover_advertise = \":7445\"", "listen.handover_advertise"},
+		{"[listen]\nhandover_advertise = \"edge-1:0\"", "listen.handover_advertise"},
 	} {
 		_, err := Parse([]byte(tc.text))
 		if !fault.Is(err, fault.Invalid) || !strings.Contains(err.Error(), tc.want) {

@@ -171,7 +171,7 @@ func (s *session) chooseStream(name string) (*policy.ResolvedStream, error) {
 			return nil, s.refuseFault(err)
 		}
 	}
-	if !stream.HasLocalSource {
+	if !stream.HasLocalSource && !stream.Elsewhere {
 		return nil, s.refuseNoSource(stream)
 	}
 	return stream, nil

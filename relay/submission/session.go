@@ -157,7 +157,7 @@ func (s *session) Rcpt(string, *smtp.RcptOptions) error {
 	if s.dir.View().Draining {
 		return s.conn.Refuse("draining", 451, smtp.EnhancedCode{4, 3, 5}, "This relay is draining, use another")
 	}
-	if s.stream != nil && !s.stream.HasLocalSource {
+	if s.stream != nil && !s.stream.HasLocalSource && !s.stream.Elsewhere {
 		return s.refuseNoSource(s.stream)
 	}
 	if limit := s.conn.Limits().MaxRecipients; len(s.recipients) >= limit {
@@ -176,9 +176,10 @@ func (s *session) Rcpt(string, *smtp.RcptOptions) error {
 	return nil
 }
 
-// refuseNoSource answers for a pool that is placed on other relays only.
+// refuseNoSource answers for a pool that has no source here nor at another relay
+// that mail could be handed over to.
 func (s *session) refuseNoSource(stream *policy.ResolvedStream) error {
-	return s.conn.Refuse("no_source", 451, smtp.EnhancedCode{4, 3, 5}, "Pool %s of stream %s has no source address on this relay", stream.PoolName, stream.Name)
+	return s.conn.Refuse("no_source", 451, smtp.EnhancedCode{4, 3, 5}, "Pool %s of stream %s has no source address on this relay, nor on another that takes its mail", stream.PoolName, stream.Name)
 }
 
 // refuseStore answers for a store that cannot take the message.

@@ -33,6 +33,8 @@ type Directory struct {
 	streams     map[streamKey]*ResolvedStream
 	shares      map[shareKey]Share
 	weights     map[ids.Tenant]int
+	peers       map[ids.Node]*Peer
+	owners      map[ids.Pool][]*Peer // other relays with a source of the pool
 
 	certificates bool
 
@@ -56,6 +58,7 @@ type ResolvedStream struct {
 	ReturnPath     string   // ReturnPathMessage or ReturnPathRecipient
 	Expire         Duration // after acceptance
 	HasLocalSource bool     // this relay owns a source of the pool with a weight
+	Elsewhere      bool     // mail of the pool can be handed over to a relay that does
 
 	owner ids.Tenant // of a dedicated pool
 }
@@ -99,6 +102,7 @@ func Compile(v *View) (*Directory, error) {
 	d.compileDomains(&p)
 	d.compilePools(&p)
 	d.compileSources(&p)
+	d.compilePeers(&p)
 	d.compileShared(&p)
 	d.compileWarm(&p)
 	keys := make(map[uint8]bool, len(v.ReturnPathKeys))
@@ -309,6 +313,7 @@ func (d *Directory) resolve(s *Stream, doc *Document) *ResolvedStream {
 	if pool := d.poolNames[s.Pool]; pool != nil {
 		r.Pool, r.owner = pool.ID, pool.Tenant
 		r.HasLocalSource = len(d.local[pool.ID]) > 0
+		r.Elsewhere = d.Elsewhere(pool.ID)
 	}
 	if r.ReturnPath == "" {
 		r.ReturnPath = ReturnPathMessage

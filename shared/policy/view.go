@@ -32,6 +32,7 @@ type View struct {
 	CredentialKey  [32]byte // keys the SHA-256 of credential secrets
 	Trust          Trust
 
+	Peers        []Peer        // all relays that may hand over mail, this one included; by id
 	SharedLimits []SharedLimit // by number; those of all relays
 	Brakes       []Brake       // by id
 	Warm         Warm          // what warms up

@@ -1,6 +1,10 @@
 package wire
 
-import "google.golang.org/protobuf/proto"
+import (
+	"google.golang.org/protobuf/proto"
+
+	"github.com/relais-mta/relais/shared/policy"
+)
 
 // Bounds of what relays say to each other.
 const (
@@ -56,4 +60,21 @@ func newHandover(t Type) proto.Message {
 		return &HandoverForgotten{}
 	}
 	return nil
+}
+
+// encodePeers encodes who may hand over mail.
+func encodePeers(out *View, v *policy.View) {
+	for i := range v.Peers {
+		p := &v.Peers[i]
+		out.Peers = append(out.Peers, &Peer{NodeId: EncodeID(p.Node), Name: p.Name, KeyPin: p.KeyPin, Address: p.Address, Draining: p.Draining})
+	}
+}
+
+func (d *viewDecoder) peers(in *View) {
+	d.view.Peers = sized[policy.Peer](len(in.GetPeers()))
+	for i, p := range in.GetPeers() {
+		out := &d.view.Peers[i]
+		out.Name, out.KeyPin, out.Address, out.Draining = p.GetName(), p.GetKeyPin(), p.GetAddress(), p.GetDraining()
+		d.note(DecodeID(p.GetNodeId(), &out.Node))
+	}
 }

@@ -694,6 +694,75 @@ func (*HandoverForgotten) Descriptor() ([]byte, []int) {
 	return file_shared_wire_handover_proto_rawDescGZIP(), []int{11}
 }
 
+// HandoverReport says how far a relay is with giving its mail to others.
+type HandoverReport struct {
+	state               protoimpl.MessageState `protogen:"open.v1"`
+	GivenRecipients     uint64                 `protobuf:"varint,1,opt,name=given_recipients,json=givenRecipients,proto3" json:"given_recipients,omitempty"`               // since its start
+	RecipientsPerSecond uint64                 `protobuf:"varint,2,opt,name=recipients_per_second,json=recipientsPerSecond,proto3" json:"recipients_per_second,omitempty"` // of late
+	OfferedMessages     uint64                 `protobuf:"varint,3,opt,name=offered_messages,json=offeredMessages,proto3" json:"offered_messages,omitempty"`               // not answered
+	Pools               uint32                 `protobuf:"varint,4,opt,name=pools,proto3" json:"pools,omitempty"`                                                          // whose mail goes to others
+	unknownFields       protoimpl.UnknownFields
+	sizeCache           protoimpl.SizeCache
+}
+
+func (x *HandoverReport) Reset() {
+	*x = HandoverReport{}
+	mi := &file_shared_wire_handover_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HandoverReport) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HandoverReport) ProtoMessage() {}
+
+func (x *HandoverReport) ProtoReflect() protoreflect.Message {
+	mi := &file_shared_wire_handover_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HandoverReport.ProtoReflect.Descriptor instead.
+func (*HandoverReport) Descriptor() ([]byte, []int) {
+	return file_shared_wire_handover_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *HandoverReport) GetGivenRecipients() uint64 {
+	if x != nil {
+		return x.GivenRecipients
+	}
+	return 0
+}
+
+func (x *HandoverReport) GetRecipientsPerSecond() uint64 {
+	if x != nil {
+		return x.RecipientsPerSecond
+	}
+	return 0
+}
+
+func (x *HandoverReport) GetOfferedMessages() uint64 {
+	if x != nil {
+		return x.OfferedMessages
+	}
+	return 0
+}
+
+func (x *HandoverReport) GetPools() uint32 {
+	if x != nil {
+		return x.Pools
+	}
+	return 0
+}
+
 var File_shared_wire_handover_proto protoreflect.FileDescriptor
 
 const file_shared_wire_handover_proto_rawDesc = "" +
@@ -738,7 +807,12 @@ const file_shared_wire_handover_proto_rawDesc = "" +
 	"\fREASON_RELAY\x10\x03\"P\n" +
 	"\x0eHandoverForget\x12>\n" +
 	"\ttransfers\x18\x01 \x03(\v2 .relais.wire.v1.HandoverTransferR\ttransfers\"\x13\n" +
-	"\x11HandoverForgottenB*Z(github.com/relais-mta/relais/shared/wireb\x06proto3"
+	"\x11HandoverForgotten\"\xb0\x01\n" +
+	"\x0eHandoverReport\x12)\n" +
+	"\x10given_recipients\x18\x01 \x01(\x04R\x0fgivenRecipients\x122\n" +
+	"\x15recipients_per_second\x18\x02 \x01(\x04R\x13recipientsPerSecond\x12)\n" +
+	"\x10offered_messages\x18\x03 \x01(\x04R\x0fofferedMessages\x12\x14\n" +
+	"\x05pools\x18\x04 \x01(\rR\x05poolsB*Z(github.com/relais-mta/relais/shared/wireb\x06proto3"
 
 var (
 	file_shared_wire_handover_proto_rawDescOnce sync.Once
@@ -753,7 +827,7 @@ func file_shared_wire_handover_proto_rawDescGZIP() []byte {
 }
 
 var file_shared_wire_handover_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_shared_wire_handover_proto_msgTypes = make([]protoimpl.MessageInfo, 12)
+var file_shared_wire_handover_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
 var file_shared_wire_handover_proto_goTypes = []any{
 	(HandoverRefusal_Reason)(0), // 0: relais.wire.v1.HandoverRefusal.Reason
 	(*Peer)(nil),                // 1: relais.wire.v1.Peer
@@ -768,6 +842,7 @@ var file_shared_wire_handover_proto_goTypes = []any{
 	(*HandoverRefusal)(nil),     // 10: relais.wire.v1.HandoverRefusal
 	(*HandoverForget)(nil),      // 11: relais.wire.v1.HandoverForget
 	(*HandoverForgotten)(nil),   // 12: relais.wire.v1.HandoverForgotten
+	(*HandoverReport)(nil),      // 13: relais.wire.v1.HandoverReport
 }
 var file_shared_wire_handover_proto_depIdxs = []int32{
 	4,  // 0: relais.wire.v1.HandoverAsk.transfers:type_name -> relais.wire.v1.HandoverTransfer
@@ -792,7 +867,7 @@ func file_shared_wire_handover_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_shared_wire_handover_proto_rawDesc), len(file_shared_wire_handover_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   12,
+			NumMessages:   13,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -7,6 +7,8 @@ import (
 	"testing"
 
 	"google.golang.org/protobuf/proto"
+
+	"github.com/relais-mta/relais/shared/policy"
 )
 
 // handoverFrames is one message of every type that relays send each other, each
@@ -43,5 +45,20 @@ func TestHandoverFramesKeepTheirBytes(t *testing.T) {
 	}
 	if got := newMessage(TypeHandoverForgotten + 1); got != nil {
 		t.Errorf("type %d is a %T without a golden frame", TypeHandoverForgotten+1, got)
+	}
+}
+
+func TestViewNamesPeers(t *testing.T) {
+	view := sampleView()
+	pin := fill(3)
+	view.Peers = []policy.Peer{{Name: "edge-1", KeyPin: pin[:], Address: "192.0.2.9:7445", Draining: true}, {Name: "edge-2"}}
+	set(&view.Peers[0].Node, 20)
+	set(&view.Peers[1].Node, 21)
+	encoded, err := EncodeView(view)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, err := DecodeView(encoded); err != nil || !reflect.DeepEqual(got, view) {
+		t.Errorf("got  %+v, %v\nwant %+v", got, err, view)
 	}
 }

@@ -54,6 +54,7 @@ func EncodeView(v *policy.View) ([]byte, error) {
 	}
 	encodeShared(out, v)
 	encodeWarm(out, v)
+	encodePeers(out, v)
 	encodeBrakes(out, v)
 	encoded, err := proto.MarshalOptions{Deterministic: true}.Marshal(out)
 	if err != nil {
@@ -138,6 +139,7 @@ func DecodeView(encoded []byte) (*policy.View, error) {
 	d.sources(&in)
 	d.shared(&in)
 	d.warm(&in)
+	d.peers(&in)
 	d.brakes(&in)
 	d.view.Trust = policy.Trust{CAs: in.GetCaBundle(), RefusedCAs: in.GetRefusedCas(), RevokedServers: sized[policy.RevokedServer](len(in.GetRevokedServers()))}
 	for i, r := range in.GetRevokedServers() {

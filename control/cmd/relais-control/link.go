@@ -50,13 +50,13 @@ type relays struct{ *service.Service }
 
 // NodeConnected implements dispatch.Nodes.
 func (r relays) NodeConnected(id ids.Node, h dispatch.Hello) {
-	r.NodeSeen(context.Background(), id, service.HelloInfo{Version: h.Version, Remote: h.Remote, Addresses: h.Addresses, Revision: h.Revision, Quota: h.Quota})
+	r.NodeSeen(context.Background(), id, service.HelloInfo{Version: h.Version, Remote: h.Remote, Addresses: h.Addresses, Revision: h.Revision, Quota: h.Quota, Handover: h.Handover})
 }
 
 // NodeReported implements dispatch.Nodes.
 func (r relays) NodeReported(id ids.Node, in dispatch.Report) {
 	out := service.ReportInfo{Revision: in.Revision, ClockOffset: in.ClockOffset, WaitingRecipients: in.WaitingRecipients, InFlightRecipients: in.InFlightRecipients,
-		HeldRecipients: in.HeldRecipients, QueueBytes: in.QueueBytes, FreeBytes: in.FreeBytes, Problems: in.Problems, Certificate: service.CertificateState{BundleSum: in.BundleSum, Issuer: in.LeafIssuer}}
+		HeldRecipients: in.HeldRecipients, Handover: handoverOf(in.Handover), QueueBytes: in.QueueBytes, FreeBytes: in.FreeBytes, Problems: in.Problems, Certificate: service.CertificateState{BundleSum: in.BundleSum, Issuer: in.LeafIssuer}}
 	for _, s := range in.Sources {
 		if !s.Present {
 			out.Missing = append(out.Missing, s.Source)
@@ -66,6 +66,10 @@ func (r relays) NodeReported(id ids.Node, in dispatch.Report) {
 		out.Reflexes = append(out.Reflexes, service.Reflex(x))
 	}
 	r.Service.NodeReported(id, out)
+}
+
+func handoverOf(in *wire.HandoverReport) service.HandoverInfo {
+	return service.HandoverInfo{Given: in.GetGivenRecipients(), PerSecond: in.GetRecipientsPerSecond(), Offered: in.GetOfferedMessages(), Pools: in.GetPools()}
 }
 
 // serveLink opens the port that relays join and connect at.

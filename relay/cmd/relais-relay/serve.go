@@ -10,6 +10,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -22,6 +23,7 @@ import (
 	"github.com/relais-mta/relais/relay/config"
 	"github.com/relais-mta/relais/relay/egress"
 	"github.com/relais-mta/relais/relay/engine"
+	"github.com/relais-mta/relais/relay/handover"
 	"github.com/relais-mta/relais/relay/inbound"
 	"github.com/relais-mta/relais/relay/limits"
 	"github.com/relais-mta/relais/relay/outbox"
@@ -96,6 +98,8 @@ type node struct {
 	holder     *pki.Holder // certificate of the SMTP listeners
 	submission *submission.Server
 	inbound    *inbound.Server
+	handover   *handover.Service
+	notified   atomic.Pointer[handover.Service] // of the queue, which is older
 	admin      *admin.Server
 	listeners  listeners
 	supervisor telemetry.Supervisor
@@ -125,7 +129,7 @@ func newNode(ctx context.Context, dir string, cfg *config.Config) (_ *node, err 
 			n.close()
 		}
 	}()
-	for _, step := range []func(context.Context) error{n.openAgent, n.openStore, n.openEngine, n.openListeners, n.openServers} {
+	for _, step := range []func(context.Context) error{n.openAgent, n.openStore, n.openEngine, n.openListeners, n.openHandover, n.openServers} {
 		if err := step(ctx); err != nil {
 			return nil, err
 		}
@@ -137,7 +141,7 @@ func newNode(ctx context.Context, dir string, cfg *config.Config) (_ *node, err 
 func (n *node) openAgent(context.Context) (err error) {
 	n.agent, err = agent.Open(agent.Options{
 		Dir: n.dir, Servers: n.cfg.Control.Addresses, Names: serverNames(n.cfg), Version: buildinfo.Get().Version,
-		LocalAddresses: n.localAddresses, Load: n.load, Logger: n.log, Registerer: n.registry,
+		LocalAddresses: n.localAddresses, Load: n.load, Handover: n.handoverAddress, Logger: n.log, Registerer: n.registry,
 	})
 	if err != nil {
 		return err
@@ -200,7 +204,7 @@ func (n *node) openServers(context.Context) (err error) {
 		return err
 	}
 	n.admin, err = admin.Listen(admin.Config{
-		Dir: n.dir, Queue: n.queue, Outbox: n.outbox, Engine: n.engine, Status: n.status, Trace: &n.traces, Logger: n.log,
+		Dir: n.dir, Queue: n.queue, Outbox: n.outbox, Engine: n.engine, Status: n.status, Elsewhere: n.elsewhere, Trace: &n.traces, Logger: n.log,
 	})
 	return err
 }
@@ -225,6 +229,7 @@ func (n *node) run(ctx context.Context) (err error) {
 	n.start("admin", n.admin.Serve)
 	n.start("link", func() error { return ignoreCanceled(n.agent.Run(linkCtx)) })
 	n.start("egress", func() error { n.egress.Run(linkCtx); return nil })
+	n.start("handover", func() error { return n.handover.Run(linkCtx) })
 	n.start("locks", func() error { return n.submission.Run(linkCtx) })
 	n.start("watch", func() error { n.watch(linkCtx); return nil })
 	engineCtx, stopEngine := context.WithCancel(linkCtx)
@@ -311,11 +316,15 @@ func (n *node) serveSMTP() {
 	}
 	serve("submission", n.listeners.submission, submit)
 	serve("inbound", n.listeners.inbound, n.inbound.Serve)
+	serve("handover", n.listeners.handover, n.handover.Serve)
 }
 
 func (n *node) stopSMTP(ctx context.Context) {
 	var wg sync.WaitGroup
-	for _, stop := range []func(context.Context) error{n.submission.Shutdown, n.inbound.Shutdown} {
+	for _, l := range n.listeners.handover {
+		_ = l.Close() // nobody new
+	}
+	for _, stop := range []func(context.Context) error{n.submission.Shutdown, n.inbound.Shutdown, n.handover.Shutdown} {
 		wg.Go(func() {
 			if err := stop(ctx); err != nil && !errors.Is(err, context.DeadlineExceeded) {
 				n.log.Warn("an SMTP server did not stop cleanly", "error", err)
@@ -351,6 +360,7 @@ func (n *node) watch(ctx context.Context) {
 				n.log.Warn("the time could not be kept", "error", err)
 			}
 			n.engine.Changed() // sources may have come or gone on this host
+			n.handover.Changed()
 		}
 	}
 }
@@ -370,6 +380,7 @@ func (n *node) applyView() {
 	n.brakes.Changed()
 	n.limits.Changed()
 	n.engine.Changed()
+	n.handover.Changed()
 }
 
 // What is ample for the memory of a relay: beyond it garbage is collected more

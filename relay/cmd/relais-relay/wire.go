@@ -72,7 +72,7 @@ func (n *node) openEngine(ctx context.Context) (err error) {
 	}
 	doc := n.document()
 	n.queue, err = queue.Open(ctx, n.store, n.outbox, queue.Config{
-		Now: time.Now, ClockTrusted: n.trusted, Notify: n.engine.Notify, Unconfirmed: n.engine.Unconfirmed, Provider: n.engine.Provider, Policy: doc.Queue, MaxInbound: doc.Inbound.MaxStoredBytes,
+		Now: time.Now, ClockTrusted: n.trusted, Notify: n.queueChanged, Unconfirmed: n.engine.Unconfirmed, Provider: n.engine.Provider, Policy: doc.Queue, MaxInbound: doc.Inbound.MaxStoredBytes,
 		Logger: n.log, Registerer: n.registry,
 	})
 	if err != nil {
@@ -114,7 +114,7 @@ func (n *node) load() agent.Load {
 	}
 	s, disk := n.queue.Summary(), n.store.Stats()
 	l := agent.Load{WaitingRecipients: uint64(max(0, s.Waiting)), InFlightRecipients: uint64(max(0, s.InFlight)),
-		QueueBytes: uint64(max(0, disk.LiveBodyBytes)), FreeBytes: uint64(max(0, disk.FreeBytes))}
+		QueueBytes: uint64(max(0, disk.LiveBodyBytes)), FreeBytes: uint64(max(0, disk.FreeBytes)), Handover: n.handoverReport()}
 	if !s.Counted {
 		l.WaitingRecipients = max(1, l.WaitingRecipients) // a queue that is still being counted is not known to be empty
 	}
@@ -249,8 +249,9 @@ func (n *node) watchHealth() {
 
 // listeners are the open sockets.
 type listeners struct {
-	submissions, submission, inbound []net.Listener
-	metrics                          net.Listener
+	submissions, submission, inbound, handover []net.Listener
+
+	metrics net.Listener
 }
 
 func (l *listeners) open(cfg *config.Listen) error {
@@ -262,6 +263,7 @@ func (l *listeners) open(cfg *config.Listen) error {
 		{"listen.submissions", cfg.Submissions, &l.submissions},
 		{"listen.submission", cfg.Submission, &l.submission},
 		{"listen.inbound", cfg.Inbound, &l.inbound},
+		{"listen.handover", cfg.Handover, &l.handover},
 	} {
 		for _, addr := range group.addrs {
 			ln, err := listen(group.name, addr)
@@ -289,7 +291,7 @@ func listen(name string, addr netip.AddrPort) (net.Listener, error) {
 }
 
 func (l *listeners) close() {
-	all := append(append(append([]net.Listener(nil), l.submissions...), l.submission...), l.inbound...)
+	all := append(append(append(append([]net.Listener(nil), l.submissions...), l.submission...), l.inbound...), l.handover...)
 	if l.metrics != nil {
 		all = append(all, l.metrics)
 	}

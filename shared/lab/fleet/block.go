@@ -79,4 +79,5 @@ const (
 	portAPI         = 10443
 	portLink        = 10743
 	portRaft        = 10744
+	portHandover    = 10745
 )

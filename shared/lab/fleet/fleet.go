@@ -42,6 +42,7 @@ type Config struct {
 	SMTPPort uint16
 	// Clear lets clients log in and send without TLS on the submission port.
 	Clear bool
+	NoHandover bool // relays take no mail of each other
 	// Policy adds to or replaces sections of the lab's policy.
 	Policy map[string]string
 	// Dirs overrides the data directory of relay i, e.g. with a small disk.
@@ -294,6 +295,13 @@ func (f *Fleet) joinRelay(ctx context.Context, i int, token string) (*Relay, err
 	listen := func(port uint16) string { return netip.AddrPortFrom(r.Addr, port).String() }
 	text := fmt.Sprintf("hostname = %q\n[listen]\nsubmissions = [%q]\nsubmission = [%q]\ninbound = [%q]\nmetrics = %q\n[dns]\nresolvers = [%q]\n[lab]\nsmtp_port = %d\nallow_private = true\n",
 		name+".relais.test", listen(portSubmissions), listen(portSubmission), listen(portSMTP), listen(portMetrics), f.Lab.DNSAddr(), f.cfg.SMTPPort)
+	if !f.cfg.Older {
+		handover := fmt.Sprintf("handover = [%q]\n", listen(portHandover))
+		if f.cfg.NoHandover {
+			handover = "handover = []\n"
+		}
+		text = strings.Replace(text, "[listen]\n", "[listen]\n"+handover, 1)
+	}
 	if f.cfg.Clear { // a release before does not know the key
 		text += "clear_submission = true\n"
 	}
