@@ -58,6 +58,7 @@ type Node struct {
 	Clone          *NodeClone        `json:"clone,omitempty" doc:"Two machines claim to be this relay: a copy of its disk is running"`
 	RefusedWhy     string            `json:"refused_why,omitempty"`
 	Sources        []string          `json:"sources,omitempty" doc:"Addresses assigned to it"`
+	Handover       string            `json:"handover_address,omitempty" doc:"Where it takes mail of other relays"`
 	Revision       uint64            `json:"revision"`
 }
 
@@ -331,7 +332,7 @@ func tokenOf(t *control.JoinToken) Token {
 func nodeOf(n service.NodeView) Node {
 	out := Node{ID: n.ID.String(), Name: n.Name, State: string(n.State), Labels: labels(n.Labels), Version: n.Version, JoinedAt: n.JoinedAt,
 		CertNotAfter: optionalTime(n.CertNotAfter), Connected: n.Seen.Connected, LastContact: optionalTime(n.Seen.LastContact.UTC()),
-		AckedRevision: n.Seen.Acked, Report: reportOf(n.Seen.Report), Refused: n.Seen.Refused, RefusedWhy: n.Seen.RefusedWhy, Clone: cloneOf(n.Seen.Clone), Revision: n.Revision}
+		AckedRevision: n.Seen.Acked, Report: reportOf(n.Seen.Report), Refused: n.Seen.Refused, RefusedWhy: n.Seen.RefusedWhy, Clone: cloneOf(n.Seen.Clone), Handover: n.HandoverAddress(), Revision: n.Revision}
 	if n.Seen.Version != "" {
 		out.Version = n.Seen.Version
 	}

@@ -20,6 +20,14 @@ type HandoverInfo struct {
 	Pools     uint32 // whose mail goes to others
 }
 
+// HandoverAddress is where the relay takes mail of others; empty: nowhere.
+func (n NodeView) HandoverAddress() string {
+	if n.Handover == command.HandoverNone {
+		return ""
+	}
+	return n.Handover
+}
+
 // maxSettledAtOnce bounds how many relays' addresses are recorded in one round.
 const maxSettledAtOnce = 50
 

@@ -21,9 +21,10 @@ const drainPause = time.Second
 func (a *app) nodeDrain() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "drain NODE", Short: "Let a relay take no new mail and finish its queue",
-		Long: `Let a relay take no new mail: it refuses recipients with 451 4.3.5 and works on
-until its queue is empty. It stays so across restarts until it is undrained.
---wait waits for that, showing what is left.`,
+		Long: `Let a relay take no new mail: it refuses recipients with 451 4.3.5, hands over its
+queue to the relays that have addresses of the same pools, and delivers what no
+other relay can take, until its queue is empty. It stays so across restarts until
+it is undrained. --wait waits for that, showing what is left.`,
 		Example: "  relais-control node drain edge-7 --reason 'new disk'\n  relais-control node drain edge-7 --wait 2h",
 		Args:    cobra.ExactArgs(1),
 	}
@@ -91,8 +92,17 @@ func drainText(n api.Node) string {
 	case recipients == 0:
 		return "drains; its queue is empty"
 	default:
-		return fmt.Sprintf("drains; left are %d recipients waiting, %d in flight, %d held", n.Report.WaitingRecipients, n.Report.InFlightRecipients, n.Report.HeldRecipients)
+		return fmt.Sprintf("drains; left are %d recipients waiting, %d in flight, %d held", n.Report.WaitingRecipients, n.Report.InFlightRecipients, n.Report.HeldRecipients) + handedText(n.Report)
 	}
+}
+
+// handedText says how far a relay is with giving its mail to others; empty: it
+// gives none.
+func handedText(r *api.NodeReport) string {
+	if r.HandedOver == 0 && r.HandoverPools == 0 {
+		return ""
+	}
+	return fmt.Sprintf("; handed over to other relays are %d, %d a second of late", r.HandedOver, r.HandoverPerSecond)
 }
 
 // nodeAnywhere asks the server that the relay is linked to, or else any.

@@ -41,7 +41,7 @@ type Config struct {
 	DNS      netip.AddrPort
 	SMTPPort uint16
 	// Clear lets clients log in and send without TLS on the submission port.
-	Clear bool
+	Clear      bool
 	NoHandover bool // relays take no mail of each other
 	// Policy adds to or replaces sections of the lab's policy.
 	Policy map[string]string

@@ -63,6 +63,7 @@ type Stream struct {
 	Size        int // bytes of a message
 	Connections int // at once, to each relay
 	Tag         string
+	Only        *Relay // that gets it all; nil: the relays in turn
 }
 
 // Submitted is a message a relay answered for.
@@ -83,10 +84,14 @@ func (f *Fleet) Submit(ctx context.Context, s Stream) ([]Submitted, error) {
 	}
 	var parts []part
 	streams := 2
-	for i, r := range f.Relays {
+	relays := f.Relays
+	if s.Only != nil {
+		relays = []*Relay{s.Only}
+	}
+	for i, r := range relays {
 		for kind := range streams {
 			var to []string
-			for j := i*streams + kind; j < len(s.Recipients); j += len(f.Relays) * streams {
+			for j := i*streams + kind; j < len(s.Recipients); j += len(relays) * streams {
 				to = append(to, s.Recipients[j])
 			}
 			if len(to) == 0 {
