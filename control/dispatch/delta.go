@@ -27,13 +27,16 @@ type held struct {
 	revision   uint64
 	sum        string
 	ours       bool // we sent it: the sum needs no check
+	draining   bool // of the one that we sent
 }
 
 // encoding is a view of one revision, encoded for no node in particular: views
-// of one revision differ in the node alone, so one encoding serves all relays.
+// of one revision differ in the node and in whether it drains, so two encodings
+// serve all relays.
 type encoding struct {
 	generation uint64
 	revision   uint64
+	draining   bool
 	head, tail []byte // around the record of the node
 }
 
@@ -68,15 +71,21 @@ type encodings struct {
 }
 
 type delta struct {
-	from, to [2]uint64 // generation and revision
+	from, to version
 	encoded  []byte
+}
+
+// version names an encoding.
+type version struct {
+	generation, revision uint64
+	draining             bool
 }
 
 // of returns the encoding of a view's revision.
 func (c *encodings) of(view *policy.View) (*encoding, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if e := c.find(view.Generation, view.Revision); e != nil {
+	if e := c.find(version{view.Generation, view.Revision, view.Draining}); e != nil {
 		return e, nil
 	}
 	anyone := *view
@@ -89,7 +98,7 @@ func (c *encodings) of(view *policy.View) (*encoding, error) {
 	if err != nil {
 		return nil, err
 	}
-	e := &encoding{generation: view.Generation, revision: view.Revision, head: encoded[:cut:cut], tail: encoded[cut:]}
+	e := &encoding{generation: view.Generation, revision: view.Revision, draining: view.Draining, head: encoded[:cut:cut], tail: encoded[cut:]}
 	c.kept = append(c.kept, e)
 	total := 0
 	for i := len(c.kept) - 1; i >= 0; i-- {
@@ -102,10 +111,25 @@ func (c *encodings) of(view *policy.View) (*encoding, error) {
 	return e, nil
 }
 
-func (c *encodings) find(generation, revision uint64) *encoding {
+func (c *encodings) find(v version) *encoding {
 	for _, e := range c.kept {
-		if e.generation == generation && e.revision == revision {
+		if (version{e.generation, e.revision, e.draining}) == v {
 			return e
+		}
+	}
+	return nil
+}
+
+// base returns the encoding that a relay holds; nil if it is not kept.
+func (c *encodings) base(node ids.Node, from held) *encoding {
+	if from.ours {
+		return c.find(version{from.generation, from.revision, from.draining})
+	}
+	for _, draining := range []bool{false, true} {
+		if e := c.find(version{from.generation, from.revision, draining}); e != nil {
+			if sum := e.sum(node); string(sum[:]) == from.sum {
+				return e
+			}
 		}
 	}
 	return nil
@@ -116,16 +140,11 @@ func (c *encodings) find(generation, revision uint64) *encoding {
 func (c *encodings) between(node ids.Node, from held, to offer) ([]byte, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	old := c.find(from.generation, from.revision)
+	old := c.base(node, from)
 	if old == nil || from.revision == to.revision && from.generation == to.generation {
 		return nil, nil
 	}
-	if !from.ours {
-		if sum := old.sum(node); string(sum[:]) != from.sum {
-			return nil, nil
-		}
-	}
-	way := delta{from: [2]uint64{from.generation, from.revision}, to: [2]uint64{to.generation, to.revision}}
+	way := delta{from: version{old.generation, old.revision, old.draining}, to: version{to.generation, to.revision, to.shared.draining}}
 	for _, d := range c.deltas {
 		if d.from == way.from && d.to == way.to {
 			return d.encoded, nil

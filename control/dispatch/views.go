@@ -137,7 +137,7 @@ func (n *session) offer(stream link.Stream, conn *wire.Conn, view offer, noticed
 		if got := m.GetRevision(); got.GetIndex() != view.revision || got.GetGeneration() != view.generation {
 			return fault.New(fault.Invalid, op, "the relay acknowledged revision %d where %d was sent", got.GetIndex(), view.revision)
 		}
-		n.base = held{generation: view.generation, revision: view.revision, sum: string(view.sum[:]), ours: true}
+		n.base = held{generation: view.generation, revision: view.revision, sum: string(view.sum[:]), ours: true, draining: view.shared.draining}
 		server.viewCount.WithLabelValues("ack").Inc()
 		server.ackSeconds.Observe(took.Seconds())
 		server.config.Nodes.AckView(n.node, view.revision)

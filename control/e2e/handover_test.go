@@ -115,7 +115,7 @@ func TestMailForAPoolElsewhere(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	why := "it is handed over to relay relay2, because no source address of the pool can be used here"
+	why := "it is handed over to relay relay2.relais.test, because no source address of the pool can be used here"
 	eventually(t, 30*time.Second, "queue why names the relay", func() bool {
 		out, err := program(t, "relais-relay", "queue", "list", "--data", without.Dir)
 		if err != nil {
