@@ -1,0 +1,311 @@
+package e2e
+
+import (
+	"encoding/json"
+	"net/netip"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/relais-mta/relais/shared/lab"
+	"github.com/relais-mta/relais/shared/lab/fleet"
+)
+
+// The limits of the test, and what must come of them.
+const (
+	sharedPerMinute   = 600
+	sharedBurst       = 60
+	sharedConnections = 2
+	sharedUse         = 0.9              // of the limit, while there is demand
+	sharedBack        = 35 * time.Second // after the end of a fault that much is used again
+	sharedWindow      = 15 * time.Second // over which use is measured
+	sharedSteady      = 25 * time.Second // to begin with
+	sharedStart       = time.Minute      // until the limits are lent at first
+	sharedBlocks      = 1100             // of 6 messages, one for each stream of each relay
+	sharedPattern     = 11               // of as many blocks 4 go to the provider with connections, 7 to that with the rate: more than goes in the test
+	sharedAnswer      = 400 * time.Millisecond
+	sharedStop        = 15 * time.Second // a relay is stopped for
+	sharedLook        = 10 * time.Millisecond
+	sharedOverlap     = 500 * time.Millisecond // an end of a connection takes so long to be seen, at most
+)
+
+const sharedPolicy = `[[limit]]
+name = "rate"
+provider = "google"
+messages = "600/1m"
+burst = 60
+
+[[limit]]
+name = "open"
+provider = "yahoo"
+connections = 2
+
+[lease]
+ttl = "10s"
+linger = "5s"
+hold = "30s"
+`
+
+// mx is what the providers see: when transactions began, and how many connections
+// are open.
+type mx struct {
+	t   *testing.T
+	lab *lab.Lab
+	end chan struct{}
+	run sync.WaitGroup
+
+	mu     sync.Mutex
+	begun  []begin
+	open   []opened
+	frozen atomic.Value // of netip.Addr: a stopped relay's source, whose connections nobody can close
+}
+
+type begin struct {
+	at     time.Time
+	source netip.Addr
+}
+
+type opened struct {
+	at    time.Time
+	count int
+}
+
+func watchMX(t *testing.T, l *lab.Lab) *mx {
+	t.Helper()
+	m := &mx{t: t, lab: l, end: make(chan struct{})}
+	m.frozen.Store(netip.Addr{})
+	if err := l.SetBehaviour("google", lab.Behaviour{Answer: func(e lab.Event) lab.Answer {
+		if e.Phase == lab.PhaseMail {
+			m.mu.Lock()
+			m.begun = append(m.begun, begin{time.Now(), e.Source})
+			m.mu.Unlock()
+		}
+		return lab.Answer{}
+	}}); err != nil {
+		t.Fatal(err)
+	}
+	if err := l.SetBehaviour("yahoo", lab.Behaviour{Answer: func(e lab.Event) lab.Answer {
+		if e.Phase == lab.PhaseFinalDot {
+			return lab.Answer{Delay: sharedAnswer}
+		}
+		return lab.Answer{}
+	}}); err != nil {
+		t.Fatal(err)
+	}
+	end := m.end
+	m.run.Go(func() { m.count(end) })
+	t.Cleanup(m.stop)
+	return m
+}
+
+func (m *mx) stop() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.end != nil {
+		close(m.end)
+		m.end = nil
+	}
+}
+
+// count looks at the connections all the time.
+func (m *mx) count(end <-chan struct{}) {
+	tick := time.NewTicker(sharedLook)
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+		case <-end:
+			return
+		}
+		n := 0
+		frozen := m.frozen.Load().(netip.Addr)
+		for _, l := range m.lab.Report().Lanes {
+			if l.Provider == "yahoo" && l.Source != frozen {
+				n += l.ConnectionsNow
+			}
+		}
+		m.mu.Lock()
+		m.open = append(m.open, opened{time.Now(), n})
+		m.mu.Unlock()
+	}
+}
+
+// use returns which part of the rate, and of the connections, was used from a time
+// on, and how many messages the source had of it.
+func (m *mx) use(from, to time.Time, source netip.Addr) (rate, open float64, of int) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	n := 0
+	for _, b := range m.begun {
+		if b.at.After(from) && !b.at.After(to) {
+			n++
+			if b.source == source {
+				of++
+			}
+		}
+	}
+	looks, sum := 0, 0
+	for _, o := range m.open {
+		if o.at.After(from) && !o.at.After(to) {
+			looks++
+			sum += min(o.count, sharedConnections)
+		}
+	}
+	rate = float64(n) / (sharedPerMinute * to.Sub(from).Minutes())
+	if looks > 0 {
+		open = float64(sum) / float64(looks) / sharedConnections
+	}
+	return rate, open, of
+}
+
+// check asserts that no span of time saw more than the limits allow.
+func (m *mx) check() {
+	m.t.Helper()
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	worst := 0.0
+	for i := range m.begun {
+		for j := i; j < len(m.begun); j++ {
+			span := m.begun[j].at.Sub(m.begun[i].at)
+			over := float64(j-i+1) - sharedPerMinute*span.Minutes() - sharedBurst
+			if worst = max(worst, over+sharedBurst); over > 0 {
+				m.t.Errorf("%d messages in %v: the limit allows %d a minute and a burst of %d", j-i+1, span, sharedPerMinute, sharedBurst)
+				return
+			}
+		}
+	}
+	var since time.Time // there have been too many
+	for _, o := range m.open {
+		switch {
+		case o.count <= sharedConnections:
+			since = time.Time{}
+		case since.IsZero():
+			since = o.at
+		case o.at.Sub(since) > sharedOverlap:
+			m.t.Errorf("%d connections for %v: the limit allows %d", o.count, o.at.Sub(since), sharedConnections)
+			return
+		}
+	}
+	m.t.Logf("%d messages, in no span more than %.1f above the rate; the burst allows %d", len(m.begun), worst, sharedBurst)
+}
+
+// rest waits.
+func rest(t *testing.T, d time.Duration, what string) {
+	t.Helper()
+	end := time.Now().Add(d)
+	eventually(t, d+time.Minute, what, func() bool { return time.Now().After(end) })
+}
+
+// used asserts that the limits are used as far as they should be, over a window
+// that ends now.
+func (m *mx) used(after string, window time.Duration) {
+	m.t.Helper()
+	now := time.Now()
+	rate, open, _ := m.use(now.Add(-window), now, netip.Addr{})
+	m.t.Logf("%s: %.0f %% of the rate and %.0f %% of the connections were used over %v", after, 100*rate, 100*open, window)
+	if rate < sharedUse || open < sharedUse {
+		m.t.Errorf("%s: %.1f %% of the rate and %.1f %% of the connections were used, want %.0f %%", after, 100*rate, 100*open, 100*sharedUse)
+	}
+}
+
+// back waits until a fault has been over for long enough, and measures.
+func (m *mx) back(fault string) {
+	m.t.Helper()
+	rest(m.t, sharedBack+sharedWindow, "the fault to be over for a while")
+	m.used("after "+fault, sharedWindow)
+}
+
+// TestSharedLimits has three relays with more mail than two limits let pass that
+// the whole cluster has in common, and looks at the mail hosts: a leader is killed,
+// a relay stopped for longer than its lease.
+func TestSharedLimits(t *testing.T) {
+	f := startTrio(t, fleet.Config{Relays: 3, Open: true, NoDKIM: true, Policy: map[string]string{"limits": sharedPolicy}})
+	m := watchMX(t, f.Lab)
+	var to []string
+	for i := range 6 * sharedBlocks {
+		provider := "google"
+		if i/6%sharedPattern < 4 {
+			provider = "yahoo"
+		}
+		address, err := f.Lab.Recipient(provider, i%200, lab.Accept)
+		if err != nil {
+			t.Fatal(err)
+		}
+		to = append(to, address)
+	}
+	if _, err := f.Submit(within(t, 2*time.Minute), fleet.Stream{Recipients: to, Size: 1000, Connections: 4, Tag: "limits"}); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, sharedStart, "both limits to be used", func() bool {
+		now := time.Now()
+		rate, open, _ := m.use(now.Add(-5*time.Second), now, netip.Addr{})
+		return rate > sharedUse && open > sharedUse
+	})
+	rest(t, sharedSteady, "a while without faults")
+	m.used("without faults", sharedSteady)
+	f.explained(f.Relays[0])
+
+	leader, _ := f.leader()
+	leader.Kill()
+	f.leader() // another one
+	if err := f.StartServer(within(t, time.Minute), leader); err != nil {
+		t.Fatal(err)
+	}
+	m.back("the leader was killed")
+
+	stopped := f.Relays[1]
+	m.frozen.Store(stopped.Sources[0])
+	if err := stopped.Signal(syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	rest(t, sharedStop, "the lease of the stopped relay to end")
+	if err := stopped.Signal(syscall.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
+	rest(t, sharedOverlap, "it to close what it held") // at once, but nothing says when that is
+	m.frozen.Store(netip.Addr{})
+	m.back("a relay was stopped")
+
+	m.stop()
+	m.run.Wait()
+	m.check()
+}
+
+// explained asserts that the relay says which limit its mail waits for.
+func (f *trio) explained(r *fleet.Relay) {
+	f.t.Helper()
+	var last []laneRow
+	defer func() {
+		if f.t.Failed() {
+			f.t.Logf("%s shows the lanes %+v", r.Name, last)
+		}
+	}()
+	eventually(f.t, 20*time.Second, "a lane to be held by the limit", func() bool {
+		last = f.lanes(r)
+		return slices.ContainsFunc(last, func(l laneRow) bool {
+			return l.Provider == "google" && l.Hold == "limit" && strings.Contains(l.HoldText, "the limit rate allows 600 messages in 1m") && strings.Contains(l.HoldText, "this relay may use")
+		})
+	})
+}
+
+type laneRow struct {
+	Provider string `json:"provider"`
+	Hold     string `json:"hold"`
+	HoldText string `json:"hold_text"`
+}
+
+func (f *trio) lanes(r *fleet.Relay) (rows []laneRow) {
+	f.t.Helper()
+	out, err := program(f.t, "relais-relay", "lanes", "--json", "--data", r.Dir)
+	if err == nil {
+		err = json.Unmarshal([]byte(out), &rows)
+	}
+	if err != nil {
+		f.t.Fatalf("%v: %s", err, out)
+	}
+	return rows
+}
