@@ -76,12 +76,12 @@ func TestUnknownCommandHalts(t *testing.T) {
 	var halted error
 	f := New(st, func(err error) { halted = err })
 	skippable := entry(t, 1, 1)
-	skippable.Data[0] = 0xf0
+	skippable.Data[0] = 0xff
 	if r := f.Apply(skippable).(state.Result); r.Err != nil || st.Read().Index() != 1 || halted != nil {
 		t.Errorf("a command that may be skipped: %+v, %v", r, halted)
 	}
 	unknown := entry(t, 2, 1)
-	unknown.Data[0] = 0x70
+	unknown.Data[0] = 0x7f // the highest that may not be skipped; types are given from below
 	func() {
 		defer func() {
 			if recover() == nil {
