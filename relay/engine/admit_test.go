@@ -115,6 +115,22 @@ func TestNoSessionIsOpenedThatIsRefused(t *testing.T) {
 	w.settled(g, 1)
 }
 
+// TestAHoldSaysWhenItEnds: mail is asked about again long before a hold ends that
+// lasts for hours, which is no news for people.
+func TestAHoldSaysWhenItEnds(t *testing.T) {
+	end := time.Now().Add(3 * time.Hour)
+	w := admitted(t, &gatekeeper{connect: Hold{Reason: "warmup", Text: "the day's quota is spent", Until: end}})
+	env := w.accept(nil, w.at(lab.Google, 0, lab.Accept))
+	var x Explanation
+	w.until("the queue to be left alone", func() bool {
+		x = w.engine.Explain(env, 0, relay.RecipientState{State: relay.StateWaiting, Next: env.AcceptedAt})
+		return x.Reason == "warmup"
+	})
+	if !x.Until.Equal(end) {
+		t.Errorf("it waits until %v, want %v", x.Until, end)
+	}
+}
+
 // settled waits until all that was admitted was given back, and asks how many
 // recipients were offered.
 func (w *world) settled(g *gatekeeper, offered int) {

@@ -69,6 +69,9 @@ func (e *Engine) Explain(env *relay.Envelope, index int, st relay.RecipientState
 	x := Explanation{Reason: w.Reason, Text: whyTexts[w.Reason], Until: w.Until, Provider: w.Lane.Provider}
 	if w.Hold.Reason != "" {
 		x.Text, x.Limit, x.Scope = w.Hold.Text, w.Hold.Name, w.Hold.Scope
+		if w.Hold.Until.After(x.Until) {
+			x.Until = w.Hold.Until // it is asked again before that
+		}
 	}
 	if h, ok := e.explainGate(w.Gate); ok {
 		x.Text, x.Limit, x.Scope = h.Text, h.Name, h.Scope
