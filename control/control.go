@@ -79,8 +79,10 @@ type SourceState string
 const (
 	SourceFree     SourceState = "free"
 	SourceAssigned SourceState = "assigned"
-	// SourceQuarantined: its relay was evicted. Nobody uses it until an operator
-	// releases or assigns it.
+	// SourceReleasing: its relay finishes what it has begun and says when it has.
+	SourceReleasing SourceState = "releasing"
+	// SourceQuarantined: its relay was evicted, or an operator put it aside. Nobody
+	// uses it until an operator releases or assigns it.
 	SourceQuarantined SourceState = "quarantined"
 )
 

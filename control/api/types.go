@@ -206,7 +206,7 @@ type IP struct {
 	NodeName  string    `json:"node_name,omitempty"`
 	Epoch     uint64    `json:"epoch"`
 	Pinned    bool      `json:"pinned"`
-	State     string    `json:"state" enum:"free,assigned,quarantined"`
+	State     string    `json:"state" enum:"free,assigned,releasing,quarantined"`
 	Present   *bool     `json:"present,omitempty" doc:"Whether its relay found it on its host; absent while the relay is not connected"`
 	CreatedAt time.Time `json:"created_at"`
 	Revision  uint64    `json:"revision"`

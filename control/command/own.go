@@ -7,15 +7,25 @@ import (
 	"github.com/relais-mta/relais/shared/fault"
 )
 
-// The commands about where relays take mail of others.
+// The commands about where relays take mail of others, and about addresses on
+// their way from one relay to another.
 const (
 	TypeNodeHandover Type = 100
+	TypeIPRetire     Type = 101
+	TypeIPLeft       Type = 102
+	TypeIPQuarantine Type = 103
 )
 
 func ownType(c Command) Type {
 	switch c.(type) {
 	case *NodeHandover:
 		return TypeNodeHandover
+	case *IPRetire:
+		return TypeIPRetire
+	case *IPLeft:
+		return TypeIPLeft
+	case *IPQuarantine:
+		return TypeIPQuarantine
 	}
 	return 0
 }
@@ -30,6 +40,21 @@ const maxHandoverBytes = 260
 // Validate implements Command.
 func (c *NodeHandover) Validate() error {
 	return first(checkMeta(c.GetMeta()), checkBytes("node", c.GetNode(), 16, 16), checkHandover(c.GetAddress()))
+}
+
+// Validate implements Command.
+func (c *IPRetire) Validate() error {
+	return first(checkMeta(c.GetMeta()), checkBytes("ip", c.GetSource(), 16, 16))
+}
+
+// Validate implements Command.
+func (c *IPLeft) Validate() error {
+	return first(checkMeta(c.GetMeta()), checkBytes("ip", c.GetSource(), 16, 16), checkBytes("node", c.GetNode(), 16, 16))
+}
+
+// Validate implements Command.
+func (c *IPQuarantine) Validate() error {
+	return first(checkMeta(c.GetMeta()), checkBytes("ip", c.GetSource(), 16, 16))
 }
 
 // checkHandover refuses what is neither HandoverNone nor host:port.

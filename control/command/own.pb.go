@@ -93,6 +93,200 @@ func (x *NodeHandover) GetAddress() string {
 	return ""
 }
 
+// IPRetire asks the owner of an address to stop: it opens no session from it any
+// more, finishes what it has begun, and says when it has.
+type IPRetire struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Meta          *Meta                  `protobuf:"bytes,1,opt,name=meta,proto3" json:"meta,omitempty"`
+	Expect        uint64                 `protobuf:"varint,2,opt,name=expect,proto3" json:"expect,omitempty"`
+	Source        []byte                 `protobuf:"bytes,3,opt,name=source,proto3" json:"source,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IPRetire) Reset() {
+	*x = IPRetire{}
+	mi := &file_control_command_own_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IPRetire) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IPRetire) ProtoMessage() {}
+
+func (x *IPRetire) ProtoReflect() protoreflect.Message {
+	mi := &file_control_command_own_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IPRetire.ProtoReflect.Descriptor instead.
+func (*IPRetire) Descriptor() ([]byte, []int) {
+	return file_control_command_own_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *IPRetire) GetMeta() *Meta {
+	if x != nil {
+		return x.Meta
+	}
+	return nil
+}
+
+func (x *IPRetire) GetExpect() uint64 {
+	if x != nil {
+		return x.Expect
+	}
+	return 0
+}
+
+func (x *IPRetire) GetSource() []byte {
+	if x != nil {
+		return x.Source
+	}
+	return nil
+}
+
+// IPLeft is the owner's word that it sends from the address no more and never
+// will under that epoch.
+type IPLeft struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Meta          *Meta                  `protobuf:"bytes,1,opt,name=meta,proto3" json:"meta,omitempty"`
+	Source        []byte                 `protobuf:"bytes,2,opt,name=source,proto3" json:"source,omitempty"`
+	Node          []byte                 `protobuf:"bytes,3,opt,name=node,proto3" json:"node,omitempty"`
+	Epoch         uint64                 `protobuf:"varint,4,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IPLeft) Reset() {
+	*x = IPLeft{}
+	mi := &file_control_command_own_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IPLeft) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IPLeft) ProtoMessage() {}
+
+func (x *IPLeft) ProtoReflect() protoreflect.Message {
+	mi := &file_control_command_own_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IPLeft.ProtoReflect.Descriptor instead.
+func (*IPLeft) Descriptor() ([]byte, []int) {
+	return file_control_command_own_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *IPLeft) GetMeta() *Meta {
+	if x != nil {
+		return x.Meta
+	}
+	return nil
+}
+
+func (x *IPLeft) GetSource() []byte {
+	if x != nil {
+		return x.Source
+	}
+	return nil
+}
+
+func (x *IPLeft) GetNode() []byte {
+	if x != nil {
+		return x.Node
+	}
+	return nil
+}
+
+func (x *IPLeft) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+// IPQuarantine has nobody send from an address. Its owner stays named until it
+// says that it has stopped.
+type IPQuarantine struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Meta          *Meta                  `protobuf:"bytes,1,opt,name=meta,proto3" json:"meta,omitempty"`
+	Expect        uint64                 `protobuf:"varint,2,opt,name=expect,proto3" json:"expect,omitempty"`
+	Source        []byte                 `protobuf:"bytes,3,opt,name=source,proto3" json:"source,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IPQuarantine) Reset() {
+	*x = IPQuarantine{}
+	mi := &file_control_command_own_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IPQuarantine) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IPQuarantine) ProtoMessage() {}
+
+func (x *IPQuarantine) ProtoReflect() protoreflect.Message {
+	mi := &file_control_command_own_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IPQuarantine.ProtoReflect.Descriptor instead.
+func (*IPQuarantine) Descriptor() ([]byte, []int) {
+	return file_control_command_own_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *IPQuarantine) GetMeta() *Meta {
+	if x != nil {
+		return x.Meta
+	}
+	return nil
+}
+
+func (x *IPQuarantine) GetExpect() uint64 {
+	if x != nil {
+		return x.Expect
+	}
+	return 0
+}
+
+func (x *IPQuarantine) GetSource() []byte {
+	if x != nil {
+		return x.Source
+	}
+	return nil
+}
+
 var File_control_command_own_proto protoreflect.FileDescriptor
 
 const file_control_command_own_proto_rawDesc = "" +
@@ -102,7 +296,20 @@ const file_control_command_own_proto_rawDesc = "" +
 	"\x04meta\x18\x01 \x01(\v2\x17.relais.control.v1.MetaR\x04meta\x12\x16\n" +
 	"\x06expect\x18\x02 \x01(\x04R\x06expect\x12\x12\n" +
 	"\x04node\x18\x03 \x01(\fR\x04node\x12\x18\n" +
-	"\aaddress\x18\x04 \x01(\tR\aaddressB.Z,github.com/relais-mta/relais/control/commandb\x06proto3"
+	"\aaddress\x18\x04 \x01(\tR\aaddress\"g\n" +
+	"\bIPRetire\x12+\n" +
+	"\x04meta\x18\x01 \x01(\v2\x17.relais.control.v1.MetaR\x04meta\x12\x16\n" +
+	"\x06expect\x18\x02 \x01(\x04R\x06expect\x12\x16\n" +
+	"\x06source\x18\x03 \x01(\fR\x06source\"w\n" +
+	"\x06IPLeft\x12+\n" +
+	"\x04meta\x18\x01 \x01(\v2\x17.relais.control.v1.MetaR\x04meta\x12\x16\n" +
+	"\x06source\x18\x02 \x01(\fR\x06source\x12\x12\n" +
+	"\x04node\x18\x03 \x01(\fR\x04node\x12\x14\n" +
+	"\x05epoch\x18\x04 \x01(\x04R\x05epoch\"k\n" +
+	"\fIPQuarantine\x12+\n" +
+	"\x04meta\x18\x01 \x01(\v2\x17.relais.control.v1.MetaR\x04meta\x12\x16\n" +
+	"\x06expect\x18\x02 \x01(\x04R\x06expect\x12\x16\n" +
+	"\x06source\x18\x03 \x01(\fR\x06sourceB.Z,github.com/relais-mta/relais/control/commandb\x06proto3"
 
 var (
 	file_control_command_own_proto_rawDescOnce sync.Once
@@ -116,18 +323,24 @@ func file_control_command_own_proto_rawDescGZIP() []byte {
 	return file_control_command_own_proto_rawDescData
 }
 
-var file_control_command_own_proto_msgTypes = make([]protoimpl.MessageInfo, 1)
+var file_control_command_own_proto_msgTypes = make([]protoimpl.MessageInfo, 4)
 var file_control_command_own_proto_goTypes = []any{
 	(*NodeHandover)(nil), // 0: relais.control.v1.NodeHandover
-	(*Meta)(nil),         // 1: relais.control.v1.Meta
+	(*IPRetire)(nil),     // 1: relais.control.v1.IPRetire
+	(*IPLeft)(nil),       // 2: relais.control.v1.IPLeft
+	(*IPQuarantine)(nil), // 3: relais.control.v1.IPQuarantine
+	(*Meta)(nil),         // 4: relais.control.v1.Meta
 }
 var file_control_command_own_proto_depIdxs = []int32{
-	1, // 0: relais.control.v1.NodeHandover.meta:type_name -> relais.control.v1.Meta
-	1, // [1:1] is the sub-list for method output_type
-	1, // [1:1] is the sub-list for method input_type
-	1, // [1:1] is the sub-list for extension type_name
-	1, // [1:1] is the sub-list for extension extendee
-	0, // [0:1] is the sub-list for field type_name
+	4, // 0: relais.control.v1.NodeHandover.meta:type_name -> relais.control.v1.Meta
+	4, // 1: relais.control.v1.IPRetire.meta:type_name -> relais.control.v1.Meta
+	4, // 2: relais.control.v1.IPLeft.meta:type_name -> relais.control.v1.Meta
+	4, // 3: relais.control.v1.IPQuarantine.meta:type_name -> relais.control.v1.Meta
+	4, // [4:4] is the sub-list for method output_type
+	4, // [4:4] is the sub-list for method input_type
+	4, // [4:4] is the sub-list for extension type_name
+	4, // [4:4] is the sub-list for extension extendee
+	0, // [0:4] is the sub-list for field type_name
 }
 
 func init() { file_control_command_own_proto_init() }
@@ -142,7 +355,7 @@ func file_control_command_own_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_control_command_own_proto_rawDesc), len(file_control_command_own_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   1,
+			NumMessages:   4,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

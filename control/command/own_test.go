@@ -9,6 +9,9 @@ import (
 func ownSamples(meta *Meta) []Command {
 	return []Command{
 		&NodeHandover{Meta: meta, Expect: 31, Node: id(5), Address: "edge-1.example:7445"},
+		&IPRetire{Meta: meta, Expect: 32, Source: id(14)},
+		&IPLeft{Meta: meta, Source: id(14), Node: id(5), Epoch: 33},
+		&IPQuarantine{Meta: meta, Expect: 34, Source: id(14)},
 	}
 }
 

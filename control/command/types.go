@@ -129,6 +129,9 @@ var registry = []registration{
 	{TypeLeaseTick, "lease.tick", func() Command { return new(LeaseTick) }},
 	{TypeLeaseDeclare, "lease.declare", func() Command { return new(LeaseDeclare) }},
 	{TypeNodeHandover, "node.handover", func() Command { return new(NodeHandover) }},
+	{TypeIPRetire, "ip.retire", func() Command { return new(IPRetire) }},
+	{TypeIPLeft, "ip.left", func() Command { return new(IPLeft) }},
+	{TypeIPQuarantine, "ip.quarantine", func() Command { return new(IPQuarantine) }},
 	{TypeStateHash, "state-hash", func() Command { return new(StateHash) }},
 }
 

@@ -110,10 +110,18 @@ type Report struct {
 	QueueBytes         uint64
 	FreeBytes          uint64
 	Sources            []SourceReport // those assigned to it
+	Left               []LeftSource   // that it was to stop using, and has
 	Problems           []string
 	BundleSum          []byte // of the CAs it believes; empty: a release that does not tell
 	LeafIssuer         string // key id of the CA that its certificate is of
 	Reflexes           []Reflex
+}
+
+// LeftSource is an address from which a relay has nothing open and never will
+// under that epoch.
+type LeftSource struct {
+	Source ids.Source
+	Epoch  uint64
 }
 
 // SourceReport says whether an assigned address is on the relay's host.

@@ -435,7 +435,7 @@ func TestReports(t *testing.T) {
 	source := ids.Source(ids.NewMessage(time.Now()))
 	sent := &wire.Report{
 		Nonce: 4, SentTimeMs: time.Now().Add(time.Minute).UnixMilli(), Applied: &wire.Revision{Generation: 1, Index: 10},
-		WaitingRecipients: 7, Sources: []*wire.HeldSource{{SourceId: source[:], Epoch: 3, Present: true}}, Problems: []string{"disk", strings.Repeat("x", 9999)},
+		WaitingRecipients: 7, Sources: []*wire.HeldSource{{SourceId: source[:], Epoch: 3, Present: true}}, Left: []*wire.LeavingSource{{SourceId: source[:], Epoch: 2}}, Problems: []string{"disk", strings.Repeat("x", 9999)},
 	}
 	if err := r.control.Send(sent); err != nil {
 		t.Fatal(err)
@@ -445,7 +445,7 @@ func TestReports(t *testing.T) {
 		t.Errorf("pong %v, %v", pong, err)
 	}
 	got := within(t, w.nodes.reports)
-	if got.Revision != 10 || got.WaitingRecipients != 7 || !slices.Equal(got.Sources, []SourceReport{{Source: source, Epoch: 3, Present: true}}) || (got.ClockOffset-time.Minute).Abs() > time.Second {
+	if got.Revision != 10 || got.WaitingRecipients != 7 || !slices.Equal(got.Sources, []SourceReport{{Source: source, Epoch: 3, Present: true}}) || !slices.Equal(got.Left, []LeftSource{{Source: source, Epoch: 2}}) || (got.ClockOffset-time.Minute).Abs() > time.Second {
 		t.Errorf("report %+v", got)
 	}
 	if len(got.Problems) != 2 || len(got.Problems[1]) != maxProblemBytes {

@@ -409,6 +409,16 @@ func decodeReport(in *wire.Report, now time.Time) (Report, error) {
 		}
 		out.Sources = append(out.Sources, held)
 	}
+	if n := len(in.GetLeft()); n > maxReportSources {
+		return out, fault.New(fault.TooLarge, op, "a report names %d sources that were left, at most %d", n, maxReportSources)
+	}
+	for _, source := range in.GetLeft() {
+		left := LeftSource{Epoch: source.GetEpoch()}
+		if err := wire.DecodeID(source.GetSourceId(), &left.Source); err != nil {
+			return out, err
+		}
+		out.Left = append(out.Left, left)
+	}
 	if err := out.decodeReflexes(in); err != nil {
 		return out, err
 	}

@@ -34,6 +34,7 @@ type ReportInfo struct {
 	QueueBytes         uint64
 	FreeBytes          uint64
 	Missing            []ids.Source // assigned to it but not on its host
+	Left               []LeftSource // that it was to stop using, and has
 	Certificate        CertificateState
 	Problems           []string // in its own words
 }

@@ -13,11 +13,28 @@ import (
 // reverse DNS: before it relays use addresses without one.
 const reverseVersion = 2
 
-// ReleaseIP ends the quarantine of an address, named by itself or by its id: it
-// is free again. oldOwnerIsOff is the operator's word that the evicted machine
-// is switched off.
+// ReleaseIP asks the relay that has an address, named by itself or by its id, to
+// stop using it: it is free when the relay says that it has. An address in
+// quarantine is free at once; oldOwnerIsOff is the operator's word that the
+// machine that had it is switched off.
 func (s *Service) ReleaseIP(ctx context.Context, a Actor, ref string, oldOwnerIsOff bool, c Change) (*control.Source, error) {
 	const op = "service.ReleaseIP"
+	if err := s.enter(a, control.RoleOperator, op); err != nil {
+		return nil, err
+	}
+	src, err := sourceByRef(s.state.Read(), ref)
+	if err != nil {
+		return nil, err
+	}
+	if src.State != control.SourceQuarantined {
+		return s.retireIP(ctx, a, src, c)
+	}
+	return s.UnquarantineIP(ctx, a, ref, oldOwnerIsOff, c)
+}
+
+// UnquarantineIP ends the quarantine of an address: it is free again.
+func (s *Service) UnquarantineIP(ctx context.Context, a Actor, ref string, oldOwnerIsOff bool, c Change) (*control.Source, error) {
+	const op = "service.UnquarantineIP"
 	if err := s.enter(a, control.RoleOperator, op); err != nil {
 		return nil, err
 	}
@@ -37,6 +54,8 @@ func unused(r *state.Reader, src *control.Source) string {
 	switch {
 	case src.State == control.SourceQuarantined:
 		return "quarantined: " + src.Quarantine
+	case owner != nil && src.State == control.SourceReleasing:
+		return "relay " + owner.Name + " finishes what it has begun"
 	case owner == nil:
 		return "no relay has it"
 	case owner.State == control.NodeEvicted:

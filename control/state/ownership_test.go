@@ -69,7 +69,7 @@ type step struct {
 func (r *replicated) draw(rng *rand.Rand, active []int) step {
 	n, pool, off := active[rng.IntN(len(active))], rng.IntN(agreePools), rng.IntN(3) == 0
 	node, poolID := rowID[ids.Node](n), rowID[ids.Pool](pool+50)
-	switch rng.IntN(4) {
+	switch rng.IntN(9) {
 	case 0, 1:
 		return step{"assign", &command.IPAssign{Source: r.ip[:], Node: node[:], OldOwnerIsOff: off}, func(a ownership.Address, index uint64) (ownership.Address, error) {
 			return a.Assign(node, index, off)
@@ -78,9 +78,34 @@ func (r *replicated) draw(rng *rand.Rand, active []int) step {
 		return step{"end the quarantine", &command.IPRelease{Meta: &command.Meta{Reason: "wiped"}, Source: r.ip[:], OldOwnerIsOff: off}, func(a ownership.Address, _ uint64) (ownership.Address, error) {
 			return a.Unquarantine(off)
 		}}
+	case 3, 4:
+		return step{"release", &command.IPRetire{Source: r.ip[:]}, func(a ownership.Address, _ uint64) (ownership.Address, error) {
+			return a.Release(false)
+		}}
+	case 5:
+		return step{"quarantine", &command.IPQuarantine{Source: r.ip[:]}, func(a ownership.Address, _ uint64) (ownership.Address, error) {
+			return a.Quarantine(), nil
+		}}
+	case 6, 7:
+		return r.drawLeft(rng, node)
 	}
 	return step{"place", &command.IPAssign{Source: r.ip[:], Pool: poolID[:]}, func(a ownership.Address, _ uint64) (ownership.Address, error) {
 		return a.Place(tenantOf(pool))
+	}}
+}
+
+// drawLeft returns a word that a relay has stopped: mostly of the owner, and now
+// and then under a former epoch.
+func (r *replicated) drawLeft(rng *rand.Rand, by ids.Node) step {
+	epoch := r.row.Epoch
+	if rng.IntN(4) > 0 && !r.row.Owner.IsZero() {
+		by = r.row.Owner
+	}
+	if rng.IntN(4) == 0 {
+		epoch -= min(epoch, 1)
+	}
+	return step{"left", &command.IPLeft{Source: r.ip[:], Node: by[:], Epoch: epoch}, func(a ownership.Address, _ uint64) (ownership.Address, error) {
+		return a.Acknowledge(by, epoch), nil
 	}}
 }
 
@@ -96,7 +121,7 @@ func (r *replicated) evict(n int) {
 // TestStateKeepsTheRulesOfOwnership drives the replicated state and the rules that
 // the simulator tries with the same steps: they allow the same and come to the same.
 func TestStateKeepsTheRulesOfOwnership(t *testing.T) {
-	allowed, refused := map[string]int{}, map[string]int{}
+	allowed, refused, moved := map[string]int{}, map[string]int{}, map[string]int{}
 	for seed := range uint64(60) {
 		rng := rand.New(rand.NewPCG(seed, 7))
 		r := newReplicated(t)
@@ -115,6 +140,9 @@ func TestStateKeepsTheRulesOfOwnership(t *testing.T) {
 			if (err == nil) != (bad == nil) {
 				t.Fatalf("seed %d: %s of %+v: the state says %v, the rules say %v", seed, s.name, r.row, err, bad)
 			}
+			if after.State != r.row.State {
+				moved[s.name+" to "+string(after.State)]++
+			}
 			if r.row = after; bad != nil {
 				refused[s.name]++
 			} else {
@@ -123,7 +151,12 @@ func TestStateKeepsTheRulesOfOwnership(t *testing.T) {
 			r.same(s.name)
 		}
 	}
-	for _, name := range []string{"assign", "end the quarantine", "place"} {
+	for _, name := range []string{"assign to assigned", "release to releasing", "left to free", "quarantine to quarantined", "end the quarantine to free"} {
+		if moved[name] < 20 {
+			t.Errorf("%s: %d times", name, moved[name])
+		}
+	}
+	for _, name := range []string{"assign", "end the quarantine", "place", "release"} {
 		if allowed[name] < 20 || refused[name] < 20 {
 			t.Errorf("%s: allowed %d times, refused %d times", name, allowed[name], refused[name])
 		}

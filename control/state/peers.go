@@ -12,12 +12,18 @@ import (
 // PeersVersion is the version of the commands since which relays know each other.
 const PeersVersion = 4
 
-// applyOwn dispatches the commands about relays' hand-over; known is false for
-// any other command.
+// applyOwn dispatches the commands about relays' hand-over and about addresses
+// that change hands; known is false for any other command.
 func (a *applier) applyOwn(body command.Command) (row any, known bool, err error) {
 	switch c := body.(type) {
 	case *command.NodeHandover:
 		row, err = a.nodeHandover(c)
+	case *command.IPRetire:
+		row, err = a.sourceRetire(c)
+	case *command.IPLeft:
+		row, err = a.sourceLeft(c)
+	case *command.IPQuarantine:
+		row, err = a.sourceQuarantine(c)
 	default:
 		return nil, false, nil
 	}

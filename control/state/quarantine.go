@@ -23,7 +23,7 @@ const maxAuditAddresses = 20
 // in the row, so that handing one on needs the word that the machine is off.
 func (a *applier) quarantine(node *control.Node, reason string) (quarantined []string, err error) {
 	for _, old := range all(a.txn, sourcesTable) {
-		if old.Owner != node.ID || old.State != control.SourceAssigned {
+		if old.Owner != node.ID || old.State != control.SourceAssigned && old.State != control.SourceReleasing {
 			continue
 		}
 		row := *old
@@ -78,9 +78,9 @@ func (a *applier) sourceRelease(c *command.IPRelease) (any, error) {
 	case old.State == control.SourceFree:
 		return old, nil // repeated after an unknown outcome
 	case old.State != control.SourceQuarantined:
-		return nil, fault.New(fault.Conflict, op, "%s is %s: only an address in quarantine is released; another relay gets it with `relais-control ip assign`", old.Bind, old.State)
-	case !c.GetOldOwnerIsOff():
-		e := fault.New(fault.Conflict, op, "%s may still be used by the evicted machine: switch it off and say so with --old-owner-is-off", old.Bind)
+		return nil, fault.New(fault.Conflict, op, "%s is %s: it is not in quarantine", old.Bind, old.State)
+	case !c.GetOldOwnerIsOff() && !old.Owner.IsZero():
+		e := fault.New(fault.Conflict, op, "%s may still be used by the machine that had it: switch that off and say so with --old-owner-is-off", old.Bind)
 		e.Field = "old_owner_is_off"
 		return nil, e
 	}

@@ -1,6 +1,7 @@
 package state
 
 import (
+	"fmt"
 	"net/netip"
 
 	"google.golang.org/protobuf/proto"
@@ -154,14 +155,14 @@ func (a *applier) newOwner(old, row *control.Source, c *command.IPAssign) error 
 	if node.State != control.NodeActive {
 		return fault.Field(op, "node", "%q is %s: only an active node takes addresses", node.Name, node.State)
 	}
-	if old.Owner == node.ID {
+	if old.Owner == node.ID && old.State == control.SourceAssigned {
 		return nil
 	}
 	if err := a.recovering(); err != nil {
 		return err
 	}
-	if !old.Owner.IsZero() && !c.GetOldOwnerIsOff() {
-		e := fault.New(fault.Conflict, op, "%s is assigned to node %s: switch that machine off and say so with --old-owner-is-off", old.Bind, old.Owner)
+	if why := a.keptBy(old, node, c.GetOldOwnerIsOff()); why != "" {
+		e := fault.New(fault.Conflict, op, "%s %s", old.Bind, why)
 		e.Field = "node"
 		return e
 	}
@@ -169,15 +170,42 @@ func (a *applier) newOwner(old, row *control.Source, c *command.IPAssign) error 
 	return nil
 }
 
+// keptBy says why an address is not given to a node now; empty: it may be. A relay
+// that has not let go of it yet may have it again.
+func (a *applier) keptBy(old *control.Source, to *control.Node, ownerIsOff bool) string {
+	quarantined := old.State == control.SourceQuarantined
+	if old.Owner.IsZero() {
+		if quarantined {
+			return "is in quarantine: end that first with `relais-control ip unquarantine`"
+		}
+		return ""
+	}
+	if ownerIsOff || old.Owner == to.ID && !quarantined {
+		return ""
+	}
+	name := old.Owner.String()
+	if n := get(a.txn, nodesTable, "id", old.Owner[:]); n != nil {
+		name = fmt.Sprintf("%q (%s)", n.Name, name)
+	}
+	switch old.State {
+	case control.SourceReleasing:
+		return "is being released by node " + name + ": wait until `relais-control ip list` shows it as free, or switch that machine off and say so with --old-owner-is-off"
+	case control.SourceQuarantined:
+		return "is in quarantine, and node " + name + " may still use it: switch that machine off and say so with --old-owner-is-off"
+	}
+	return "is assigned to node " + name + ": release it with `relais-control ip release`, or switch that machine off and say so with --old-owner-is-off"
+}
+
 // poolChangeAllowed enforces A3: an address of a tenant's dedicated pool does
-// not carry others' mail later, nor does a tenant inherit what others did.
+// not carry others' mail later, nor does a tenant inherit what others did. From one
+// to the other it passes through quarantine, when nobody has it.
 func (a *applier) poolChangeAllowed(old *control.Source, to *control.Pool) error {
 	if old.Pool.IsZero() || old.Pool == to.ID {
 		return nil
 	}
 	from := get(a.txn, poolsTable, "id", old.Pool[:])
-	if from != nil && from.Tenant != to.Tenant {
-		e := fault.New(fault.Conflict, op, "%s is in pool %q, which is not for the same tenant as %q: an address does not pass from one tenant's mail to another's", old.Bind, from.Name, to.Name)
+	if aside := old.State == control.SourceQuarantined && old.Owner.IsZero(); from != nil && from.Tenant != to.Tenant && !aside {
+		e := fault.New(fault.Conflict, op, "%s is in pool %q, which is not for the same tenant as %q: an address passes from one tenant's mail to another's only through quarantine (`relais-control ip quarantine`), when no relay has it", old.Bind, from.Name, to.Name)
 		e.Field = "pool"
 		return e
 	}

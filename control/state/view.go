@@ -60,6 +60,7 @@ func (r *Reader) View(node ids.Node, open OpenFunc) (*policy.View, error) {
 	r.viewTrust(v)
 	r.viewLimits(v)
 	r.viewPeers(v)
+	r.viewLeaving(v)
 	r.viewBrakes(v)
 	return v, nil
 }
@@ -135,7 +136,7 @@ func (r *Reader) viewSources(v *policy.View) {
 	}
 	verdicts := r.Cluster().FSMVersion >= reverseVersion
 	for _, s := range r.Sources() {
-		if verdicts && !s.Usable() || s.State == control.SourceQuarantined {
+		if verdicts && !s.Usable() || s.State == control.SourceQuarantined || s.State == control.SourceReleasing {
 			continue // a relay must not even try it
 		}
 		v.Sources = append(v.Sources, policy.Source{ID: s.ID, Bind: s.Bind, Public: s.Public, EHLO: s.EHLO, Pool: s.Pool, Owner: s.Owner, Epoch: s.Epoch, Pinned: s.Pinned})

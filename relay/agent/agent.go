@@ -46,9 +46,10 @@ type Load struct {
 	HeldRecipients     uint64
 	Handover           *wire.HandoverReport // nil: nothing is handed over
 	QueueBytes         uint64
-	FreeBytes          uint64             // on the queue's file system
-	Problems           []string           // one sentence each, as health shows them
-	Reflexes           []*wire.LaneReflex // lanes that were slowed down long ago; at most wire.MaxLaneReflexes
+	FreeBytes          uint64                // on the queue's file system
+	Problems           []string              // one sentence each, as health shows them
+	Left               []*wire.LeavingSource // of the view's leaving sources, those with nothing open
+	Reflexes           []*wire.LaneReflex    // lanes that were slowed down long ago; at most wire.MaxLaneReflexes
 }
 
 // Health is the state of the tie to control, for health pages.

@@ -423,7 +423,7 @@ func (s *session) newReport(nonce uint64, now time.Time) *wire.Report {
 		Nonce: nonce, SentTimeMs: now.UnixMilli(),
 		WaitingRecipients: load.WaitingRecipients, InFlightRecipients: load.InFlightRecipients, HeldRecipients: load.HeldRecipients,
 		QueueBytes: load.QueueBytes, FreeBytes: load.FreeBytes, Problems: load.Problems, Handover: load.Handover,
-		LeafIssuer: pki.IssuerKeyID(a.holder.Leaf()), Reflexes: load.Reflexes,
+		LeafIssuer: pki.IssuerKeyID(a.holder.Leaf()), Reflexes: load.Reflexes, Left: load.Left,
 	}
 	sum := pki.BundleSum(a.holder.Bundle())
 	report.BundleSha256 = sum[:]

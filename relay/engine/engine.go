@@ -75,6 +75,7 @@ type Engine struct {
 	mu         sync.Mutex // guards all below
 	sched      *schedule.Scheduler
 	sessions   map[schedule.Session]*worker
+	leaving    []policy.LeavingSource // of this relay, by the view in force
 	routes     map[mailaddr.Domain]*resolve.Route
 	pinned     map[schedule.Queue]*pinnedQueue
 	pinnedBy   map[pinnedKey]schedule.Queue

@@ -56,11 +56,38 @@ func (e *Engine) applyView(now time.Time) {
 			w.abort()
 		}
 	}
+	e.leaving = e.leaving[:0]
+	for _, l := range dir.View().Leaving {
+		if l.Owner == dir.View().Node {
+			e.leaving = append(e.leaving, l)
+		}
+	}
 	back := e.unpinAll(now)
 	e.mu.Unlock()
 	for _, w := range back {
 		e.queue.Return(w)
 	}
+}
+
+// Left lists the addresses that this relay was told to stop using and from which
+// it has nothing open: by the view that it works with it opens nothing either.
+func (e *Engine) Left() []policy.LeavingSource {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if len(e.leaving) == 0 {
+		return nil
+	}
+	open := make(map[sourceID]bool)
+	for _, w := range e.sessions {
+		open[w.lane.Source] = true
+	}
+	var out []policy.LeavingSource
+	for _, l := range e.leaving {
+		if !open[l.ID] {
+			out = append(out, l)
+		}
+	}
+	return out
 }
 
 // usable lists the sources of a pool that are assigned here and present.

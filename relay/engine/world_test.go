@@ -42,6 +42,7 @@ type world struct {
 	dir     string
 	lab     *lab.Lab
 	policy  atomic.Pointer[policy.Directory]
+	leaving []policy.LeavingSource // in views made from now on
 	trusted atomic.Bool
 	skew    atomic.Int64 // nanoseconds by which the relay's clock is ahead
 	egress  *egress.Manager
@@ -104,7 +105,8 @@ func (w *world) view(change func(*policy.Document), sources ...policy.Source) {
 		change(&doc)
 	}
 	dir, err := policy.Compile(&policy.View{
-		Node: here, Revision: 7, Document: doc,
+		Leaving: w.leaving,
+		Node:    here, Revision: 7, Document: doc,
 		Tenants:        []policy.Tenant{{ID: acme, Name: "acme"}},
 		Domains:        []policy.Domain{{Name: "brand.test", Tenant: acme, ReturnPath: "rp.brand.test"}},
 		Pools:          []policy.Pool{{ID: pool, Name: "default", Kind: policy.PoolShared}},

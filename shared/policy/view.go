@@ -32,11 +32,12 @@ type View struct {
 	CredentialKey  [32]byte // keys the SHA-256 of credential secrets
 	Trust          Trust
 
-	Peers        []Peer        // all relays that may hand over mail, this one included; by id
-	SharedLimits []SharedLimit // by number; those of all relays
-	Brakes       []Brake       // by id
-	Warm         Warm          // what warms up
-	Lease        lease.Config  // zero: there are no shared limits
+	Leaving      []LeavingSource // by id; their owners are to stop using them
+	Peers        []Peer          // all relays that may hand over mail, this one included; by id
+	SharedLimits []SharedLimit   // by number; those of all relays
+	Brakes       []Brake         // by id
+	Warm         Warm            // what warms up
+	Lease        lease.Config    // zero: there are no shared limits
 }
 
 // Trust is whom a relay believes to be a control server.

@@ -55,6 +55,7 @@ func EncodeView(v *policy.View) ([]byte, error) {
 	encodeShared(out, v)
 	encodeWarm(out, v)
 	encodePeers(out, v)
+	encodeLeaving(out, v)
 	encodeBrakes(out, v)
 	encoded, err := proto.MarshalOptions{Deterministic: true}.Marshal(out)
 	if err != nil {
@@ -140,6 +141,7 @@ func DecodeView(encoded []byte) (*policy.View, error) {
 	d.shared(&in)
 	d.warm(&in)
 	d.peers(&in)
+	d.leaving(&in)
 	d.brakes(&in)
 	d.view.Trust = policy.Trust{CAs: in.GetCaBundle(), RefusedCAs: in.GetRefusedCas(), RevokedServers: sized[policy.RevokedServer](len(in.GetRevokedServers()))}
 	for i, r := range in.GetRevokedServers() {

@@ -1041,6 +1041,7 @@ type Report struct {
 	BundleSha256       []byte                 `protobuf:"bytes,20,opt,name=bundle_sha256,json=bundleSha256,proto3" json:"bundle_sha256,omitempty"` // over the DER of the CAs that the relay believes, in order
 	LeafIssuer         string                 `protobuf:"bytes,21,opt,name=leaf_issuer,json=leafIssuer,proto3" json:"leaf_issuer,omitempty"`       // key id of the CA that its certificate is of
 	Handover           *HandoverReport        `protobuf:"bytes,50,opt,name=handover,proto3" json:"handover,omitempty"`                             // unset: it hands over nothing and never did
+	Left               []*LeavingSource       `protobuf:"bytes,51,rep,name=left,proto3" json:"left,omitempty"`                                     // of the view's leaving ones, those from which it has nothing open
 	Reflexes           []*LaneReflex          `protobuf:"bytes,60,rep,name=reflexes,proto3" json:"reflexes,omitempty"`                             // lanes that it has slowed down by itself for long; at most 32
 	unknownFields      protoimpl.UnknownFields
 	sizeCache          protoimpl.SizeCache
@@ -1163,6 +1164,13 @@ func (x *Report) GetLeafIssuer() string {
 func (x *Report) GetHandover() *HandoverReport {
 	if x != nil {
 		return x.Handover
+	}
+	return nil
+}
+
+func (x *Report) GetLeft() []*LeavingSource {
+	if x != nil {
+		return x.Left
 	}
 	return nil
 }
@@ -1556,6 +1564,7 @@ type View struct {
 	WarmClasses       []string               `protobuf:"bytes,41,rep,name=warm_classes,json=warmClasses,proto3" json:"warm_classes,omitempty"`                   // by number
 	WarmToday         int32                  `protobuf:"zigzag32,42,opt,name=warm_today,json=warmToday,proto3" json:"warm_today,omitempty"`                      // since 1 January 1970
 	Peers             []*Peer                `protobuf:"bytes,50,rep,name=peers,proto3" json:"peers,omitempty"`                                                  // by id; all that may hand over mail
+	Leaving           []*LeavingSource       `protobuf:"bytes,51,rep,name=leaving,proto3" json:"leaving,omitempty"`                                              // by id; their owners are to stop using them
 	Brakes            []*Brake               `protobuf:"bytes,60,rep,name=brakes,proto3" json:"brakes,omitempty"`                                                // by id; those of all relays
 	unknownFields     protoimpl.UnknownFields
 	sizeCache         protoimpl.SizeCache
@@ -1755,6 +1764,13 @@ func (x *View) GetWarmToday() int32 {
 func (x *View) GetPeers() []*Peer {
 	if x != nil {
 		return x.Peers
+	}
+	return nil
+}
+
+func (x *View) GetLeaving() []*LeavingSource {
+	if x != nil {
+		return x.Leaving
 	}
 	return nil
 }
@@ -2530,7 +2546,7 @@ var File_shared_wire_wire_proto protoreflect.FileDescriptor
 
 const file_shared_wire_wire_proto_rawDesc = "" +
 	"\n" +
-	"\x16shared/wire/wire.proto\x12\x0erelais.wire.v1\x1a\x18shared/wire/brakes.proto\x1a\x1ashared/wire/handover.proto\x1a\x17shared/wire/quota.proto\x1a\x16shared/wire/warm.proto\"\x8d\x02\n" +
+	"\x16shared/wire/wire.proto\x12\x0erelais.wire.v1\x1a\x18shared/wire/brakes.proto\x1a\x1ashared/wire/handover.proto\x1a\x1bshared/wire/ownership.proto\x1a\x17shared/wire/quota.proto\x1a\x16shared/wire/warm.proto\"\x8d\x02\n" +
 	"\aPreface\x12!\n" +
 	"\fprotocol_min\x18\x01 \x01(\rR\vprotocolMin\x12!\n" +
 	"\fprotocol_max\x18\x02 \x01(\rR\vprotocolMax\x12\"\n" +
@@ -2612,7 +2628,7 @@ const file_shared_wire_wire_proto_rawDesc = "" +
 	"\x05state\x18\x04 \x01(\tR\x05state\"<\n" +
 	"\bRedirect\x12\x18\n" +
 	"\aservers\x18\x01 \x03(\tR\aservers\x12\x16\n" +
-	"\x06reason\x18\x02 \x01(\tR\x06reason\"\xca\x04\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\"\xfd\x04\n" +
 	"\x06Report\x12\x14\n" +
 	"\x05nonce\x18\x01 \x01(\x04R\x05nonce\x12 \n" +
 	"\fsent_time_ms\x18\x02 \x01(\x03R\n" +
@@ -2631,7 +2647,8 @@ const file_shared_wire_wire_proto_rawDesc = "" +
 	"\rbundle_sha256\x18\x14 \x01(\fR\fbundleSha256\x12\x1f\n" +
 	"\vleaf_issuer\x18\x15 \x01(\tR\n" +
 	"leafIssuer\x12:\n" +
-	"\bhandover\x182 \x01(\v2\x1e.relais.wire.v1.HandoverReportR\bhandover\x126\n" +
+	"\bhandover\x182 \x01(\v2\x1e.relais.wire.v1.HandoverReportR\bhandover\x121\n" +
+	"\x04left\x183 \x03(\v2\x1d.relais.wire.v1.LeavingSourceR\x04left\x126\n" +
 	"\breflexes\x18< \x03(\v2\x1a.relais.wire.v1.LaneReflexR\breflexes\"Y\n" +
 	"\n" +
 	"HeldSource\x12\x1b\n" +
@@ -2653,7 +2670,7 @@ const file_shared_wire_wire_proto_rawDesc = "" +
 	"\brevision\x18\x01 \x01(\v2\x18.relais.wire.v1.RevisionR\brevision\"i\n" +
 	"\x04Nack\x124\n" +
 	"\brevision\x18\x01 \x01(\v2\x18.relais.wire.v1.RevisionR\brevision\x12+\n" +
-	"\x05error\x18\x02 \x01(\v2\x15.relais.wire.v1.ErrorR\x05error\"\xa7\t\n" +
+	"\x05error\x18\x02 \x01(\v2\x15.relais.wire.v1.ErrorR\x05error\"\xe0\t\n" +
 	"\x04View\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x1d\n" +
 	"\n" +
@@ -2682,7 +2699,8 @@ const file_shared_wire_wire_proto_rawDesc = "" +
 	"\fwarm_classes\x18) \x03(\tR\vwarmClasses\x12\x1d\n" +
 	"\n" +
 	"warm_today\x18* \x01(\x11R\twarmToday\x12*\n" +
-	"\x05peers\x182 \x03(\v2\x14.relais.wire.v1.PeerR\x05peers\x12-\n" +
+	"\x05peers\x182 \x03(\v2\x14.relais.wire.v1.PeerR\x05peers\x127\n" +
+	"\aleaving\x183 \x03(\v2\x1d.relais.wire.v1.LeavingSourceR\aleaving\x12-\n" +
 	"\x06brakes\x18< \x03(\v2\x15.relais.wire.v1.BrakeR\x06brakes\"F\n" +
 	"\rRevokedServer\x12\x1b\n" +
 	"\tserver_id\x18\x01 \x01(\fR\bserverId\x12\x18\n" +
@@ -2802,12 +2820,13 @@ var file_shared_wire_wire_proto_goTypes = []any{
 	(*ReturnPathKey)(nil),   // 34: relais.wire.v1.ReturnPathKey
 	nil,                     // 35: relais.wire.v1.JoinRequest.LabelsEntry
 	(*HandoverReport)(nil),  // 36: relais.wire.v1.HandoverReport
-	(*LaneReflex)(nil),      // 37: relais.wire.v1.LaneReflex
-	(*SharedLimit)(nil),     // 38: relais.wire.v1.SharedLimit
-	(*LeaseConfig)(nil),     // 39: relais.wire.v1.LeaseConfig
-	(*WarmSubject)(nil),     // 40: relais.wire.v1.WarmSubject
-	(*Peer)(nil),            // 41: relais.wire.v1.Peer
-	(*Brake)(nil),           // 42: relais.wire.v1.Brake
+	(*LeavingSource)(nil),   // 37: relais.wire.v1.LeavingSource
+	(*LaneReflex)(nil),      // 38: relais.wire.v1.LaneReflex
+	(*SharedLimit)(nil),     // 39: relais.wire.v1.SharedLimit
+	(*LeaseConfig)(nil),     // 40: relais.wire.v1.LeaseConfig
+	(*WarmSubject)(nil),     // 41: relais.wire.v1.WarmSubject
+	(*Peer)(nil),            // 42: relais.wire.v1.Peer
+	(*Brake)(nil),           // 43: relais.wire.v1.Brake
 }
 var file_shared_wire_wire_proto_depIdxs = []int32{
 	35, // 0: relais.wire.v1.JoinRequest.labels:type_name -> relais.wire.v1.JoinRequest.LabelsEntry
@@ -2819,35 +2838,37 @@ var file_shared_wire_wire_proto_depIdxs = []int32{
 	11, // 6: relais.wire.v1.Report.applied:type_name -> relais.wire.v1.Revision
 	16, // 7: relais.wire.v1.Report.sources:type_name -> relais.wire.v1.HeldSource
 	36, // 8: relais.wire.v1.Report.handover:type_name -> relais.wire.v1.HandoverReport
-	37, // 9: relais.wire.v1.Report.reflexes:type_name -> relais.wire.v1.LaneReflex
-	11, // 10: relais.wire.v1.ViewBegin.revision:type_name -> relais.wire.v1.Revision
-	11, // 11: relais.wire.v1.Ack.revision:type_name -> relais.wire.v1.Revision
-	11, // 12: relais.wire.v1.Nack.revision:type_name -> relais.wire.v1.Revision
-	2,  // 13: relais.wire.v1.Nack.error:type_name -> relais.wire.v1.Error
-	11, // 14: relais.wire.v1.View.revision:type_name -> relais.wire.v1.Revision
-	25, // 15: relais.wire.v1.View.sections:type_name -> relais.wire.v1.Section
-	26, // 16: relais.wire.v1.View.tenants:type_name -> relais.wire.v1.Tenant
-	27, // 17: relais.wire.v1.View.projects:type_name -> relais.wire.v1.Project
-	28, // 18: relais.wire.v1.View.domains:type_name -> relais.wire.v1.Domain
-	30, // 19: relais.wire.v1.View.credentials:type_name -> relais.wire.v1.Credential
-	32, // 20: relais.wire.v1.View.pools:type_name -> relais.wire.v1.Pool
-	33, // 21: relais.wire.v1.View.sources:type_name -> relais.wire.v1.Source
-	34, // 22: relais.wire.v1.View.return_path_keys:type_name -> relais.wire.v1.ReturnPathKey
-	24, // 23: relais.wire.v1.View.revoked_servers:type_name -> relais.wire.v1.RevokedServer
-	30, // 24: relais.wire.v1.View.scoped_credentials:type_name -> relais.wire.v1.Credential
-	38, // 25: relais.wire.v1.View.shared_limits:type_name -> relais.wire.v1.SharedLimit
-	39, // 26: relais.wire.v1.View.lease:type_name -> relais.wire.v1.LeaseConfig
-	40, // 27: relais.wire.v1.View.warm_subjects:type_name -> relais.wire.v1.WarmSubject
-	41, // 28: relais.wire.v1.View.peers:type_name -> relais.wire.v1.Peer
-	42, // 29: relais.wire.v1.View.brakes:type_name -> relais.wire.v1.Brake
-	29, // 30: relais.wire.v1.Domain.dkim:type_name -> relais.wire.v1.DKIMKey
-	29, // 31: relais.wire.v1.Domain.other_dkim:type_name -> relais.wire.v1.DKIMKey
-	31, // 32: relais.wire.v1.Credential.scope:type_name -> relais.wire.v1.CredentialScope
-	33, // [33:33] is the sub-list for method output_type
-	33, // [33:33] is the sub-list for method input_type
-	33, // [33:33] is the sub-list for extension type_name
-	33, // [33:33] is the sub-list for extension extendee
-	0,  // [0:33] is the sub-list for field type_name
+	37, // 9: relais.wire.v1.Report.left:type_name -> relais.wire.v1.LeavingSource
+	38, // 10: relais.wire.v1.Report.reflexes:type_name -> relais.wire.v1.LaneReflex
+	11, // 11: relais.wire.v1.ViewBegin.revision:type_name -> relais.wire.v1.Revision
+	11, // 12: relais.wire.v1.Ack.revision:type_name -> relais.wire.v1.Revision
+	11, // 13: relais.wire.v1.Nack.revision:type_name -> relais.wire.v1.Revision
+	2,  // 14: relais.wire.v1.Nack.error:type_name -> relais.wire.v1.Error
+	11, // 15: relais.wire.v1.View.revision:type_name -> relais.wire.v1.Revision
+	25, // 16: relais.wire.v1.View.sections:type_name -> relais.wire.v1.Section
+	26, // 17: relais.wire.v1.View.tenants:type_name -> relais.wire.v1.Tenant
+	27, // 18: relais.wire.v1.View.projects:type_name -> relais.wire.v1.Project
+	28, // 19: relais.wire.v1.View.domains:type_name -> relais.wire.v1.Domain
+	30, // 20: relais.wire.v1.View.credentials:type_name -> relais.wire.v1.Credential
+	32, // 21: relais.wire.v1.View.pools:type_name -> relais.wire.v1.Pool
+	33, // 22: relais.wire.v1.View.sources:type_name -> relais.wire.v1.Source
+	34, // 23: relais.wire.v1.View.return_path_keys:type_name -> relais.wire.v1.ReturnPathKey
+	24, // 24: relais.wire.v1.View.revoked_servers:type_name -> relais.wire.v1.RevokedServer
+	30, // 25: relais.wire.v1.View.scoped_credentials:type_name -> relais.wire.v1.Credential
+	39, // 26: relais.wire.v1.View.shared_limits:type_name -> relais.wire.v1.SharedLimit
+	40, // 27: relais.wire.v1.View.lease:type_name -> relais.wire.v1.LeaseConfig
+	41, // 28: relais.wire.v1.View.warm_subjects:type_name -> relais.wire.v1.WarmSubject
+	42, // 29: relais.wire.v1.View.peers:type_name -> relais.wire.v1.Peer
+	37, // 30: relais.wire.v1.View.leaving:type_name -> relais.wire.v1.LeavingSource
+	43, // 31: relais.wire.v1.View.brakes:type_name -> relais.wire.v1.Brake
+	29, // 32: relais.wire.v1.Domain.dkim:type_name -> relais.wire.v1.DKIMKey
+	29, // 33: relais.wire.v1.Domain.other_dkim:type_name -> relais.wire.v1.DKIMKey
+	31, // 34: relais.wire.v1.Credential.scope:type_name -> relais.wire.v1.CredentialScope
+	35, // [35:35] is the sub-list for method output_type
+	35, // [35:35] is the sub-list for method input_type
+	35, // [35:35] is the sub-list for extension type_name
+	35, // [35:35] is the sub-list for extension extendee
+	0,  // [0:35] is the sub-list for field type_name
 }
 
 func init() { file_shared_wire_wire_proto_init() }
@@ -2857,6 +2878,7 @@ func file_shared_wire_wire_proto_init() {
 	}
 	file_shared_wire_brakes_proto_init()
 	file_shared_wire_handover_proto_init()
+	file_shared_wire_ownership_proto_init()
 	file_shared_wire_quota_proto_init()
 	file_shared_wire_warm_proto_init()
 	type x struct{}

@@ -74,7 +74,9 @@ func printIP(w io.Writer, i api.IP) error {
 	used := ""
 	switch {
 	case i.State == "quarantined":
-		used = "no: it is in quarantine; see `relais-control ip release`, or `ip assign` to give it to another relay"
+		used = "no: it is in quarantine; see `relais-control ip unquarantine`"
+	case i.State == "releasing":
+		used = "no: " + i.Unused + "; it is free when that relay says so"
 	case i.Unused != "" && i.Reverse != "confirmed" && !i.Overridden && i.Node != "":
 		used = "no: " + i.Unused + "; see `relais-control ip check`, or `ip override` to use it anyhow"
 	case i.Unused != "":

@@ -62,6 +62,9 @@ func (r relays) NodeReported(id ids.Node, in dispatch.Report) {
 			out.Missing = append(out.Missing, s.Source)
 		}
 	}
+	for _, left := range in.Left {
+		out.Left = append(out.Left, service.LeftSource(left))
+	}
 	for _, x := range in.Reflexes {
 		out.Reflexes = append(out.Reflexes, service.Reflex(x))
 	}

@@ -17,7 +17,7 @@ func (a *app) nodeEvict() *cobra.Command {
 		Use: "evict NODE", Short: "Put a relay out of the cluster for good",
 		Long: "Put a relay out of the cluster for good: its session is closed within a second, its certificate is not renewed, and\n" +
 			"the relay, once told, accepts and delivers nothing. Its queue stays on its disk. Its addresses go to\n" +
-			"quarantine until `ip assign --old-owner-is-off` or `ip release` says that it is off. The machine comes back by joining\n" +
+			"quarantine until `ip assign --old-owner-is-off` or `ip unquarantine` says that it is off. The machine comes back by joining\n" +
 			"as a new node.",
 		Example: "  relais-control node evict edge-7 --reason 'disk stolen'", Args: cobra.ExactArgs(1),
 	}

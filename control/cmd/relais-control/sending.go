@@ -148,7 +148,7 @@ func (a *app) ipCommand() *cobra.Command {
 			return []string{i.Bind, i.Public, i.EHLO, i.PoolName, i.NodeName, i.State, present, reverseText(i), i.Unused}
 		})
 	}}
-	return group("ip", "Add, list, assign, check and release source addresses", add, ls, assign, a.ipCheck(), a.ipOverride(), a.ipRelease())
+	return group("ip", "Add, list, assign, check, release and quarantine source addresses", add, ls, assign, a.ipCheck(), a.ipOverride(), a.ipRelease(), a.ipReassign(), a.ipQuarantine(), a.ipUnquarantine())
 }
 
 // revisionText returns the value of --expect if it was given.

@@ -66,6 +66,9 @@ func (s *server) upkeep(ctx context.Context, group *errgroup.Group) {
 				if err := s.service.SettleDrains(ctx); err != nil {
 					s.logger.Warn("a relay that has drained was not recorded so", "error", err)
 				}
+				if err := s.service.SettleReleases(ctx); err != nil {
+					s.logger.Warn("that a relay has let go of an address was not recorded", "error", err)
+				}
 				if err := s.service.SettleHandover(ctx); err != nil {
 					s.logger.Warn("where a relay takes mail of others was not recorded", "error", err)
 				}

@@ -124,6 +124,11 @@ func (n *node) load() agent.Load {
 			l.Problems = append(l.Problems, c.Name+": "+c.Message)
 		}
 	}
+	if n.engine != nil {
+		for _, left := range n.engine.Left() {
+			l.Left = append(l.Left, &wire.LeavingSource{SourceId: wire.EncodeID(left.ID), Epoch: left.Epoch})
+		}
+	}
 	for _, r := range n.brakes.Long(wire.MaxLaneReflexes) {
 		l.Reflexes = append(l.Reflexes, &wire.LaneReflex{SourceId: wire.EncodeID(r.Source), Provider: r.Provider, Phase: r.Phase, PerHour: r.PerHour, Connections: uint32(r.Connections),
 			Class: r.Class, Reply: r.Reply, CauseMs: r.CauseAt.UnixMilli(), SinceMs: r.Since.UnixMilli()})
