@@ -186,8 +186,10 @@ func (ss *session) gateWants() bool {
 		if st, ok := gt.sites.first(); ok && (st != ss.site || gt.sites.len() > 1) {
 			return true
 		}
-		if gg, ok := gt.waiters.first(); ok && gg.group.open[general].first() != nil && gg.group.open[general].first().site != ss.site {
-			return true // another site of its own group
+		if gg, ok := gt.waiters.first(); ok {
+			if k := gg.group.open[general].first(); k != nil && k.seat.site != ss.site {
+				return true // another site of its own group
+			}
 		}
 	}
 	return false

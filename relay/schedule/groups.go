@@ -124,13 +124,13 @@ type site struct {
 	heardAt  time.Time // when it last took a message, or answered to one
 	provedAt time.Time // when it last did so promptly; zero: it has been slow since
 
-	stakes    [ways]stake // in group.open
-	aside     bool        // no lane with room can serve it
-	asideOn   []*lane     // where it is listed
-	trial     standing    // in Scheduler.trials
-	trialTurn bool        // may open one session before those there
-	gateWait  *gate       // wants a session that it does not let pass
-	gateTurn  *gate       // may pass it once before those that wait there
+	seat      seat     // in group.open
+	aside     bool     // no lane with room can serve it
+	asideOn   []*lane  // where it is listed
+	trial     standing // in Scheduler.trials
+	trialTurn bool     // may open one session before those there
+	gateWait  *gate    // wants a session that it does not let pass
+	gateTurn  *gate    // may pass it once before those that wait there
 	touched   bool
 	timer     slot
 }
@@ -145,9 +145,9 @@ type post struct {
 	sessions int
 	idle     []*session // the most recently used last
 	backoff  time.Time
-	stakes   [ways]stake // in lane.idle
-	inRelay  link        // in Scheduler.spare
-	inGroup  link        // in group.spare
+	seat     seat // in lane.idle
+	inRelay  link // in Scheduler.spare
+	inGroup  link // in group.spare
 }
 
 func (st *site) post(l *lane) *post {
@@ -155,11 +155,10 @@ func (st *site) post(l *lane) *post {
 	if p == nil {
 		p = &post{lane: l}
 		p.inRelay.post, p.inGroup.post = p, p
-		for way := range p.stakes {
-			p.stakes[way] = stake{site: st, post: p}
-		}
+		p.seat = seat{site: st, post: p, in: &l.idle}
 		st.byLane[l] = p
 		st.posts = append(st.posts, p)
+		st.enterPost()
 	}
 	return p
 }
@@ -289,9 +288,7 @@ func (s *Scheduler) siteOf(q *queue) (*site, []*gate) {
 	st := g.sites[key]
 	if st == nil {
 		st = &site{id: route.Site, key: key, group: g, gates: apart, turns: make(map[*member]*turn), byLane: make(map[*lane]*post), window: 1}
-		for way := range st.stakes {
-			st.stakes[way] = stake{site: st}
-		}
+		st.seat = seat{site: st, in: &g.open}
 		g.sites[key] = st
 		g.order = append(g.order, st)
 	}

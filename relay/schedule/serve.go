@@ -57,13 +57,7 @@ func (s *Scheduler) evaluate(st *site, now time.Time) {
 			s.siteTimers.set(st, at)
 		}
 	}
-	for way := range ways {
-		var f *strand
-		if want {
-			f = st.best(way, nil)
-		}
-		g.open[way].set(&st.stakes[way], f.stream(), way)
-	}
+	st.seat.evaluated(want)
 }
 
 func (f *strand) stream() *flow {
@@ -76,15 +70,8 @@ func (f *strand) stream() *flow {
 // evaluatePost enters a site's idle sessions of a lane for what they can carry,
 // if there is anything.
 func (s *Scheduler) evaluatePost(st *site, p *post) (served bool) {
-	usable := st.backlog > 0 && len(p.idle) > 0 && !p.lane.gone
-	for way := range ways {
-		var f *strand
-		if usable {
-			f = st.best(way, p.lane)
-		}
-		p.lane.idle[way].set(&p.stakes[way], f.stream(), way)
-		served = served || f != nil
-	}
+	served = st.backlog > 0 && len(p.idle) > 0 && !p.lane.gone && st.best(general, p.lane) != nil
+	p.seat.evaluated(served)
 	if served {
 		s.activateLane(p.lane)
 	}
@@ -149,30 +136,20 @@ func (st *site) room(now time.Time) int {
 	return st.window
 }
 
-// contender returns the site whose turn it is in a contest and the way by which
-// it has it; the lane is that of the idle sessions, nil for one more session.
-func (g *group) contender(c *[ways]contest, l *lane) (int, *stake) {
+// contender returns whose turn it is in a contest, and the way by which it has
+// it.
+func (g *group) contender(c *[ways]contest) (int, *stake) {
 	way := g.classes.choose(!c[reserved].empty())
-	for {
-		k := c[way].first()
-		switch {
-		case k != nil:
-			f := k.site.best(way, l)
-			if f != nil && f.flow == k.line.flow {
-				return way, k
-			}
-			c[way].set(k, f.stream(), way) // its turn has passed to another tenant
-		case way == reserved:
-			way = general
-		default:
-			return way, nil
-		}
-	}
+	return way, c[way].first()
 }
 
 // serveIdle gives work to the idle sessions of the group's lanes, for as long
 // as rates have room.
 func (s *Scheduler) serveIdle(g *group, now time.Time) {
+	if len(g.lanes) > 1 && (g.limits.RelayMessageRate.Max > 0 || len(g.gates) > 0) {
+		s.serveTogether(g, now)
+		return
+	}
 	for len(g.active) > 0 {
 		last := len(g.active) - 1
 		l := g.active[last]
@@ -191,7 +168,7 @@ func (s *Scheduler) serveIdle(g *group, now time.Time) {
 func (s *Scheduler) serveLane(l *lane, now time.Time) bool {
 	g := l.group
 	for {
-		way, k := g.contender(&l.idle, l)
+		way, k := g.contender(&l.idle)
 		if k == nil {
 			return true
 		}
@@ -225,15 +202,15 @@ func (g *group) otherLanes() bool {
 // before that of the site with the idle session; false: it was not possible.
 func (s *Scheduler) openInstead(l *lane, way int, k *stake, now time.Time) bool {
 	g := l.group
-	openWay, other := g.contender(&g.open, nil)
-	if other == nil || other.site.idle > 0 {
+	openWay, other := g.contender(&g.open)
+	if other == nil || other.seat.site.idle > 0 {
 		return false
 	}
 	if openWay != way {
 		if way == reserved { // the other contest has none
 			return false
 		}
-	} else if !other.before(k.line.flow, way, k.site) {
+	} else if !other.before(k.strand.flow, way, k.seat.site) {
 		return false
 	}
 	return s.tryOpen(other, now)
@@ -242,8 +219,8 @@ func (s *Scheduler) openInstead(l *lane, way int, k *stake, now time.Time) bool 
 // dispatch gives the most recently used idle session of a site at a lane the
 // next message; the others can then run into their idle limit.
 func (s *Scheduler) dispatch(k *stake, now time.Time) {
-	k.line.head = k.next
-	st, p := k.site, k.post
+	k.pass()
+	st, p := k.seat.site, k.seat.post
 	ss := p.idle[len(p.idle)-1]
 	q := s.pick(st, p.lane, now)
 	if q == nil { // it all waits at gates
@@ -260,7 +237,7 @@ func (s *Scheduler) dispatch(k *stake, now time.Time) {
 // serveOpen opens the sessions that sites want, in the order of their tenants.
 func (s *Scheduler) serveOpen(g *group, now time.Time) {
 	for {
-		_, k := g.contender(&g.open, nil)
+		_, k := g.contender(&g.open)
 		if k == nil {
 			if s.releaseAside(g, now) {
 				continue
@@ -279,7 +256,7 @@ func (s *Scheduler) serveOpen(g *group, now time.Time) {
 // tryOpen opens a session for the site whose turn it is, or puts it aside;
 // false: nothing can be opened by the group now.
 func (s *Scheduler) tryOpen(k *stake, now time.Time) bool {
-	st := k.site
+	st := k.seat.site
 	g := st.group
 	if want, _ := st.wantsSession(now); !want { // any more
 		s.evaluate(st, now)
@@ -297,7 +274,7 @@ func (s *Scheduler) tryOpen(k *stake, now time.Time) bool {
 		s.evaluate(st, now)
 		return true
 	}
-	k.line.head = k.next
+	k.pass()
 	for s.tried = s.tried[:0]; ; {
 		l := s.chooseLane(st, now)
 		if l == nil {

@@ -131,7 +131,7 @@ func (s *Scheduler) outranked(ss *session) bool {
 		own = st.best(general, l)
 	}
 	for _, c := range [...]*contest{&l.idle[way], &g.open[way]} {
-		if k := c.first(); k != nil && k.site != st && k.before(own.stream(), way, st) {
+		if k := c.first(); k != nil && k.seat.site != st && k.before(own.stream(), way, st) {
 			return true
 		}
 	}
@@ -175,11 +175,11 @@ func (s *Scheduler) makesWayAtHome(ss *session, spent, calm bool) bool {
 	g, st := ss.lane.group, ss.site
 	way := g.classes.choose(!g.open[reserved].empty())
 	k := g.open[way].first()
-	if k != nil && k.site == st { // it has the turn anyhow
-		k.line.head = k.next
-		k = k.next
+	if k != nil && k.seat.site == st { // it has the turn anyhow
+		k.pass()
+		k = g.open[way].first()
 	}
-	if k == nil || k.site == st {
+	if k == nil || k.seat.site == st {
 		return false
 	}
 	if way == reserved && calm {

@@ -41,7 +41,7 @@ func (k *link) leave() {
 
 // noteSpare keeps the chains right.
 func (s *Scheduler) noteSpare(g *group, p *post) {
-	spare := len(p.idle) > 0 && p.stakes[general].line == nil
+	spare := len(p.idle) > 0 && !p.seat.usable
 	if spare == (p.inRelay.on != nil) {
 		return
 	}

@@ -58,7 +58,7 @@ func (g *group) sweepSites(s *Scheduler, now time.Time) {
 	kept := g.order[:0]
 	for _, st := range g.order {
 		if st.inUse(now) {
-			st.dropPosts()
+			st.dropPosts(now)
 			kept = append(kept, st)
 			continue
 		}
@@ -113,13 +113,20 @@ func (m *member) inUse(g *group) bool {
 	return false
 }
 
-// dropPosts forgets the places at lanes that left the pool.
-func (st *site) dropPosts() {
-	st.posts = slices.DeleteFunc(st.posts, func(p *post) bool {
-		gone := p.lane.gone && p.sessions == 0
-		if gone {
-			delete(st.byLane, p.lane)
+// dropPosts forgets the places at lanes that have no session and nothing else to
+// remember.
+func (st *site) dropPosts(now time.Time) {
+	for i := len(st.posts) - 1; i >= 0; i-- {
+		p := st.posts[i]
+		if p.sessions > 0 || p.inRelay.on != nil || !p.lane.gone && p.backoff.After(now) {
+			continue
 		}
-		return gone
-	})
+		delete(st.byLane, p.lane)
+		st.posts = slices.Delete(st.posts, i, i+1)
+		for _, t := range st.turns {
+			for _, f := range t.strands {
+				f.dropPost(p, i)
+			}
+		}
+	}
 }

@@ -20,6 +20,9 @@ type strand struct {
 	only   Lane
 	head   *queue // of the ring of ready queues: the next one
 	queues int    // that name it, ready or not
+	open   stand
+	posted *stand // at places at lanes
+	posts  int    // of site.posts that it knows of
 }
 
 // serves reports whether the strand has work that a lane may carry; a nil lane
@@ -83,6 +86,7 @@ func (s *Scheduler) attach(q *queue) {
 	}
 	if strd == nil {
 		strd = &strand{flow: f, turn: t, pinned: q.pinned, only: q.only}
+		strd.open.set(strd, &st.seat)
 		t.strands = append(t.strands, strd)
 	}
 	strd.queues++
@@ -101,6 +105,7 @@ func (s *Scheduler) detach(q *queue) {
 	if f.queues--; f.queues > 0 {
 		return
 	}
+	f.leave()
 	t := f.turn
 	for i, other := range t.strands {
 		if other == f {
@@ -121,6 +126,7 @@ func (s *Scheduler) list(q *queue, now time.Time) {
 	g, m := st.group, f.flow.member
 	if f.head == nil {
 		q.next, q.prev, f.head = q, q, q
+		f.enter()
 		s.unaside(st) // another lane may do for this work
 	} else {
 		q.next, q.prev = f.head, f.head.prev
