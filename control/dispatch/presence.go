@@ -39,6 +39,8 @@ const (
 type Peers interface {
 	// Term returns the term in which this server leads and is up to date.
 	Term() (term uint64, leads bool)
+	// Servers returns all servers of the cluster, this one too.
+	Servers() []ids.Node
 	// AskLeader asks the leader, which is another server.
 	AskLeader(ctx context.Context, what string, in, out any) error
 	// AskServer asks a server by its id.

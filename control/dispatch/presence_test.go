@@ -44,6 +44,15 @@ func (e meshEnd) Term() (uint64, bool) {
 	return e.mesh.term, e.mesh.leader == e.self && e.mesh.broken[e.self] == nil
 }
 
+func (e meshEnd) Servers() (all []ids.Node) {
+	e.mesh.mu.Lock()
+	defer e.mesh.mu.Unlock()
+	for id := range e.mesh.servers {
+		all = append(all, id)
+	}
+	return all
+}
+
 func (e meshEnd) AskLeader(ctx context.Context, what string, in, out any) error {
 	e.mesh.mu.Lock()
 	leader := e.mesh.leader
@@ -274,7 +283,7 @@ func TestLeaderIsGone(t *testing.T) {
 // life of a lease, and what a newer report does not name.
 func TestSilenceEndsAClaim(t *testing.T) {
 	var r registry
-	r.begin(1)
+	r.begin(1, time.Now())
 	now := time.Now()
 	a, b, node, other := pkitest.NewNode(), pkitest.NewNode(), pkitest.NewNode(), pkitest.NewNode()
 	r.put(a, Claim{Node: node, Nonce: []byte("x"), Incarnation: 1}, 1, now)
@@ -296,7 +305,7 @@ func TestSilenceEndsAClaim(t *testing.T) {
 	if r.count != 0 || len(r.sessions) != 0 {
 		t.Errorf("left are %v", r.sessions)
 	}
-	r.begin(2)
+	r.begin(2, time.Now())
 	if r.count != 0 || r.term != 2 {
 		t.Error("a new term begins with what the last one knew")
 	}
@@ -362,7 +371,7 @@ func TestManySessionsArePaged(t *testing.T) {
 // it: a copy would be let in meanwhile.
 func TestAReportBegunBeforeAClaim(t *testing.T) {
 	var r registry
-	r.begin(1)
+	r.begin(1, time.Now())
 	now := time.Now()
 	server, node := pkitest.NewNode(), pkitest.NewNode()
 	r.put(server, Claim{Node: node, Nonce: []byte("x"), Incarnation: 1}, 0, now)

@@ -44,10 +44,11 @@ func (s *standing) same(o *standing) bool { return bytes.Equal(s.Nonce, o.Nonce)
 // time, and decide nothing that needs an answer from elsewhere.
 type registry struct {
 	mu       sync.Mutex
-	term     uint64 // in which it was filled
+	term     uint64    // in which it was filled
+	since    time.Time // when that began here
 	sessions map[ids.Node]map[ids.Node]*standing
 	count    int
-	rounds   map[ids.Node]uint64
+	rounds   map[ids.Node]uint64 // the last whole report of each server
 	contests map[ids.Node]*contest
 }
 
@@ -58,9 +59,9 @@ type conflict struct {
 }
 
 // begin empties the registry when another term begins.
-func (r *registry) begin(term uint64) {
+func (r *registry) begin(term uint64, now time.Time) {
 	if r.sessions == nil || r.term != term {
-		r.term, r.count = term, 0
+		r.term, r.count, r.since = term, 0, now
 		r.sessions = make(map[ids.Node]map[ids.Node]*standing)
 		r.rounds = make(map[ids.Node]uint64)
 		r.contests = make(map[ids.Node]*contest)
@@ -102,6 +103,7 @@ func (r *registry) remove(node, from ids.Node) {
 // it was claimed a moment ago, maybe after the report was begun. So is what no
 // server named for so long that its relay counts as silent.
 func (r *registry) settle(from ids.Node, round uint64, now time.Time) {
+	r.rounds[from] = round
 	for node, at := range r.sessions {
 		for server, s := range at {
 			claimed := s.round == 0 && now.Sub(s.began) < claimGrace

@@ -21,7 +21,7 @@ func (s *Server) leading() (unlock func(), err error) {
 	}
 	reg := &s.presence.reg
 	reg.mu.Lock()
-	reg.begin(term)
+	reg.begin(term, time.Now())
 	return reg.mu.Unlock, nil
 }
 

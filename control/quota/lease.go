@@ -33,9 +33,12 @@ type Log interface {
 
 // LeaseOptions configure Lease. All but Clock are required.
 type LeaseOptions struct {
-	State      *state.Store
-	Log        Log
-	Send       func(ids.Node, proto.Message)
+	State *state.Store
+	Log   Log
+	Send  func(ids.Node, proto.Message)
+	// Succeeds reports whether the process of an incarnation that speaks through a
+	// server is the one that has its relay's session. Asked of those that are new.
+	Succeeds   func(node, through ids.Node, incarnation uint64) bool
 	Logger     *slog.Logger
 	Registerer prometheus.Registerer
 	Clock      func() lease.Instant // nil: Now
@@ -97,7 +100,7 @@ func (l *Lease) Takes(m proto.Message) bool {
 
 // Lead implements Part.
 func (l *Lease) Lead(ctx context.Context, in <-chan Message) error {
-	t := &term{l: l, in: in, hellos: make(map[ids.Node]Message)}
+	t := &term{l: l, in: in, hellos: make(map[ids.Node]Message), early: make(map[ids.Node]Message)}
 	for _, step := range []func(context.Context) error{t.awaitVersion, t.recover, t.reconcile, t.awaitLimits, t.settle, t.begin} {
 		if err := step(ctx); err != nil {
 			return err
@@ -115,6 +118,7 @@ type term struct {
 	in <-chan Message
 
 	hellos map[ids.Node]Message // of relays that have no number yet, or came before the lending began
+	early  map[ids.Node]Message // greetings of processes that are not known to have their relay's session
 	policy uint64               // revision of the policy that the limits were made from
 	looked bool                 // at the policy
 
@@ -333,7 +337,7 @@ func (t *term) take(m Message) {
 			return
 		}
 		if h, _, err := wire.DecodeLeaseHello(n, body); err == nil {
-			t.grantor.Hello(m.At, h)
+			t.greet(m, h)
 		}
 	case *wire.LeaseReport:
 		report, err := wire.DecodeLeaseReport(n, body)
@@ -363,6 +367,7 @@ func (t *term) tick(ctx context.Context) error {
 	if err := t.follow(ctx); err != nil {
 		return err
 	}
+	t.again()
 	start := time.Now()
 	tick, grants := t.grantor.Tick(t.l.o.Clock())
 	t.l.metrics.tickWork.Observe(time.Since(start).Seconds())

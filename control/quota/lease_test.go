@@ -35,7 +35,8 @@ type cluster struct {
 
 	mu     sync.Mutex
 	index  uint64
-	lose   bool // the next tick's outcome is unknown, although it is applied
+	barred uint64 // incarnations from this on have no session; 0: all have
+	lose   bool   // the next tick's outcome is unknown, although it is applied
 	ticks  int
 	sizes  int // changes in the largest tick
 	relays map[ids.Node]*relay
@@ -62,7 +63,7 @@ func newCluster(t *testing.T, relays int) *cluster {
 		c.start1(node, 1)
 	}
 	var err error
-	if c.part, err = NewLease(LeaseOptions{State: c.state, Log: c, Send: c.deliver, Logger: slog.New(slog.NewTextHandler(io.Discard, nil)), Registerer: prometheus.NewRegistry(), Clock: c.now}); err != nil {
+	if c.part, err = NewLease(LeaseOptions{State: c.state, Log: c, Send: c.deliver, Succeeds: c.succeeds, Logger: slog.New(slog.NewTextHandler(io.Discard, nil)), Registerer: prometheus.NewRegistry(), Clock: c.now}); err != nil {
 		t.Fatal(err)
 	}
 	return c
@@ -74,6 +75,13 @@ func (c *cluster) start1(node ids.Node, incarnation uint64) *relay {
 	r := &relay{node: node, holder: lease.NewHolder(lease.DefaultConfig(), 1, incarnation, 1, nil, c.now()), rights: map[lease.LimitID]*lease.Rights{}, demand: map[lease.LimitID]int64{}}
 	c.relays[node] = r
 	return r
+}
+
+// succeeds stands for who has which session.
+func (c *cluster) succeeds(_, _ ids.Node, incarnation uint64) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.barred == 0 || incarnation < c.barred
 }
 
 func (c *cluster) now() lease.Instant { return lease.Instant(time.Since(c.start)) + 1 }

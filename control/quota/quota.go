@@ -53,9 +53,10 @@ type Options struct {
 
 // Message is something that a relay said.
 type Message struct {
-	Node ids.Node
-	Body proto.Message
-	At   lease.Instant // when this server, the leader, received it
+	Node    ids.Node
+	Through ids.Node // the server that the relay is linked to
+	Body    proto.Message
+	At      lease.Instant // when this server, the leader, received it
 }
 
 // Part is what the leader does about one subject.
@@ -145,7 +146,7 @@ func (q *Quota) receive(through, node ids.Node, up *wire.QuotaUp) {
 		q.routes[node] = through
 	}
 	q.mu.Unlock()
-	m := Message{Node: node, Body: body, At: q.o.Clock()}
+	m := Message{Node: node, Through: through, Body: body, At: q.o.Clock()}
 	for _, p := range q.parts {
 		if !p.Takes(body) {
 			continue

@@ -36,6 +36,16 @@ func (p linkPeers) AskServer(ctx context.Context, id ids.Node, what string, in, 
 	return fault.New(fault.NotFound, "relais-control.serve", "%s is not a server of this cluster", id)
 }
 
+// Servers implements dispatch.Peers.
+func (p linkPeers) Servers() []ids.Node {
+	rows := p.server.service.ServerRows()
+	out := make([]ids.Node, 0, len(rows))
+	for _, row := range rows {
+		out = append(out, row.ID)
+	}
+	return out
+}
+
 // sessionRequests adds what servers ask each other about relays' sessions.
 func (s *server) sessionRequests(all map[string]cluster.PeerHandler) map[string]cluster.PeerHandler {
 	for _, name := range dispatch.RequestNames() {

@@ -18,7 +18,7 @@ func (s *server) newQuota() (*quota.Quota, error) {
 	if err != nil {
 		return nil, err
 	}
-	limits, err := quota.NewLease(quota.LeaseOptions{State: s.state, Log: s.cluster, Send: q.Send, Logger: s.logger, Registerer: s.registry})
+	limits, err := quota.NewLease(quota.LeaseOptions{State: s.state, Log: s.cluster, Send: q.Send, Succeeds: s.succeeds, Logger: s.logger, Registerer: s.registry})
 	if err != nil {
 		return nil, err
 	}
@@ -37,6 +37,12 @@ func (s *server) newQuota() (*quota.Quota, error) {
 func (s *server) deliverQuota(node ids.Node, down *wire.QuotaDown) bool {
 	views := s.sessions.Load()
 	return views != nil && views.SendQuota(node, down)
+}
+
+// succeeds reports whether a relay's process has the relay's session.
+func (s *server) succeeds(node, through ids.Node, incarnation uint64) bool {
+	views := s.sessions.Load()
+	return views != nil && views.Succeeds(node, through, incarnation)
 }
 
 // quotaRequests adds what servers ask the leader about what relays share.
