@@ -3,6 +3,7 @@ package e2e
 import (
 	"encoding/json"
 	"net/netip"
+	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -31,6 +32,8 @@ const (
 	sharedStop        = 15 * time.Second // a relay is stopped for
 	sharedLook        = 10 * time.Millisecond
 	sharedOverlap     = 500 * time.Millisecond // an end of a connection takes so long to be seen, at most
+	sharedMost        = 12 * time.Minute       // all of it, with leaders that come by themselves
+	sharedTries       = 2
 )
 
 const sharedPolicy = `[[limit]]
@@ -53,10 +56,11 @@ hold = "30s"
 // mx is what the providers see: when transactions began, and how many connections
 // are open.
 type mx struct {
-	t   *testing.T
-	lab *lab.Lab
-	end chan struct{}
-	run sync.WaitGroup
+	t       *testing.T
+	lab     *lab.Lab
+	servers []*fleet.ControlServer
+	end     chan struct{}
+	run     sync.WaitGroup
 
 	mu     sync.Mutex
 	begun  []begin
@@ -200,31 +204,67 @@ func rest(t *testing.T, d time.Duration, what string) {
 	eventually(t, d+time.Minute, what, func() bool { return time.Now().After(end) })
 }
 
-// used asserts that the limits are used as far as they should be, over a window
-// that ends now.
-func (m *mx) used(after string, window time.Duration) {
+// used asserts that the limits are used as far as they should be, over a window at
+// the end of a time. A leader that came to lend meanwhile, because the machine was
+// too busy for the servers to hear each other, is a fault of its own: then the time
+// begins anew.
+func (m *mx) used(after string, wait, window time.Duration) {
 	m.t.Helper()
-	now := time.Now()
-	rate, open, _ := m.use(now.Add(-window), now, netip.Addr{})
-	m.t.Logf("%s: %.0f %% of the rate and %.0f %% of the connections were used over %v", after, 100*rate, 100*open, window)
-	if rate < sharedUse || open < sharedUse {
+	for try := 1; ; try++ {
+		lenders := m.lenders()
+		rest(m.t, wait, "use to be measured "+after)
+		now := time.Now()
+		rate, open, _ := m.use(now.Add(-window), now, netip.Addr{})
+		m.t.Logf("%s: %.0f %% of the rate and %.0f %% of the connections were used over %v", after, 100*rate, 100*open, window)
+		if rate >= sharedUse && open >= sharedUse {
+			return
+		}
+		if more := m.lenders() - lenders; more > 0 && try < sharedTries {
+			m.t.Logf("%d leaders came meanwhile", more)
+			continue
+		}
 		m.t.Errorf("%s: %.1f %% of the rate and %.1f %% of the connections were used, want %.0f %%", after, 100*rate, 100*open, 100*sharedUse)
+		return
 	}
+}
+
+// lenders counts how often a server began to lend.
+func (m *mx) lenders() (n int) {
+	m.t.Helper()
+	for _, s := range m.servers {
+		text, err := os.ReadFile(s.Log)
+		if err != nil {
+			m.t.Fatal(err)
+		}
+		n += strings.Count(string(text), `"msg":"this server lends shared limits out"`)
+	}
+	return n
 }
 
 // back waits until a fault has been over for long enough, and measures.
 func (m *mx) back(fault string) {
 	m.t.Helper()
-	rest(m.t, sharedBack+sharedWindow, "the fault to be over for a while")
-	m.used("after "+fault, sharedWindow)
+	m.used("after "+fault, sharedBack+sharedWindow, sharedWindow)
 }
 
 // TestSharedLimits has three relays with more mail than two limits let pass that
 // the whole cluster has in common, and looks at the mail hosts: a leader is killed,
-// a relay stopped for longer than its lease.
+// a relay stopped for longer than its lease, and one cut off from all servers. It runs
+// in a network namespace, where a rule can cut one relay off.
 func TestSharedLimits(t *testing.T) {
-	f := startTrio(t, fleet.Config{Relays: 3, Open: true, NoDKIM: true, Policy: map[string]string{"limits": sharedPolicy}})
+	if inNamespace(t, sharedMost) {
+		allowCuts(t)
+		sharedLimits(t)
+	}
+}
+
+func sharedLimits(t *testing.T) {
+	if err := os.Chmod(binaries, 0o711); err != nil { // another user starts one of them
+		t.Fatal(err)
+	}
+	f := startTrio(t, fleet.Config{Relays: 3, Open: true, NoDKIM: true, Users: map[int]uint32{2: sharedCutUser}, Policy: map[string]string{"limits": sharedPolicy}})
 	m := watchMX(t, f.Lab)
+	m.servers = f.servers
 	var to []string
 	for i := range 6 * sharedBlocks {
 		provider := "google"
@@ -245,8 +285,7 @@ func TestSharedLimits(t *testing.T) {
 		rate, open, _ := m.use(now.Add(-5*time.Second), now, netip.Addr{})
 		return rate > sharedUse && open > sharedUse
 	})
-	rest(t, sharedSteady, "a while without faults")
-	m.used("without faults", sharedSteady)
+	m.used("without faults", sharedSteady, sharedSteady)
 	f.explained(f.Relays[0])
 
 	leader, _ := f.leader()
@@ -269,6 +308,8 @@ func TestSharedLimits(t *testing.T) {
 	rest(t, sharedOverlap, "it to close what it held") // at once, but nothing says when that is
 	m.frozen.Store(netip.Addr{})
 	m.back("a relay was stopped")
+
+	m.cutOff(f, f.Relays[2])
 
 	m.stop()
 	m.run.Wait()

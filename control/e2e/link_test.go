@@ -31,16 +31,35 @@ const udpFallbackLimit = 5 * time.Second
 // TCP, nothing else changes, and mail flows all the time. The test runs itself
 // again in a network namespace, where everything else is as it is outside.
 func TestUDPBlockedMidConnection(t *testing.T) {
-	if os.Getenv(binariesVariable) != "" {
+	if inNamespace(t, 4*time.Minute) {
 		blockUDP(t)
-		return
 	}
-	cmd := exec.CommandContext(within(t, 4*time.Minute), need(t, "unshare"), "--net", "--", os.Args[0], "-test.run=^"+t.Name()+"$", "-test.v", "-test.count=1")
+}
+
+// inNamespace reports whether the test runs in a network namespace of its own. If
+// not, it has run the test again in one when it returns, for a time at most.
+func inNamespace(t *testing.T, most time.Duration) bool {
+	t.Helper()
+	if os.Getenv(binariesVariable) != "" {
+		run(t, "ip link set lo up")
+		return true
+	}
+	cmd := exec.CommandContext(within(t, most), need(t, "unshare"), "--net", "--", os.Args[0], "-test.run=^"+t.Name()+"$", "-test.v", "-test.count=1")
 	cmd.Env = append(os.Environ(), binariesVariable+"="+binaries)
 	out, err := cmd.CombinedOutput()
 	t.Logf("in the namespace:\n%s", out)
 	if err != nil || !strings.Contains(string(out), "--- PASS: "+t.Name()) {
 		t.Errorf("it failed in the namespace: %v", err)
+	}
+	return false
+}
+
+// run runs a program that changes the namespace.
+func run(t *testing.T, line string) {
+	t.Helper()
+	args := strings.Fields(line)
+	if out, err := command(t, need(t, args[0]), args[1:]...); err != nil {
+		t.Fatalf("%s: %v\n%s", line, err, out)
 	}
 }
 
@@ -68,14 +87,6 @@ func logLines(t *testing.T, r *fleet.Relay, msg, transport string) int {
 }
 
 func blockUDP(t *testing.T) {
-	run := func(line string) {
-		t.Helper()
-		args := strings.Fields(line)
-		if out, err := command(t, need(t, args[0]), args[1:]...); err != nil {
-			t.Fatalf("%s: %v\n%s", line, err, out)
-		}
-	}
-	run("ip link set lo up")
 	f := start(t, fleet.Config{Open: true, NoDKIM: true})
 	r := f.Relays[0]
 	if linkedOver(t, r, "quic") != 1 || linkedOver(t, r, "tcp") != 0 {
@@ -102,16 +113,16 @@ func blockUDP(t *testing.T) {
 		t.Fatal(err)
 	}
 	// A class whose queue has no room drops what is sorted into it, silently.
-	run("tc qdisc add dev lo root handle 1: htb default 1")
-	run("tc class add dev lo parent 1: classid 1:1 htb rate 10gbit quantum 60000")
-	run("tc class add dev lo parent 1: classid 1:3 htb rate 10gbit quantum 60000")
-	run("tc qdisc add dev lo parent 1:3 pfifo limit 0")
+	run(t, "tc qdisc add dev lo root handle 1: htb default 1")
+	run(t, "tc class add dev lo parent 1: classid 1:1 htb rate 10gbit quantum 60000")
+	run(t, "tc class add dev lo parent 1: classid 1:3 htb rate 10gbit quantum 60000")
+	run(t, "tc qdisc add dev lo parent 1:3 pfifo limit 0")
 	if linkedOver(t, r, "quic") != 1 {
 		t.Fatal("the relay was not linked over QUIC all the time")
 	}
 	blocked := time.Now()
 	for _, match := range []string{"dport", "sport"} {
-		run("tc filter add dev lo parent 1: protocol ip u32 match ip protocol 17 0xff match ip " + match + " " + port + " 0xffff flowid 1:3")
+		run(t, "tc filter add dev lo parent 1: protocol ip u32 match ip protocol 17 0xff match ip "+match+" "+port+" 0xffff flowid 1:3")
 	}
 	sent := make(chan []fleet.Submitted, 1)
 	go func() { sent <- send(meanwhile, "blocked") }()

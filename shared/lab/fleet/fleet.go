@@ -47,7 +47,10 @@ type Config struct {
 	Policy map[string]string
 	// Dirs overrides the data directory of relay i, e.g. with a small disk.
 	Dirs map[int]string
-	Tune func(*lab.Profile)
+	// Users has relay i run as another user, with root's rights over files and ports:
+	// for rules of routing that are to concern it alone.
+	Users map[int]uint32
+	Tune  func(*lab.Profile)
 	// Init makes the data directory of the first control server in place of
 	// relais-control init, whose address is given; nil: that does.
 	Init func(ctx context.Context, dir string, advertise netip.Addr) error
@@ -288,7 +291,7 @@ func (f *Fleet) joinRelay(ctx context.Context, i int, token string) (*Relay, err
 	}
 	r.ready = r.Metrics() + "/readyz"
 	name := fmt.Sprintf("relay%d", i+1)
-	r.Process = &Process{Name: name, Log: filepath.Join(f.cfg.Dir, name+".log"), bin: f.bin("relais-relay"), args: []string{"serve", "--data", r.Dir}}
+	r.Process = &Process{Name: name, Log: filepath.Join(f.cfg.Dir, name+".log"), bin: f.bin("relais-relay"), args: []string{"serve", "--data", r.Dir}, user: f.cfg.Users[i]}
 	if err := os.MkdirAll(r.Dir, 0o700); err != nil {
 		return nil, fault.Wrap(err, fault.Internal, "fleet.joinRelay", "the directory %s cannot be made", r.Dir)
 	}

@@ -14,6 +14,8 @@ import (
 	"syscall"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/relais-mta/relais/shared/fault"
 )
 
@@ -33,6 +35,7 @@ type Process struct {
 	args []string
 	bin  string
 	env  []string
+	user uint32 // 0: as this program
 
 	mu   sync.Mutex
 	cmd  *exec.Cmd
@@ -55,6 +58,10 @@ func (p *Process) start() error {
 	// A server must not outlive the program that started it, and must not get
 	// the terminal's Ctrl-C before its clients have stopped.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
+	if p.user != 0 {
+		cmd.SysProcAttr.Credential = &syscall.Credential{Uid: p.user}
+		cmd.SysProcAttr.AmbientCaps = []uintptr{unix.CAP_DAC_OVERRIDE, unix.CAP_FOWNER, unix.CAP_NET_BIND_SERVICE}
+	}
 	if err := cmd.Start(); err != nil {
 		return fault.Wrap(err, fault.Internal, "fleet.start", "%s cannot be started", p.Name)
 	}
