@@ -101,7 +101,7 @@ func TestDNSDecides(t *testing.T) {
 		t.Error("the override has no effect")
 	}
 	ctl(t, f, "node", "drain", node, "--wait", "30s")
-	if out := ctl(t, f, "node", "show", node); !strings.Contains(out, "draining") {
+	if out := ctl(t, f, "node", "show", node); !strings.Contains(out, "drain") {
 		t.Errorf("the node is shown as\n%s", out)
 	}
 	if ready := get(t, f.Relays[0].Metrics()+"/readyz"); !strings.Contains(ready, "not ready: the relay drains") {

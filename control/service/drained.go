@@ -5,12 +5,13 @@ import (
 
 	"github.com/relais-mta/relais/control"
 	"github.com/relais-mta/relais/control/command"
+	"github.com/relais-mta/relais/shared/fault"
 	"github.com/relais-mta/relais/shared/ids"
 )
 
-// SettleDrains moves a draining relay that has nothing left to drained: its
-// queue is empty by its own word, said since it knows that it drains, and no
-// address is assigned to it. The leader calls it from time to time.
+// SettleDrains has a draining relay whose queue is empty, by its own word said
+// since it knows that it drains, let go of its addresses, and moves it to drained
+// when it has none any more. The leader calls it from time to time.
 func (s *Service) SettleDrains(ctx context.Context) error {
 	r := s.state.Read()
 	var draining []*control.Node
@@ -22,17 +23,23 @@ func (s *Service) SettleDrains(ctx context.Context) error {
 	if len(draining) == 0 {
 		return nil
 	}
-	owners := map[ids.Node]bool{}
+	owned := map[ids.Node][]*control.Source{}
 	for _, src := range r.Sources() {
-		owners[src.Owner] = true
+		owned[src.Owner] = append(owned[src.Owner], src)
 	}
 	heard := s.seenAnywhere()
 	for _, n := range draining {
 		seen := heard[n.ID]
-		if owners[n.ID] || !seen.Connected || seen.Report == nil || seen.Report.Revision < n.Revision {
+		if !seen.Connected || seen.Report == nil || seen.Report.Revision < n.Revision {
 			continue
 		}
 		if seen.Report.WaitingRecipients+seen.Report.InFlightRecipients+seen.Report.HeldRecipients > 0 {
+			continue
+		}
+		if len(owned[n.ID]) > 0 {
+			if err := s.retireAll(ctx, owned[n.ID]); err != nil {
+				return err
+			}
 			continue
 		}
 		// The revision says that nobody let it take mail again meanwhile.
@@ -41,6 +48,28 @@ func (s *Service) SettleDrains(ctx context.Context) error {
 			return err
 		}
 		s.logger.Info("a relay has drained", "node", n.ID.String(), "name", n.Name)
+	}
+	return nil
+}
+
+// retireAll has a relay that has drained let go of its addresses. Until the upgrade
+// to the version that can is finished it keeps them.
+func (s *Service) retireAll(ctx context.Context, sources []*control.Source) error {
+	if s.leavingReady("") != nil {
+		return nil
+	}
+	retired := 0
+	for _, src := range sources {
+		if src.State != control.SourceAssigned {
+			continue
+		}
+		if retired++; retired > maxLeftAtOnce {
+			return nil
+		}
+		meta := &command.Meta{Actor: System.Name, Reason: "its relay has drained"}
+		if _, err := propose[control.Source](ctx, s, &command.IPRetire{Meta: meta, Expect: src.Revision, Source: src.ID[:]}); err != nil && !fault.Is(err, fault.Conflict) {
+			return err
+		}
 	}
 	return nil
 }

@@ -44,9 +44,21 @@ func TestDrainedWhenNothingIsLeft(t *testing.T) {
 	must[*control.Node](t)(f.SetNodeState(ctx, operator, "edge1", control.NodeActive, Change{}))
 	is("it was taken back", control.NodeActive)
 
-	// With an address it stays draining: the address would be nobody's.
-	must[*control.Source](t)(f.AssignIP(ctx, operator, "192.0.2.1", AssignRequest{Node: "edge1", OldOwnerIsOff: true}, Change{}))
+	// Its address is released by itself, and it has drained when it has let go of it.
+	src := must[*control.Source](t)(f.AssignIP(ctx, operator, "192.0.2.1", AssignRequest{Node: "edge1", OldOwnerIsOff: true}, Change{}))
 	row = must[*control.Node](t)(f.SetNodeState(ctx, operator, "edge1", control.NodeDraining, Change{}))
 	f.NodeReported(node, ReportInfo{Revision: row.Revision})
 	is("it has an address", control.NodeDraining)
+	if got := f.state.Read().Source(src.ID); got.State != control.SourceReleasing || got.Owner != node {
+		t.Errorf("the address is %+v", got)
+	}
+	is("it lets go of its address", control.NodeDraining)
+	f.NodeReported(node, ReportInfo{Revision: row.Revision, Left: []LeftSource{{Source: src.ID, Epoch: src.Epoch}}})
+	if err := f.SettleReleases(ctx); err != nil {
+		t.Fatal(err)
+	}
+	is("it has let go of it", control.NodeDrained)
+	if got := f.state.Read().Source(src.ID); got.State != control.SourceFree {
+		t.Errorf("the address is %+v", got)
+	}
 }

@@ -23,8 +23,9 @@ func (a *app) nodeDrain() *cobra.Command {
 		Use: "drain NODE", Short: "Let a relay take no new mail and finish its queue",
 		Long: `Let a relay take no new mail: it refuses recipients with 451 4.3.5, hands over its
 queue to the relays that have addresses of the same pools, and delivers what no
-other relay can take, until its queue is empty. It stays so across restarts until
-it is undrained. --wait waits for that, showing what is left.`,
+other relay can take, until its queue is empty. Then its addresses are released,
+and it is drained. It stays so across restarts until it is undrained. --wait waits
+for the queue to be empty, showing what is left.`,
 		Example: "  relais-control node drain edge-7 --reason 'new disk'\n  relais-control node drain edge-7 --wait 2h",
 		Args:    cobra.ExactArgs(1),
 	}
@@ -62,6 +63,7 @@ it is undrained. --wait waits for that, showing what is left.`,
 func (a *app) nodeUndrain() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "undrain NODE", Short: "Let a drained relay take mail again",
+		Long:    "Let a drained relay take mail again. Addresses that it released come back with ip assign.",
 		Example: "  relais-control node undrain edge-7", Args: cobra.ExactArgs(1),
 	}
 	reason := reasonFlag(cmd)
