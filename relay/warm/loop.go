@@ -136,10 +136,17 @@ func (k *Keeper) tidy(now time.Time) {
 	for of, s := range k.slots {
 		subject := subjects[of.Subject]
 		if of.Day < today-1 || subject == nil && of.Day < today {
+			if !s.over {
+				k.free(s)
+			}
 			delete(k.slots, of)
 			continue
 		}
+		before := s.over
 		s.over = of.Day < today || subject == nil || !subject.Source.IsZero() && !owned(dir, subject.Source, of.Epoch)
+		if s.over && !before {
+			k.free(s) // mail that waited has another quota, or none
+		}
 		// After a restore the ledger may know less than was reserved and spent: all is
 		// told again, and what is left given back and asked for anew.
 		if restored {
@@ -169,6 +176,13 @@ func (k *Keeper) tidy(now time.Time) {
 		if err := k.write(); err != nil {
 			k.cfg.Logger.Error("the marks of warm-up cannot be saved", "error", err)
 		}
+	}
+}
+
+// free has mail looked at again that was refused for the reservation. k.mu is held.
+func (k *Keeper) free(s *slot) {
+	if s.plan != "" {
+		k.freed[s.plan] = true
 	}
 }
 
@@ -299,7 +313,11 @@ func (k *Keeper) reply(s *slot, r *wire.WarmReply) {
 		s.asked = time.Time{}
 		s.mark = true
 	}
+	before := s.full()
 	s.heard, s.quota, s.committed, s.stage, s.relays, s.refused = true, r.GetQuota(), r.GetCommitted(), r.GetStage(), r.GetRelays(), r.GetRefused()
+	if before && !s.full() {
+		k.free(s)
+	}
 	if r.GetKind() == 1 && s.full() && s.spender.Left() == 0 {
 		s.asked = k.cfg.Now() // ask again, but not at once
 	}
@@ -312,7 +330,8 @@ func (k *Keeper) setGates(now time.Time) {
 	changed := k.stale
 	k.stale = false
 	numbers := make(map[uint64]bool, len(k.held))
-	names := map[string]bool{}
+	names := k.freed
+	k.freed = make(map[string]bool)
 	var gates []schedule.Gate
 	for of, h := range k.held {
 		lack := h.slot.lacks(1, now)
@@ -328,11 +347,13 @@ func (k *Keeper) setGates(now time.Time) {
 			Reason: Reason, NoMessages: true, NoSessions: true, Until: h.hold.Until})
 	}
 	k.mu.Unlock()
-	if !changed || k.gates == nil {
+	if k.gates == nil {
 		return
 	}
-	k.gates.SetGates(gates...)
-	k.gates.KeepGates(Reason, numbers)
+	if changed {
+		k.gates.SetGates(gates...)
+		k.gates.KeepGates(Reason, numbers)
+	}
 	for name := range names {
 		k.gates.Recall(name)
 	}

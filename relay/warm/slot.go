@@ -30,6 +30,7 @@ type slot struct {
 	settled uint32    // what it was told then and has confirmed
 	cutSeq  uint64    // of a cut that waits for its answer; 0: none
 	over    bool      // nothing more is spent of it
+	plan    string    // that mail was asked about last
 
 	// What the leader said last.
 	heard     bool

@@ -70,7 +70,8 @@ type Keeper struct {
 	seq     uint32
 	linked  bool
 	today   warmup.Day
-	stale   bool // gates were added
+	stale   bool            // gates were added
+	freed   map[string]bool // plans of what may have room again
 }
 
 // grant is what one transaction took.
@@ -101,6 +102,7 @@ func New(cfg Config) (*Keeper, error) {
 	k := &Keeper{
 		cfg: cfg, kick: make(chan struct{}, 1), downs: make(chan *wire.WarmDown, maxDowns), disk: make(map[key]warmup.Mark), slots: make(map[key]*slot),
 		taken: make(map[*engine.Place]grant), held: make(map[gateOf]*heldGate), byGate: make(map[uint64]*heldGate),
+		freed: make(map[string]bool),
 	}
 	return k, k.load()
 }
@@ -243,7 +245,7 @@ func (k *Keeper) ask(now time.Time, p *engine.Place, dir *policy.Directory, n ui
 			return g, engine.Hold{Reason: Reason, Name: subject.Plan, Scope: scope, Text: "warm-up: this relay keeps too many reservations", Until: now.Add(time.Minute)}
 		}
 		plan, _ := dir.Document().Warmup.PlanNamed(subject.Plan) // WarmClass knew it
-		s.percent = plan.Hour()
+		s.percent, s.plan = plan.Hour(), subject.Plan
 		g.slots[i] = s
 		lack := s.lacks(n, now)
 		if lack == nothing {

@@ -88,6 +88,8 @@ type testRelay struct {
 	now    time.Time
 	k      *Keeper
 	gates  []schedule.Gate
+
+	recalled []string
 }
 
 func (r *testRelay) SetGates(gates ...schedule.Gate) { r.gates = gates }
@@ -100,7 +102,7 @@ func (r *testRelay) KeepGates(_ string, n map[uint64]bool) {
 	}
 	r.gates = kept
 }
-func (r *testRelay) Recall(string) {}
+func (r *testRelay) Recall(name string) { r.recalled = append(r.recalled, name) }
 
 // start begins a life; the one before was killed.
 func (r *testRelay) start() {
