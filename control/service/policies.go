@@ -115,6 +115,9 @@ func (s *Service) checkPolicy(row *control.Policy, sections map[string]string) (
 	if err := policy.CheckReferences(&document, s.references(base)); err != nil {
 		return nil, err
 	}
+	if err := s.keepsWarmPlans(&document); err != nil {
+		return nil, err
+	}
 	next := *base
 	next.Sections, next.Document = merged, document
 	_, err = policy.Compile(&next)

@@ -244,6 +244,18 @@ func (s *Service) warmPlan(name string) (*policy.WarmupPlan, warmup.Plan, error)
 	return named, named.Plan(), nil
 }
 
+// keepsWarmPlans refuses a policy without a plan by which something warms up: its
+// mail would have no quota, and wait.
+func (s *Service) keepsWarmPlans(document *policy.Document) error {
+	r := s.state.Read()
+	for _, row := range r.WarmSubjects() {
+		if _, ok := document.Warmup.PlanNamed(row.Plan); !ok && row.Warms() {
+			return fault.Field("service.PutPolicy", "warmup.plan", "%q is missing, and %s %s warms up by it: keep the plan, or end that first with `relais-control warmup stop`", row.Plan, row.Kind, warmName(r, row))
+		}
+	}
+	return nil
+}
+
 func (s *Service) putWarmUp(ctx context.Context, cmd *command.WarmPut) (WarmUpView, error) {
 	if err := cmd.Validate(); err != nil {
 		return WarmUpView{}, err
