@@ -408,11 +408,11 @@ func (u *upgrade) finish() {
 		u.t.Fatalf("release %s works at version %d of the commands, release %s before it at %d: an upgrade shows nothing about the way back; run scripts/previous-release.sh for an older release", u.after.version, u.after.commands, u.before.version, old)
 	}
 	// What the new release brought waits until then.
-	release := func(address string) (string, error) {
-		out, err := u.Ctl(u.t.Context(), "ip", "release", address, "--old-owner-is-off", "--reason", "tested")
+	quarantine := func(address string) (string, error) {
+		out, err := u.Ctl(u.t.Context(), "ip", "quarantine", address, "--reason", "tested")
 		return fmt.Sprint(string(out), err), err
 	}
-	if text, err := release(u.operate(u.servers[0])); err == nil || !strings.Contains(text, fmt.Sprintf("needs version %d of the commands, the cluster works at %d", u.after.commands, old)) {
+	if text, err := quarantine(u.operate(u.servers[0])); err == nil || !strings.Contains(text, fmt.Sprintf("needs version %d of the commands, the cluster works at %d", u.after.commands, old)) {
 		u.t.Errorf("a command of the new release, too early: %s", text)
 	}
 	status("upgrade", "finish", "--reason", "tested")
@@ -420,7 +420,7 @@ func (u *upgrade) finish() {
 		u.t.Errorf("the cluster works at version %d of the commands, want %d", stands.Commands, u.after.commands)
 	}
 	u.change()
-	if text, err := release(u.operate(u.servers[0])); err != nil {
+	if text, err := quarantine(u.operate(u.servers[0])); err != nil {
 		u.t.Errorf("a command of the new release: %s", text)
 	}
 	u.agree()

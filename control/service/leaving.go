@@ -22,10 +22,7 @@ const maxLeftAtOnce = 200
 
 // leavingReady refuses what an older server of the cluster would not know.
 func (s *Service) leavingReady(op string) error {
-	if cluster := s.state.Read().Cluster(); cluster == nil || cluster.FSMVersion < state.PeersVersion {
-		return fault.New(fault.Unavailable, op, "releasing addresses needs version %d of the rules: finish the upgrade first, see `relais-control upgrade`", state.PeersVersion)
-	}
-	return nil
+	return s.needs(op, "releasing addresses", state.PeersVersion)
 }
 
 // retireIP asks the owner of an address to stop using it.

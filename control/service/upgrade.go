@@ -99,3 +99,15 @@ func (s *Service) FinishUpgrade(ctx context.Context, a Actor, c Change) (Upgrade
 	}
 	return s.Upgrade(a)
 }
+
+// needs refuses what an older server of the cluster would not know.
+func (s *Service) needs(op, what string, version uint16) error {
+	var have uint16
+	if cluster := s.state.Read().Cluster(); cluster != nil {
+		have = cluster.FSMVersion
+	}
+	if have >= version {
+		return nil
+	}
+	return fault.New(fault.Unavailable, op, "%s needs version %d of the commands, the cluster works at %d: upgrade every server, the version is raised ten minutes after the last one, or by `relais-control upgrade finish`", what, version, have)
+}

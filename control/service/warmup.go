@@ -173,11 +173,10 @@ func (s *Service) warmReady(a Actor, op string) error {
 	if err := s.enter(a, control.RoleOperator, op); err != nil {
 		return err
 	}
-	r := s.state.Read()
-	if c := r.Cluster(); c == nil || c.FSMVersion < control.WarmVersion {
-		return fault.New(fault.Unavailable, op, "warm-up needs version %d of the rules: finish the upgrade first, see `relais-control upgrade`", control.WarmVersion)
+	if err := s.needs(op, "warm-up", control.WarmVersion); err != nil {
+		return err
 	}
-	if r.WarmCalendar() == nil {
+	if s.state.Read().WarmCalendar() == nil {
 		return fault.New(fault.Unavailable, op, "no day has begun yet: the leader begins one within seconds, if its clock is right; try again")
 	}
 	return nil
