@@ -242,6 +242,39 @@ func TestFloorsAreReservedAndShared(t *testing.T) {
 	}
 }
 
+// TestLaterRelayGetsAFloor: floors were divided when one relay was heard, and it
+// has all of them; the others do not wait until they are divided by use.
+func TestLaterRelayGetsAFloor(t *testing.T) {
+	l := rateLimit(1, 100, 20)
+	l.FloorPercent = 20
+	c := newCluster(t, 3, l)
+	c.want(1, 1, 60_000)
+	c.run(time.Second)
+	if _, _, floor := c.rights(1, 1).Lease(); floor.Amount != 20_000 {
+		t.Fatalf("the only relay has the floor %v, want all that is set aside", floor)
+	}
+	c.want(2, 1, 60_000)
+	c.want(3, 1, 60_000)
+	c.run(c.cfg.TTL + 2*c.cfg.Refresh())
+	floors := func() (out [3]Share) {
+		for i := range out {
+			_, _, out[i] = c.rights(Node(i+1), 1).Lease()
+		}
+		return out
+	}
+	had := floors()
+	for i, floor := range had {
+		if !floor.usable(Rate) {
+			t.Errorf("relay %d has the floor %v", i+1, floor)
+		}
+	}
+	c.want(1, 1, 0)
+	c.run(c.cfg.FloorGap / 2)
+	if now := floors(); now != had {
+		t.Errorf("floors were %v and are %v before the time to divide them by use", had, now)
+	}
+}
+
 // TestSoftFloorsStay: where the limit says so, a floor outlives the day.
 func TestSoftFloorsStay(t *testing.T) {
 	l := rateLimit(1, 100, 20)

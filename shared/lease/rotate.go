@@ -103,10 +103,7 @@ func (g *Grantor) divideFloors(now Instant, l *limitState) {
 			budget = budget.sub(e.floor).max(Share{})
 		}
 	}
-	seats := budget.Amount / l.quantum()
-	if l.Kind == Rate {
-		seats = min(seats, budget.Burst)
-	}
+	seats := l.floorSeats(budget)
 	if int64(len(g.wants)) > seats {
 		slices.SortStableFunc(g.wants, func(a, b want) int {
 			return cmp.Or(-cmp.Compare(a.want, b.want), cmp.Compare(a.e.n.id, b.e.n.id))
@@ -127,6 +124,15 @@ func (g *Grantor) divideFloors(now Instant, l *limitState) {
 		w.e.floorW = next
 	}
 	l.keepFloors(g.wants, budget)
+}
+
+// floorSeats returns how many relays can have a part of what there is for floors.
+func (l *limitState) floorSeats(budget Share) int64 {
+	seats := budget.Amount / l.quantum()
+	if l.Kind == Rate {
+		seats = min(seats, budget.Burst)
+	}
+	return seats
 }
 
 // keepFloors leaves floors as they are that are nearly right, if all of them fit.
@@ -151,7 +157,9 @@ func (l *limitState) keepFloors(wants []want, budget Share) {
 }
 
 // floorsDue reports whether floors are to be divided: at first, when the limit
-// became too small for them, and, not too often, when somebody has none.
+// became too small for them, and, not too often, by use. The first division is
+// among those who were heard so far, which after a leader's start may be one relay;
+// so who has none and could have one does not wait for long.
 func (l *limitState) floorsDue(g *Grantor, now Instant, budget Share) bool {
 	if l.FloorPercent == 0 {
 		for _, e := range l.entries {
@@ -161,9 +169,12 @@ func (l *limitState) floorsDue(g *Grantor, now Instant, budget Share) bool {
 		}
 		return false
 	}
-	sum, bare, any := Share{}, false, false
+	sum, taken, bare, any := Share{}, int64(0), false, false
 	for _, e := range l.entries {
 		sum = sum.add(e.floorW)
+		if !e.floorW.zero() {
+			taken++
+		}
 		if e.n.heard && e.demand > 0 {
 			any = true
 			bare = bare || e.floorW.zero()
@@ -176,8 +187,10 @@ func (l *limitState) floorsDue(g *Grantor, now Instant, budget Share) bool {
 		return false
 	case !l.floored:
 		return true
-	case now < l.floorAt.Add(g.cfg.FloorGap/10):
-		return false
 	}
-	return bare || now >= l.floorAt.Add(g.cfg.FloorGap)
+	gap := g.cfg.FloorGap
+	if bare && taken < l.floorSeats(budget) {
+		gap = min(g.cfg.TTL, gap/10)
+	}
+	return now >= l.floorAt.Add(gap)
 }
