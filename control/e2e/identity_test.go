@@ -154,7 +154,7 @@ func checkQuarantine(t *testing.T, f *fleet.Fleet, r *fleet.Relay) {
 	if out := ctl(t, f, "ip", "list"); !strings.Contains(out, "quarantined: relay relay1.relais.test was evicted: stolen") {
 		t.Errorf("ip list says\n%s", out)
 	}
-	refusedCtl(t, f, "switch it off", "ip", "release", address, "--reason", "wiped")
+	refusedCtl(t, f, "switch that off", "ip", "release", address, "--reason", "wiped")
 	refusedCtl(t, f, "--reason", "ip", "release", address, "--old-owner-is-off")
 	if out := ctl(t, f, "ip", "release", address, "--old-owner-is-off", "--reason", "wiped"); !strings.Contains(out, "free") {
 		t.Errorf("release said\n%s", out)
