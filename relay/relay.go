@@ -66,6 +66,7 @@ type Envelope struct {
 	Credential ids.Credential // zero for messages that Relais made itself
 	Stream     string         // stream name inside the project
 	Kind       policy.StreamKind
+	Priority   policy.Priority // among the mail of its tenant and stream
 	Pool       ids.Pool
 	Sender     mailaddr.Address // the client's envelope sender; null for bounces
 	From       mailaddr.Domain  // domain of the From header: signing and return-path domain are found by it

@@ -189,6 +189,7 @@ type Message struct {
 	Tenant     string      `json:"tenant"`
 	Stream     string      `json:"stream"`
 	Tag        string      `json:"tag,omitempty"`
+	Priority   int         `json:"priority"`
 	Pool       string      `json:"pool"`
 	Sender     string      `json:"sender"`
 	Bytes      int64       `json:"bytes"`
@@ -200,7 +201,7 @@ type Message struct {
 func (s *Server) message(m *queue.MessageInfo, why bool) Message {
 	env := m.Env
 	out := Message{
-		ID: env.ID.String(), Tenant: env.Tenant.String(), Stream: env.Stream, Tag: env.Tag, Pool: env.Pool.String(), Sender: env.Sender.String(),
+		ID: env.ID.String(), Tenant: env.Tenant.String(), Stream: env.Stream, Tag: env.Tag, Priority: env.Priority.Number(), Pool: env.Pool.String(), Sender: env.Sender.String(),
 		Bytes: env.Body.Length, Accepted: env.AcceptedAt, Expires: env.ExpiresAt,
 	}
 	for i := range env.Recipients {

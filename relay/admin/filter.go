@@ -25,6 +25,7 @@ type Filter struct {
 	Provider    string   `json:"provider,omitempty"`
 	Source      string   `json:"source,omitempty"` // bind address
 	Tag         string   `json:"tag,omitempty"`
+	Priority    string   `json:"priority,omitempty"`     // a number such as 80, or a range such as 60-100
 	State       string   `json:"state,omitempty"`        // waiting, held or in-doubt
 	OlderThan   string   `json:"older_than,omitempty"`   // since acceptance, such as 2h or 3d
 	YoungerThan string   `json:"younger_than,omitempty"` // likewise
@@ -49,7 +50,7 @@ func (f *Filter) fields() []struct {
 	}{
 		{"tenant", &f.Tenant}, {"stream", &f.Stream}, {"pool", &f.Pool}, {"from_domain", &f.FromDomain}, {"domain", &f.Domain},
 		{"provider", &f.Provider}, {"source", &f.Source}, {"tag", &f.Tag}, {"state", &f.State}, {"older_than", &f.OlderThan},
-		{"younger_than", &f.YoungerThan}, {"last_reply", &f.LastReply},
+		{"younger_than", &f.YoungerThan}, {"last_reply", &f.LastReply}, {"priority", &f.Priority},
 	}
 }
 
@@ -120,11 +121,31 @@ func (f *Filter) parse(dir *policy.Directory, now time.Time) (out queue.Filter, 
 		}
 		*age.into = now.Add(-d.D())
 	}
+	if out.Priority, err = parsePriorities(f.Priority); err != nil {
+		return out, err
+	}
 	out.LastReply = f.LastReply
 	if out.Chosen, err = parseIDs(f.IDs); err != nil {
 		return out, err
 	}
 	return out, nil
+}
+
+// parsePriorities reads one priority, or a range of them.
+func parsePriorities(text string) (*queue.PriorityRange, error) {
+	if text == "" {
+		return nil, nil
+	}
+	low, high, ranged := strings.Cut(text, "-")
+	if !ranged {
+		high = low
+	}
+	least, ok := policy.ParsePriority(low)
+	most, also := policy.ParsePriority(high)
+	if !ok || !also || most < least {
+		return nil, fault.Field("admin.filter", "priority", "%q is neither a number from 0 to 100 nor a range such as 60-100", text)
+	}
+	return &queue.PriorityRange{Least: least, Most: most}, nil
 }
 
 func (f *Filter) match(dir *policy.Directory) (m queue.Match, err error) {

@@ -158,8 +158,8 @@ func (s *Server) putHold(r *http.Request) (any, error) {
 		return nil, err
 	}
 	f := in.Filter
-	if f.State != "" || f.OlderThan != "" || f.YoungerThan != "" || f.LastReply != "" || len(f.IDs) > 0 {
-		return nil, fault.Field(op, "filter", "a rule holds mail that comes, of which no state, age, reply or id is known: hold such mail without a rule")
+	if f.State != "" || f.OlderThan != "" || f.YoungerThan != "" || f.LastReply != "" || f.Priority != "" || len(f.IDs) > 0 {
+		return nil, fault.Field(op, "filter", "a rule goes by tenant, stream, pool, domains, provider, source and tag, not by state, age, reply, priority or id: hold such mail without a rule")
 	}
 	match, err := f.match(s.directory())
 	if err != nil {

@@ -103,5 +103,5 @@ func (e *Engine) usable(dir *policy.Directory, pool ids.Pool) []schedule.Source 
 
 // scheduleKey is what the scheduler needs to know of a work queue.
 func scheduleKey(k *queue.Key) schedule.Key {
-	return schedule.Key{Tenant: k.Tenant, Stream: k.Stream, Kind: k.Kind, Pool: k.Pool, Domain: k.Domain}
+	return schedule.Key{Tenant: k.Tenant, Stream: k.Stream, Kind: k.Kind, Pool: k.Pool, Domain: k.Domain, Priority: k.Priority}
 }

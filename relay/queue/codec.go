@@ -152,7 +152,7 @@ func appendEnvelope(b []byte, e *relay.Envelope, body relay.BodyRef, firstDueMS 
 	b = putID(b, envTenant, e.Tenant)
 	b = putID(b, envProject, e.Project)
 	b = putID(b, envCredential, e.Credential)
-	b = putString(b, envStream, e.Stream)
+	b = putStream(b, envStream, e.Stream, e.Priority)
 	b = putString(b, envKind, string(e.Kind))
 	b = putID(b, envPool, e.Pool)
 	b = putString(b, envSender, e.Sender.String())
@@ -254,7 +254,7 @@ func setEnvelopeField(e *relay.Envelope, n protowire.Number, v uint64, text []by
 	case envCredential:
 		copy(e.Credential[:], text)
 	case envStream:
-		e.Stream = string(text)
+		e.Stream, e.Priority = parseStream(text)
 	case envKind:
 		e.Kind = policy.StreamKind(text)
 	case envPool:

@@ -18,7 +18,7 @@ func TestEnvelopeRoundTrips(t *testing.T) {
 	at := time.UnixMilli(1_800_000_000_123).UTC()
 	want := relay.Envelope{
 		ID: ids.NewMessage(at), Tenant: ids.Tenant{1}, Project: ids.Project{2}, Credential: ids.Credential{3},
-		Stream: "news", Kind: policy.Bulk, Pool: ids.Pool{4}, Sender: mailaddr.Address{Local: "me", Domain: "brand.test"}, From: "brand.test",
+		Stream: "news", Kind: policy.Bulk, Priority: policy.PriorityOf(80), Pool: ids.Pool{4}, Sender: mailaddr.Address{Local: "me", Domain: "brand.test"}, From: "brand.test",
 		Recipients: []relay.Recipient{
 			{Address: mailaddr.Address{Local: "a", Domain: "x.test"}, Notify: relay.NotifyFailure, ORCPT: "rfc822;a@x.test"},
 			{Address: mailaddr.Address{Local: `"b c"`, Domain: "y.test"}, Notify: relay.NotifyNever, ORCPT: "rfc822;b"},

@@ -9,6 +9,7 @@ import (
 	"github.com/relais-mta/relais/relay"
 	"github.com/relais-mta/relais/shared/ids"
 	"github.com/relais-mta/relais/shared/mailaddr"
+	"github.com/relais-mta/relais/shared/policy"
 )
 
 // Chosen is a message, or one recipient of it, that was named by its id.
@@ -28,6 +29,7 @@ type Filter struct {
 	InDoubt        bool        // only those that an attempt without a known end may have reached
 	AcceptedBefore time.Time
 	AcceptedAfter  time.Time
+	Priority       *PriorityRange
 	LastReply      string   // class of the last verdict, or a part of the last reply in any case
 	Chosen         []Chosen // only these, in the order of their ids; nil: all
 	After          ids.Message
@@ -37,8 +39,11 @@ type Filter struct {
 
 // Empty reports whether the filter selects everything.
 func (f *Filter) Empty() bool {
-	return f.Match.Empty() && f.State == 0 && !f.InDoubt && f.AcceptedBefore.IsZero() && f.AcceptedAfter.IsZero() && f.LastReply == "" && f.Chosen == nil
+	return f.Match.Empty() && f.State == 0 && !f.InDoubt && f.AcceptedBefore.IsZero() && f.AcceptedAfter.IsZero() && f.Priority == nil && f.LastReply == "" && f.Chosen == nil
 }
+
+// PriorityRange is priorities of messages, both ends included.
+type PriorityRange struct{ Least, Most policy.Priority }
 
 // SortChosen puts named recipients into the order that Filter wants.
 func SortChosen(c []Chosen) {
@@ -53,7 +58,8 @@ func SortChosen(c []Chosen) {
 // message reports whether what all recipients of a message share matches.
 func (f *Filter) message(env *relay.Envelope) bool {
 	return f.Match.message(env) && (f.AcceptedBefore.IsZero() || env.AcceptedAt.Before(f.AcceptedBefore)) &&
-		(f.AcceptedAfter.IsZero() || env.AcceptedAt.After(f.AcceptedAfter))
+		(f.AcceptedAfter.IsZero() || env.AcceptedAt.After(f.AcceptedAfter)) &&
+		(f.Priority == nil || env.Priority >= f.Priority.Least && env.Priority <= f.Priority.Most)
 }
 
 // state reports whether a recipient's state matches. The provider is found by

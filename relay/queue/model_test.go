@@ -15,6 +15,7 @@ import (
 	"github.com/relais-mta/relais/relay"
 	"github.com/relais-mta/relais/relay/outbox"
 	"github.com/relais-mta/relais/shared/ids"
+	"github.com/relais-mta/relais/shared/policy"
 )
 
 // modelRecipient is a recipient as the model sees it.
@@ -22,6 +23,7 @@ type modelRecipient struct {
 	msg     ids.Message
 	index   uint16
 	domain  string
+	urgent  bool
 	due     int64
 	state   relay.State
 	owned   bool
@@ -51,9 +53,9 @@ func (m *model) open(id ids.Message) (n int) {
 }
 
 // due returns what is due in a domain, in the order in which it must come.
-func (m *model) due(domain string, now int64) (out []*modelRecipient) {
+func (m *model) due(domain string, urgent bool, now int64) (out []*modelRecipient) {
 	for _, r := range m.recipients {
-		if r.domain == domain && r.state == relay.StateWaiting && !r.owned && r.due <= now {
+		if r.domain == domain && r.urgent == urgent && r.state == relay.StateWaiting && !r.owned && r.due <= now {
 			out = append(out, r)
 		}
 	}
@@ -74,6 +76,10 @@ func (m *model) accept(t *rapid.T) {
 	if rapid.Bool().Draw(t, "later") {
 		env.NotBefore = env.AcceptedAt.Add(time.Duration(rapid.IntRange(1, 600).Draw(t, "notBefore")) * time.Second)
 	}
+	urgent := rapid.Bool().Draw(t, "urgent")
+	if urgent {
+		env.Priority = policy.PriorityOf(90)
+	}
 	if err := m.f.q.Accept(context.Background(), env, m.f.body("text of "+env.ID.String())); err != nil {
 		t.Fatal(err)
 	}
@@ -85,7 +91,7 @@ func (m *model) accept(t *rapid.T) {
 	m.events += len(to)
 	for i, r := range env.Recipients {
 		id := ids.Recipient{Message: env.ID, Index: uint16(i)}
-		m.recipients[id] = &modelRecipient{msg: env.ID, index: uint16(i), domain: string(r.Address.Domain), due: due.UnixMilli(), state: relay.StateWaiting}
+		m.recipients[id] = &modelRecipient{msg: env.ID, index: uint16(i), domain: string(r.Address.Domain), urgent: urgent, due: due.UnixMilli(), state: relay.StateWaiting}
 		m.holdAtOnce(m.recipients[id])
 	}
 }
@@ -93,11 +99,12 @@ func (m *model) accept(t *rapid.T) {
 // take compares what the queue gives with what must be due.
 func (m *model) take(t *rapid.T) {
 	domain := fmt.Sprintf("d%d.example", rapid.IntRange(0, 3).Draw(t, "domain"))
+	urgent := rapid.Bool().Draw(t, "urgent")
 	most := rapid.IntRange(1, 4).Draw(t, "most")
 	m.f.loaded()
 	now := m.f.clock.Now()
-	want := m.due(domain, now.UnixMilli())
-	number, known := m.number(domain)
+	want := m.due(domain, urgent, now.UnixMilli())
+	number, known := m.number(domain, urgent)
 	var w *Work
 	ok := false
 	if known {
@@ -142,9 +149,9 @@ func (m *model) checkBody(t *rapid.T, w *Work) {
 	}
 }
 
-func (m *model) number(domain string) (n Number, ok bool) {
+func (m *model) number(domain string, urgent bool) (n Number, ok bool) {
 	m.f.q.Queues(func(info QueueInfo) bool {
-		if string(info.Key.Domain) == domain {
+		if string(info.Key.Domain) == domain && (info.Key.Priority != 0) == urgent {
 			n, ok = info.Number, true
 		}
 		return !ok

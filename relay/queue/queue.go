@@ -41,6 +41,8 @@ type Key struct {
 	Pool   ids.Pool
 	Domain mailaddr.Domain
 	Kind   policy.StreamKind
+
+	Priority policy.Priority
 }
 
 // Config gives the queue its clock, its policy and its listeners.
@@ -339,7 +341,7 @@ func (m *message) setEnvelope(env *relay.Envelope, firstDue int64) {
 
 // keyOf is the work queue of one recipient.
 func keyOf(env *relay.Envelope, index int) Key {
-	return Key{Tenant: env.Tenant, Stream: env.Stream, Pool: env.Pool, Domain: env.Recipients[index].Address.Domain, Kind: env.Kind}
+	return Key{Tenant: env.Tenant, Stream: env.Stream, Pool: env.Pool, Domain: env.Recipients[index].Address.Domain, Kind: env.Kind, Priority: env.Priority}
 }
 
 // Open reads the table of work queues, resolves the attempts that a crash cut

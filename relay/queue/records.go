@@ -98,7 +98,7 @@ const (
 func appendQueue(b []byte, k *Key, floorMS int64) []byte {
 	b = append(b, queueVersion)
 	b = putID(b, qTenant, k.Tenant)
-	b = putString(b, qStream, k.Stream)
+	b = putStream(b, qStream, k.Stream, k.Priority)
 	b = putID(b, qPool, k.Pool)
 	b = putString(b, qDomain, string(k.Domain))
 	b = putString(b, qKind, string(k.Kind))
@@ -115,7 +115,7 @@ func parseQueue(b []byte) (k Key, floorMS int64, err error) {
 		case qTenant:
 			copy(k.Tenant[:], text)
 		case qStream:
-			k.Stream = string(text)
+			k.Stream, k.Priority = parseStream(text)
 		case qPool:
 			copy(k.Pool[:], text)
 		case qDomain:

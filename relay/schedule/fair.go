@@ -17,7 +17,7 @@ type Share struct {
 const (
 	DefaultWeight   = 10
 	DefaultPriority = 50
-	maxPriority     = 100
+	maxPriority     = policy.MaxPriority
 )
 
 // messageCost is what one message takes of a deficit: a tenant of the default
@@ -129,37 +129,56 @@ type member struct {
 	accounts [ways]account
 	turns    uint64 // messages of the tenant that were started
 	levels   []*level
-	flows    []*flow
+	streams  []*stream
 	ready    [ways]int // queues
 	queues   int       // that name it, ready or not
 }
 
-// level is one priority of a tenant. Its next turn is due a number of the
-// tenant's turns after its last: the fewer the higher the priority.
+// level is one priority of a tenant's streams. Its next turn is due a number of
+// the tenant's turns after its last: the fewer the higher the priority.
 type level struct {
 	priority int
 	due      uint64
-	pass     pass // of its flows
+	pass     pass // of its streams
 	ready    int  // queues
 }
 
-// flow is a stream of a tenant in a group.
-type flow struct {
+// stream is a stream of a tenant in a group.
+type stream struct {
 	member  *member
-	stream  string
+	name    string
 	kind    policy.StreamKind
 	level   *level
 	account account
+	turns   uint64 // messages of the stream that were started
+	flows   []*flow
 	ready   int // queues
 }
 
+// flow is the mail of one priority of a stream. Its next turn is due a number of
+// the stream's turns after its last, as that of a level among those of its
+// tenant: so mail of the lowest priority moves on, whatever comes before it.
+type flow struct {
+	member   *member
+	stream   *stream
+	priority int
+	due      uint64
+	ready    int // queues
+}
+
 // before reports whether f has its turn before g, a flow of the same tenant:
-// the level that is due first, the higher of two due at once, and within a
-// level by deficit round robin.
+// the level that is due first, the higher of two due at once, within a level by
+// deficit round robin between streams, and within a stream as between levels.
 func (f *flow) before(g *flow) bool {
-	a, b := f.level, g.level
+	if f.stream == g.stream {
+		if f.due != g.due {
+			return f.due < g.due
+		}
+		return f.priority > g.priority
+	}
+	a, b := f.stream.level, g.stream.level
 	if a == b {
-		return f.account.before(&g.account)
+		return f.stream.account.before(&g.stream.account)
 	}
 	if a.due != b.due {
 		return a.due < b.due
@@ -167,29 +186,40 @@ func (f *flow) before(g *flow) bool {
 	return a.priority > b.priority
 }
 
+// dueAfter is when a party of a priority is due that had its turn now, or comes.
+func dueAfter(turns uint64, priority int) uint64 { return turns + uint64(maxPriority-priority) }
+
 // serve books one message of the flow.
 func (f *flow) serve() {
-	m, l := f.member, f.level
+	m, st, l := f.member, f.stream, f.stream.level
 	m.turns++
-	l.due = m.turns + uint64(maxPriority-l.priority)
-	l.pass.charge(&f.account, messageCost)
+	l.due = dueAfter(m.turns, l.priority)
+	l.pass.charge(&st.account, messageCost)
+	st.turns++
+	f.due = dueAfter(st.turns, f.priority)
 }
 
 // begin and end count the ready queues of the flow.
 func (f *flow) begin() {
-	if f.level.ready == 0 {
-		f.level.due = max(f.level.due, f.member.turns+uint64(maxPriority-f.level.priority))
+	st, l := f.stream, f.stream.level
+	if l.ready == 0 {
+		l.due = max(l.due, dueAfter(f.member.turns, l.priority))
+	}
+	if st.ready == 0 {
+		l.pass.enter(&st.account)
 	}
 	if f.ready == 0 {
-		f.level.pass.enter(&f.account)
+		f.due = max(f.due, dueAfter(st.turns, f.priority))
 	}
 	f.ready++
-	f.level.ready++
+	st.ready++
+	l.ready++
 }
 
 func (f *flow) end() {
 	f.ready--
-	f.level.ready--
+	f.stream.ready--
+	f.stream.level.ready--
 }
 
 // member returns a tenant's place in the group.
@@ -205,41 +235,53 @@ func (g *group) member(id ids.Tenant) *member {
 	return m
 }
 
-// flow returns the place of a queue's stream.
+// flow returns the place of a queue's mail.
 func (s *Scheduler) flow(g *group, key *Key) *flow {
-	m := g.member(key.Tenant)
-	for _, f := range m.flows {
-		if f.stream == key.Stream && f.kind == key.Kind {
+	st, priority := s.stream(g, key), key.Priority.Number()
+	for _, f := range st.flows {
+		if f.priority == priority {
 			return f
 		}
 	}
-	f := &flow{member: m, stream: key.Stream, kind: key.Kind}
-	m.flows = append(m.flows, f)
-	s.setShare(f)
+	f := &flow{member: st.member, stream: st, priority: priority}
+	st.flows = append(st.flows, f)
 	return f
 }
 
-// setShare takes over what the policy gives a flow.
-func (s *Scheduler) setShare(f *flow) {
+func (s *Scheduler) stream(g *group, key *Key) *stream {
+	m := g.member(key.Tenant)
+	for _, st := range m.streams {
+		if st.name == key.Stream && st.kind == key.Kind {
+			return st
+		}
+	}
+	st := &stream{member: m, name: key.Stream, kind: key.Kind}
+	m.streams = append(m.streams, st)
+	s.setShare(st)
+	return st
+}
+
+// setShare takes over what the policy gives a stream.
+func (s *Scheduler) setShare(st *stream) {
 	share := Share{Priority: DefaultPriority}
 	if s.shares != nil {
-		share = s.shares(f.member.id, f.stream, f.kind)
+		share = s.shares(st.member.id, st.name, st.kind)
 	}
-	for i := range f.member.accounts {
-		f.member.accounts[i].weight = weight(share.TenantWeight)
+	for i := range st.member.accounts {
+		st.member.accounts[i].weight = weight(share.TenantWeight)
 	}
-	f.account.weight = weight(share.StreamWeight)
-	l := f.member.level(min(max(share.Priority, 0), maxPriority))
-	if f.level == l {
+	st.account.weight = weight(share.StreamWeight)
+	l := st.member.level(min(max(share.Priority, 0), maxPriority))
+	if st.level == l {
 		return
 	}
-	if f.level != nil {
-		f.level.ready -= f.ready
+	if st.level != nil {
+		st.level.ready -= st.ready
 	}
-	f.level = l
-	f.account.round, f.account.seq = 0, 0
-	l.pass.enter(&f.account)
-	l.ready += f.ready
+	st.level = l
+	st.account.round, st.account.seq = 0, 0
+	l.pass.enter(&st.account)
+	l.ready += st.ready
 }
 
 func weight(w int) int {
@@ -255,7 +297,7 @@ func (m *member) level(priority int) *level {
 			return l
 		}
 	}
-	l := &level{priority: priority, due: m.turns + uint64(maxPriority-priority)}
+	l := &level{priority: priority, due: dueAfter(m.turns, priority)}
 	m.levels = append(m.levels, l)
 	return l
 }
@@ -266,12 +308,12 @@ func (s *Scheduler) SetShares(of func(ids.Tenant, string, policy.StreamKind) Sha
 	s.shares = of
 	for _, g := range s.groups {
 		for _, m := range g.members {
-			for _, f := range m.flows {
-				s.setShare(f)
+			for _, st := range m.streams {
+				s.setShare(st)
 			}
 		}
 	}
 }
 
 // urgent reports whether the flow has a part in the reserve.
-func (f *flow) urgent() bool { return f.kind == policy.Transactional }
+func (f *flow) urgent() bool { return f.stream.kind == policy.Transactional }

@@ -6,6 +6,7 @@ import (
 
 	"github.com/relais-mta/relais/shared/ids"
 	"github.com/relais-mta/relais/shared/mailaddr"
+	"github.com/relais-mta/relais/shared/policy"
 	"github.com/relais-mta/relais/shared/throttle"
 )
 
@@ -72,13 +73,14 @@ type groupGate struct {
 }
 
 type flowKey struct {
-	tenant ids.Tenant
-	stream string
-	urgent bool
+	tenant   ids.Tenant
+	stream   string
+	priority policy.Priority
+	urgent   bool
 }
 
-// gateLine is the queues of one stream that a gate holds. Streams take turns,
-// transactional ones first.
+// gateLine is the queues of one stream and priority that a gate holds. Lines take
+// turns, transactional ones first.
 type gateLine struct {
 	key  flowKey
 	head *queue // of a ring, by next and prev

@@ -212,7 +212,7 @@ func (s *Scheduler) wait(q *queue, gt *gate, until time.Time) {
 	q.site.gated += q.waiting
 	q.tally(q.waiting)
 	gt.parked++
-	key := flowKey{q.key.Tenant, q.key.Stream, q.strand.flow.urgent()}
+	key := flowKey{q.key.Tenant, q.key.Stream, q.key.Priority, q.strand.flow.urgent()}
 	in := gt.byFlow[key]
 	if in == nil {
 		if gt.byFlow == nil {
@@ -245,7 +245,7 @@ func (s *Scheduler) freeOthers(q *queue) {
 // unwait takes a queue out of a gate's line. It stands nowhere then.
 func (s *Scheduler) unwait(q *queue) {
 	gt := q.gated
-	key := flowKey{q.key.Tenant, q.key.Stream, q.strand.flow.urgent()}
+	key := flowKey{q.key.Tenant, q.key.Stream, q.key.Priority, q.strand.flow.urgent()}
 	in := gt.byFlow[key]
 	switch {
 	case q.next == q:

@@ -34,6 +34,8 @@ type Key struct {
 	Kind   policy.StreamKind
 	Pool   ids.Pool
 	Domain mailaddr.Domain
+
+	Priority policy.Priority // of its mail within the stream
 }
 
 // Lane is source × provider.

@@ -144,7 +144,10 @@ func (s *session) applyRules(env *relay.Envelope, now time.Time) (header, error)
 	if err != nil {
 		return h, err
 	}
-	env.Stream, env.Kind, env.Pool = stream.Name, stream.Kind, stream.Pool
+	if !stream.AllowsPriority(h.options.priority) {
+		return h, s.refuseFault(badOption("X-Relais-Priority", "is from %d to %d in mail of stream %s", stream.MinPriority, stream.MaxPriority, stream.Name))
+	}
+	env.Stream, env.Kind, env.Pool, env.Priority = stream.Name, stream.Kind, stream.Pool, h.options.priority
 	env.From = h.from
 	env.ClientDKIM = h.clientDKIM
 	env.Tag = h.options.tag

@@ -21,11 +21,12 @@ const (
 
 // options is what the X-Relais fields of a message say.
 type options struct {
-	stream      string        // X-Relais-Stream: name of a stream of the credential's project
-	tag         string        // X-Relais-Tag: the client's own mark, kept with the message and its events
-	sendAt      time.Time     // X-Relais-Send-At: RFC 3339, at most 30 days ahead; zero or past: at once
-	expireAfter time.Duration // X-Relais-Expire as a duration, counted from sendAt or acceptance
-	expireAt    time.Time     // X-Relais-Expire as an RFC 3339 time
+	stream      string          // X-Relais-Stream: name of a stream of the credential's project
+	tag         string          // X-Relais-Tag: the client's own mark, kept with the message and its events
+	sendAt      time.Time       // X-Relais-Send-At: RFC 3339, at most 30 days ahead; zero or past: at once
+	expireAfter time.Duration   // X-Relais-Expire as a duration, counted from sendAt or acceptance
+	expireAt    time.Time       // X-Relais-Expire as an RFC 3339 time
+	priority    policy.Priority // X-Relais-Priority: 0 to 100 among the mail of the stream
 	seen        uint8
 }
 
@@ -35,6 +36,7 @@ const (
 	sawTag
 	sawSendAt
 	sawExpire
+	sawPriority
 )
 
 // set takes one field. name is for the error, in the client's own spelling.
@@ -63,6 +65,12 @@ func (o *options) set(lower, name, text string, now time.Time) error {
 	case "x-relais-expire":
 		bit = sawExpire
 		err = o.setExpire(name, text)
+	case "x-relais-priority":
+		bit = sawPriority
+		var ok bool
+		if o.priority, ok = policy.ParsePriority(text); !ok {
+			err = badOption(name, "has a whole number from %d to %d, such as %d, which is that of mail without it", policy.MinPriority, policy.MaxPriority, policy.DefaultPriority)
+		}
 	default:
 		return unknownOption(name)
 	}
@@ -139,7 +147,7 @@ func badOption(name, rule string, args ...any) error {
 }
 
 func unknownOption(name string) error {
-	return badOption(clip([]byte(name)), "is not known; there are X-Relais-Stream, -Send-At, -Expire and -Tag")
+	return badOption(clip([]byte(name)), "is not known; there are X-Relais-Stream, -Send-At, -Expire, -Priority and -Tag")
 }
 
 // isPlain reports whether s has 1 to limit printable ASCII characters without

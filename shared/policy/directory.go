@@ -57,8 +57,10 @@ type ResolvedStream struct {
 	PoolName       string
 	ReturnPath     string   // ReturnPathMessage or ReturnPathRecipient
 	Expire         Duration // after acceptance
-	HasLocalSource bool     // this relay owns a source of the pool with a weight
-	Elsewhere      bool     // mail of the pool can be handed over to a relay that does
+	MinPriority    int      // that a message may ask for
+	MaxPriority    int
+	HasLocalSource bool // this relay owns a source of the pool with a weight
+	Elsewhere      bool // mail of the pool can be handed over to a relay that does
 
 	owner ids.Tenant // of a dedicated pool
 }
@@ -309,7 +311,13 @@ func (d *Directory) compileStreams() {
 }
 
 func (d *Directory) resolve(s *Stream, doc *Document) *ResolvedStream {
-	r := &ResolvedStream{Name: s.Name, Kind: s.Kind, PoolName: s.Pool, ReturnPath: s.ReturnPath, Expire: s.Expire}
+	r := &ResolvedStream{Name: s.Name, Kind: s.Kind, PoolName: s.Pool, ReturnPath: s.ReturnPath, Expire: s.Expire, MinPriority: MinPriority, MaxPriority: MaxPriority}
+	if s.MessagePriorityMin != nil {
+		r.MinPriority = *s.MessagePriorityMin
+	}
+	if s.MessagePriorityMax != nil {
+		r.MaxPriority = *s.MessagePriorityMax
+	}
 	if pool := d.poolNames[s.Pool]; pool != nil {
 		r.Pool, r.owner = pool.ID, pool.Tenant
 		r.HasLocalSource = len(d.local[pool.ID]) > 0

@@ -102,10 +102,10 @@ func TestStreamResolution(t *testing.T) {
 		stream  string
 		want    ResolvedStream
 	}{
-		{"tenant and project named", w.acme, w.shop, "bulk", ResolvedStream{"bulk", Bulk, w.acmePool, "acme-own", ReturnPathMessage, 2 * day, false, false, w.acme}},
-		{"tenant named", w.acme, w.news, "bulk", ResolvedStream{"bulk", Bulk, w.far, "far", ReturnPathRecipient, 4*day + 12*hour, false, false, ids.Tenant{}}},
-		{"none named", w.other, w.otherProject, "bulk", ResolvedStream{"bulk", Bulk, w.shared, "default", ReturnPathRecipient, 4*day + 12*hour, true, false, ids.Tenant{}}},
-		{"transactional", w.acme, w.shop, "otp", ResolvedStream{"otp", Transactional, w.shared, "default", ReturnPathMessage, day, true, false, ids.Tenant{}}},
+		{"tenant and project named", w.acme, w.shop, "bulk", ResolvedStream{"bulk", Bulk, w.acmePool, "acme-own", ReturnPathMessage, 2 * day, MinPriority, MaxPriority, false, false, w.acme}},
+		{"tenant named", w.acme, w.news, "bulk", ResolvedStream{"bulk", Bulk, w.far, "far", ReturnPathRecipient, 4*day + 12*hour, MinPriority, MaxPriority, false, false, ids.Tenant{}}},
+		{"none named", w.other, w.otherProject, "bulk", ResolvedStream{"bulk", Bulk, w.shared, "default", ReturnPathRecipient, 4*day + 12*hour, MinPriority, MaxPriority, true, false, ids.Tenant{}}},
+		{"transactional", w.acme, w.shop, "otp", ResolvedStream{"otp", Transactional, w.shared, "default", ReturnPathMessage, day, MinPriority, MaxPriority, true, false, ids.Tenant{}}},
 	} {
 		got, err := d.Stream(tc.tenant, tc.project, tc.stream)
 		if err != nil || *got != tc.want {

@@ -189,6 +189,11 @@ type Stream struct {
 	Expire     Duration   `toml:"expire"`      // 0: by kind
 	Priority   *int       `toml:"priority"`    // 0 to 100 among the streams of a tenant; nil: DefaultPriority
 	Weight     int        `toml:"weight"`      // 1 to 1000 among those of equal priority; 0: DefaultWeight
+
+	// What a message may say in X-Relais-Priority, which orders the mail of one
+	// stream. nil: MinPriority and MaxPriority.
+	MessagePriorityMin *int `toml:"message_priority_min"`
+	MessagePriorityMax *int `toml:"message_priority_max"`
 }
 
 // Pools weighs the sources of pools.

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/relais-mta/relais/shared/mailaddr"
@@ -253,6 +254,7 @@ func (s *Streams) validate(p *problems) {
 		if st.Weight != 0 {
 			p.between(at+"weight", int64(st.Weight), 1, maxWeight)
 		}
+		st.validatePriorities(p, at)
 		k := key{st.Tenant, st.Project, st.Name}
 		if first, dup := seen[k]; dup {
 			p.add(at+"name", "says the same tenant, project and name as stream[%d]: remove one of them", first)
@@ -260,6 +262,20 @@ func (s *Streams) validate(p *problems) {
 		seen[k] = i
 	}
 	s.validateTenants(p)
+}
+
+// validatePriorities checks what messages of the stream may ask for. The default
+// is always allowed, because it is what mail has that says nothing.
+func (s *Stream) validatePriorities(p *problems, at string) {
+	if strings.Contains(s.Name, PriorityMark) {
+		p.add(at+"name", "%q holds %q, which marks priorities in the queue: name it otherwise", clip(s.Name), PriorityMark)
+	}
+	if s.MessagePriorityMin != nil {
+		p.between(at+"message_priority_min", int64(*s.MessagePriorityMin), MinPriority, DefaultPriority)
+	}
+	if s.MessagePriorityMax != nil {
+		p.between(at+"message_priority_max", int64(*s.MessagePriorityMax), DefaultPriority, MaxPriority)
+	}
 }
 
 func (s *Streams) validateTenants(p *problems) {

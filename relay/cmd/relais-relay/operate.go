@@ -24,6 +24,7 @@ import (
 	"github.com/relais-mta/relais/relay/engine"
 	"github.com/relais-mta/relais/relay/verdict"
 	"github.com/relais-mta/relais/shared/fault"
+	"github.com/relais-mta/relais/shared/policy"
 )
 
 // maxAnswerBytes bounds an answer of the admin socket.
@@ -103,7 +104,7 @@ func newQueue(o *options) *cobra.Command {
 func printMessage(w io.Writer, m *admin.Message) {
 	for i := range m.Recipients {
 		r := &m.Recipients[i]
-		fmt.Fprintf(w, "%s\t%s\t<%s>\t<%s>\t%s\t%d\t%s\t%s\n", m.ID, m.Stream, m.Sender, r.Address, stateText(r), r.Attempts, timeText(r.Next), clip(r.LastReply))
+		fmt.Fprintf(w, "%s\t%s\t%d\t<%s>\t<%s>\t%s\t%d\t%s\t%s\n", m.ID, m.Stream, m.Priority, m.Sender, r.Address, stateText(r), r.Attempts, timeText(r.Next), clip(r.LastReply))
 	}
 }
 
@@ -131,8 +132,8 @@ func newQueueShow(o *options) *cobra.Command {
 			if err := ask(cmd.Context(), o, "/v1/queue/messages/"+url.PathEscape(args[0]), &m); err != nil || o.json {
 				return err
 			}
-			fmt.Printf("message   %s\ntenant    %s\nstream    %s\npool      %s\nsender    <%s>\nbytes     %d\naccepted  %s\nexpires   %s\n\n",
-				m.ID, m.Tenant, m.Stream, m.Pool, m.Sender, m.Bytes, timeText(m.Accepted), timeText(m.Expires))
+			fmt.Printf("message   %s\ntenant    %s\nstream    %s\npriority  %d\npool      %s\nsender    <%s>\nbytes     %d\naccepted  %s\nexpires   %s\n\n",
+				m.ID, m.Tenant, m.Stream, m.Priority, m.Pool, m.Sender, m.Bytes, timeText(m.Accepted), timeText(m.Expires))
 			w := tabwriter.NewWriter(os.Stdout, 0, 4, 2, ' ', 0)
 			fmt.Fprintln(w, "RECIPIENT\tSTATE\tATTEMPTS\tNEXT\tMX\tCLASS\tLAST REPLY")
 			for i := range m.Recipients {
@@ -158,11 +159,19 @@ func newQueueWhy(o *options) *cobra.Command {
 					fmt.Printf("<%s>: %s\n", r.Address, r.State)
 					continue
 				}
-				fmt.Printf("<%s>: %s%s%s\n", r.Address, r.Why.Text, laneText(r.Why), untilText(r.Why.Until))
+				fmt.Printf("<%s>: %s%s%s%s\n", r.Address, r.Why.Text, laneText(r.Why), priorityText(m.Priority), untilText(r.Why.Until))
 			}
 			return nil
 		},
 	}
+}
+
+// priorityText names the priority of a message that has another one than most.
+func priorityText(n int) string {
+	if n == policy.DefaultPriority {
+		return ""
+	}
+	return fmt.Sprintf(" (priority %d)", n)
 }
 
 func laneText(x *engine.Explanation) string {

@@ -77,6 +77,7 @@ func filterFlags(cmd *cobra.Command, f *admin.Filter) {
 		{&f.Source, "source", "bind address of the last attempt, or kept for a greylisting peer"},
 		{&f.Pool, "pool", "pool, by id or name"},
 		{&f.Tag, "tag", "the client's own mark, such as a campaign"},
+		{&f.Priority, "priority", "priority of the message, such as 80, or a range such as 60-100"},
 		{&f.State, "state", "waiting, held or in-doubt"},
 		{&f.OlderThan, "older-than", "accepted longer ago than this, such as 2h or 3d"},
 		{&f.YoungerThan, "younger-than", "accepted more recently than this"},
@@ -216,7 +217,7 @@ func newQueueList(o *options) *cobra.Command {
 				return nil
 			}
 			w := tabwriter.NewWriter(os.Stdout, 0, 4, 2, ' ', 0)
-			fmt.Fprintln(w, "MESSAGE\tSTREAM\tSENDER\tRECIPIENT\tSTATE\tATTEMPTS\tNEXT\tLAST REPLY")
+			fmt.Fprintln(w, "MESSAGE\tSTREAM\tPRIORITY\tSENDER\tRECIPIENT\tSTATE\tATTEMPTS\tNEXT\tLAST REPLY")
 			for i := range list {
 				printMessage(w, &list[i])
 			}
