@@ -3,6 +3,7 @@ package quota
 import (
 	"context"
 	"log/slog"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/protobuf/proto"
@@ -42,10 +43,12 @@ type WarmOptions struct {
 
 // Warm is the leader's part of warm-up: it begins days, judges those that are
 // over, and commits what relays reserve, spend and give back, many in one command.
+// As a prometheus.Collector it shows the day.
 type Warm struct {
 	o     WarmOptions
 	queue []warmItem
 	told  string // why no day begins, as it was logged last
+	leads atomic.Bool
 }
 
 type warmItem struct {
@@ -65,6 +68,8 @@ func (w *Warm) Takes(m proto.Message) bool {
 // Lead implements Part.
 func (w *Warm) Lead(ctx context.Context, in <-chan Message) error {
 	w.queue = nil
+	w.leads.Store(true)
+	defer w.leads.Store(false)
 	tick, look := time.NewTicker(warmTick), time.NewTicker(warmLook)
 	defer tick.Stop()
 	defer look.Stop()

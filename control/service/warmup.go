@@ -78,28 +78,13 @@ func warmRef(r *state.Reader, kind control.WarmKind, name string) (ref, text str
 	return "", "", fault.Field("service.WarmUp", "kind", "%q is unknown: use one of %s", kind, strings.Join(control.WarmKinds, ", "))
 }
 
-// warmName is how people name a subject.
-func warmName(r *state.Reader, s *control.WarmSubject) string {
-	switch s.Kind {
-	case control.WarmSource:
-		if src := r.Source(s.Source()); src != nil {
-			return src.Bind.String()
-		}
-	case control.WarmPool:
-		if p := r.Pool(s.Pool()); p != nil {
-			return p.Name
-		}
-	}
-	return s.RefText()
-}
-
 func (s *Service) warmView(r *state.Reader, row *control.WarmSubject) (WarmUpView, error) {
 	doc, err := s.Document()
 	if err != nil {
 		return WarmUpView{}, err
 	}
 	cal := r.WarmCalendar()
-	out := WarmUpView{WarmSubject: *row, Name: warmName(r, row), Today: cal.Today}
+	out := WarmUpView{WarmSubject: *row, Name: r.WarmName(row), Today: cal.Today}
 	named, ok := doc.Warmup.PlanNamed(row.Plan)
 	var plan warmup.Plan
 	if ok {
@@ -249,7 +234,7 @@ func (s *Service) keepsWarmPlans(document *policy.Document) error {
 	r := s.state.Read()
 	for _, row := range r.WarmSubjects() {
 		if _, ok := document.Warmup.PlanNamed(row.Plan); !ok && row.Warms() {
-			return fault.Field("service.PutPolicy", "warmup.plan", "%q is missing, and %s %s warms up by it: keep the plan, or end that first with `relais-control warmup stop`", row.Plan, row.Kind, warmName(r, row))
+			return fault.Field("service.PutPolicy", "warmup.plan", "%q is missing, and %s %s warms up by it: keep the plan, or end that first with `relais-control warmup stop`", row.Plan, row.Kind, r.WarmName(row))
 		}
 	}
 	return nil

@@ -505,6 +505,21 @@ func (r *Reader) WarmSubjectByRef(kind control.WarmKind, ref string) *control.Wa
 	return get(r.txn, warmSubjectsTable, "ref", warmRef(kind, ref))
 }
 
+// WarmName is how people name a subject.
+func (r *Reader) WarmName(s *control.WarmSubject) string {
+	switch s.Kind {
+	case control.WarmSource:
+		if src := r.Source(s.Source()); src != nil {
+			return src.Bind.String()
+		}
+	case control.WarmPool:
+		if p := r.Pool(s.Pool()); p != nil {
+			return p.Name
+		}
+	}
+	return s.RefText()
+}
+
 // WarmDay returns the ledger of a subject's day, for reading; nil: it is not open.
 func (r *Reader) WarmDay(s *control.WarmSubject, d warmup.Day) *warmup.Ledger {
 	cal := r.WarmCalendar()

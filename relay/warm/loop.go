@@ -338,6 +338,7 @@ func (k *Keeper) setGates(now time.Time) {
 		if h.slot.over || k.slots[h.slot.key] != h.slot || lack != quota && lack != anHour {
 			delete(k.held, of)
 			delete(k.byGate, h.number)
+			k.unspill(h.spills)
 			names[h.hold.Name] = true
 			changed = true
 			continue

@@ -46,6 +46,8 @@ type slot struct {
 	hour    int64
 	inHour  uint32
 	percent int // of the quota that may go within one hour
+
+	refusals struct{ day, hour uint64 } // times that mail found no room
 }
 
 // roll counts in the present second and hour.

@@ -5,6 +5,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/relais-mta/relais/relay"
@@ -32,7 +33,7 @@ const (
 	maxDowns    = 256 // answers of the leader that wait to be read
 )
 
-// Config is what a Keeper works with. All are required.
+// Config is what a Keeper works with. All but Registerer are required.
 type Config struct {
 	Dir          string                   // where the marks are kept
 	Directory    func() *policy.Directory // the view in force; nil before the first
@@ -40,6 +41,7 @@ type Config struct {
 	Now          func() time.Time
 	ClockTrusted func() bool
 	Logger       *slog.Logger
+	Registerer   prometheus.Registerer
 }
 
 // Gates is what the keeper needs of the engine.
@@ -70,14 +72,17 @@ type Keeper struct {
 	seq     uint32
 	linked  bool
 	today   warmup.Day
-	stale   bool            // gates were added
-	freed   map[string]bool // plans of what may have room again
+	stale   bool               // gates were added
+	freed   map[string]bool    // plans of what may have room again
+	spills  map[spill]spilling // of addresses that are held now
+	spilled map[overflow]uint64
 }
 
 // grant is what one transaction took.
 type grant struct {
 	slots [3]*slot
 	n     uint32
+	cold  bool // it leaves from an address that warms up
 }
 
 // gateOf is what is held: a source or a pool, towards a provider.
@@ -92,6 +97,7 @@ type heldGate struct {
 	number uint64
 	slot   *slot
 	hold   engine.Hold
+	spills spill // whose other addresses get the mail; zero: it waits
 }
 
 // New reads the marks and begins a new life of this relay.
@@ -102,7 +108,12 @@ func New(cfg Config) (*Keeper, error) {
 	k := &Keeper{
 		cfg: cfg, kick: make(chan struct{}, 1), downs: make(chan *wire.WarmDown, maxDowns), disk: make(map[key]warmup.Mark), slots: make(map[key]*slot),
 		taken: make(map[*engine.Place]grant), held: make(map[gateOf]*heldGate), byGate: make(map[uint64]*heldGate),
-		freed: make(map[string]bool),
+		freed: make(map[string]bool), spills: make(map[spill]spilling), spilled: make(map[overflow]uint64),
+	}
+	if cfg.Registerer != nil {
+		if err := cfg.Registerer.Register(&collector{k}); err != nil {
+			return nil, fault.Wrap(err, fault.Internal, "warm.New", "metrics are registered twice")
+		}
 	}
 	return k, k.load()
 }
@@ -174,7 +185,7 @@ func (k *Keeper) Begin(now time.Time, p *engine.Place) engine.Hold {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	g, hold := k.ask(now, p, dir, n)
-	if hold.Reason != "" || g.slots[0] == nil {
+	if hold.Reason != "" {
 		return hold
 	}
 	for i, s := range g.slots {
@@ -196,7 +207,12 @@ func (k *Keeper) Begin(now time.Time, p *engine.Place) engine.Hold {
 			}
 		}
 	}
-	k.taken[p] = g
+	if g.slots[0] != nil {
+		k.taken[p] = g
+	}
+	if !g.cold && len(k.spills) > 0 {
+		k.countOverflow(p, n)
+	}
 	return engine.Hold{}
 }
 
@@ -238,7 +254,7 @@ func (k *Keeper) ask(now time.Time, p *engine.Place, dir *policy.Directory, n ui
 		}
 		of := key{Subject: warmup.Subject(subject.Number), Class: warmup.Class(class), Day: today}
 		if !subject.Source.IsZero() {
-			of.Epoch = p.Source.Epoch
+			of.Epoch, g.cold = p.Source.Epoch, true
 		}
 		s := k.slot(of)
 		if s == nil {
@@ -259,10 +275,12 @@ func (k *Keeper) ask(now time.Time, p *engine.Place, dir *policy.Directory, n ui
 			s.want, hold.Until = max(s.want, n), now.Add(leaderPause)
 		case quota:
 			s.want, hold.Until = max(s.want, n), (today + 1).Start(time.UTC)
-			k.hold(s, subject, p, plan, &hold)
+			s.refusals.day++
+			k.hold(s, subject, p, plan, name, &hold)
 		case anHour:
 			hold.Until = now.Truncate(time.Hour).Add(time.Hour)
-			k.hold(s, subject, p, plan, &hold)
+			s.refusals.hour++
+			k.hold(s, subject, p, plan, name, &hold)
 		}
 		hold.Text = s.text(subject, what, name)
 		k.wake()
@@ -273,20 +291,24 @@ func (k *Keeper) ask(now time.Time, p *engine.Place, dir *policy.Directory, n ui
 
 // hold has the scheduler leave the source or pool alone, so that mail goes to warm
 // sources of the pool; a plan that lets it wait holds the pool. k.mu is held.
-func (k *Keeper) hold(s *slot, subject *policy.WarmSubject, p *engine.Place, plan *policy.WarmupPlan, hold *engine.Hold) {
+func (k *Keeper) hold(s *slot, subject *policy.WarmSubject, p *engine.Place, plan *policy.WarmupPlan, class string, hold *engine.Hold) {
 	of := gateOf{provider: p.Lane.Provider, pool: p.Key.Pool}
+	var to spill
 	switch {
 	case subject.Domain != "":
 		return // other domains may go the same way
 	case !subject.Source.IsZero() && plan.Overflow != string(warmup.OverflowWait):
-		of.source, of.pool = p.Lane.Source, ids.Pool{}
+		of.source, of.pool, to = p.Lane.Source, ids.Pool{}, spill{p.Key.Pool, p.Lane.Provider}
 	}
 	if k.held[of] != nil || len(k.held) >= maxGates {
 		return
 	}
 	k.gateSeq++
-	h := &heldGate{gateOf: of, number: k.gateSeq, slot: s, hold: *hold}
+	h := &heldGate{gateOf: of, number: k.gateSeq, slot: s, hold: *hold, spills: to}
 	k.held[of], k.byGate[h.number], k.stale = h, h, true
+	if to != (spill{}) {
+		k.spills[to] = spilling{k.spills[to].held + 1, class}
+	}
 }
 
 // Explain implements engine.Explainer.

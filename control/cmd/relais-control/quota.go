@@ -29,7 +29,11 @@ func (s *server) newQuota() (*quota.Quota, error) {
 		}
 		return telemetry.OK, ""
 	})
-	q.Add("warmup", s.newWarm(q))
+	warm, err := s.newWarm(q)
+	if err != nil {
+		return nil, fault.Wrap(err, fault.Internal, "relais-control.newQuota", "cannot register metrics")
+	}
+	q.Add("warmup", warm)
 	return q, nil
 }
 

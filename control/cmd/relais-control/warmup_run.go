@@ -20,8 +20,9 @@ import (
 )
 
 // newWarm returns the leader's part of warm-up.
-func (s *server) newWarm(q *quota.Quota) *quota.Warm {
-	return quota.NewWarm(quota.WarmOptions{State: s.state, Propose: s.cluster.Propose, Send: q.Send, Document: s.service.Document, Clocks: s.service.WarmClocks, Now: time.Now, Logger: s.logger})
+func (s *server) newWarm(q *quota.Quota) (*quota.Warm, error) {
+	w := quota.NewWarm(quota.WarmOptions{State: s.state, Propose: s.cluster.Propose, Send: q.Send, Document: s.service.Document, Clocks: s.service.WarmClocks, Now: time.Now, Logger: s.logger})
+	return w, s.registry.Register(w)
 }
 
 // warmRequests adds what other servers ask about the time.

@@ -9,7 +9,7 @@ import (
 
 // openWarm makes the keeper of warm-up quotas and ties it to the leader.
 func (n *node) openWarm() (err error) {
-	n.warm, err = warm.New(warm.Config{Dir: n.dir, Directory: n.agent.Directory, Send: n.agent.SendQuota, Now: time.Now, ClockTrusted: n.trusted, Logger: n.log})
+	n.warm, err = warm.New(warm.Config{Dir: n.dir, Directory: n.agent.Directory, Send: n.agent.SendQuota, Now: time.Now, ClockTrusted: n.trusted, Logger: n.log, Registerer: n.registry})
 	if err != nil {
 		return err
 	}
