@@ -43,16 +43,27 @@ type step struct {
 }
 
 // settledSnapshot is a snapshot in which every message's books are kept: none is
-// on its way between the disk and the windows.
+// on its way between the disk and the windows. What was submitted before is in it.
 func (q *Queue) settledSnapshot() (*store.Snapshot, error) {
 	var snap *store.Snapshot
 	err := q.st.Barrier(func() { snap = q.st.Snapshot() })
 	return snap, err
 }
 
+// readySnapshot is a settledSnapshot that is not waited for: what is being
+// written is not in it.
+func (q *Queue) readySnapshot() (*store.Snapshot, error) {
+	var snap *store.Snapshot
+	err := q.st.Settled(func() { snap = q.st.Snapshot() })
+	return snap, err
+}
+
+// flush waits for everything that was submitted before.
+func (q *Queue) flush() error { return q.st.Barrier(func() {}) }
+
 // readStep reads the next messages that match by what their recipients share.
 func (q *Queue) readStep(f *Filter, after ids.Message) (s step, err error) {
-	snap, err := q.settledSnapshot()
+	snap, err := q.readySnapshot()
 	if err != nil {
 		return s, err
 	}

@@ -108,6 +108,9 @@ func (q *Queue) Operate(ctx context.Context, op Operation, report func(Progress)
 		f.State = relay.StateHeld
 	}
 	p.After = f.After
+	if err := q.flush(); err != nil {
+		return p, err
+	}
 	var under *operating
 	for after := p.After; ; {
 		var next *operating

@@ -93,10 +93,10 @@ func (q *Queue) readPages() (more bool) {
 	var list []*workQueue
 	var snap *store.Snapshot
 	size := 0
-	// In the barrier no commit is between its durability and its callback, so
+	// At this moment no commit is between its durability and its callback, so
 	// the snapshot holds exactly what enqueue was told about: what comes later
 	// goes into late and gone.
-	err := q.st.Barrier(func() {
+	err := q.st.Settled(func() {
 		q.mu.Lock()
 		defer q.mu.Unlock()
 		list = q.nextPages()

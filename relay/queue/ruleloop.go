@@ -125,6 +125,9 @@ func (q *Queue) nextRule() (task ruleTask, next *activeRule, ends time.Time) {
 // sweepRule holds what waited when the rule came.
 func (q *Queue) sweepRule(ctx context.Context, r *activeRule) error {
 	f := Filter{Match: r.Match, State: relay.StateWaiting}
+	if err := q.flush(); err != nil { // mail that was placed before the rule counted
+		return err
+	}
 	for {
 		q.mu.Lock()
 		pinned := r.pin()

@@ -24,6 +24,7 @@ type group struct {
 	bodyBytes  int64
 	entries    int
 	eventCount int
+	segment    uint64 // that its bodies are in; 0: it has none
 	vectors    [][]byte
 }
 
@@ -48,6 +49,8 @@ func (s *Store) SetSequencer(q Sequencer) {
 	defer s.submitLock.Unlock()
 	s.sequencer = q
 }
+
+var errClosing = fault.New(fault.Unavailable, "store.Commit", "the relay is shutting down")
 
 type commitWaiter struct{ ch chan error }
 
@@ -101,10 +104,11 @@ func (s *Store) CommitAsync(b *Batch, done func(error)) {
 	s.submit(b)
 }
 
-// Barrier runs f on the committer's goroutine at a moment at which every
-// transaction is either durable with its callbacks done, or not begun: what a
-// Snapshot taken in f sees is exactly what callbacks were told. f must not
-// block.
+// Barrier runs f on the committer's goroutine when everything submitted before is
+// durable with its callbacks done, and nothing is under way: what a Snapshot
+// taken in f sees is exactly what callbacks were told. f must not block. Who
+// does not care for what was submitted just before asks Settled, which does not
+// wait.
 func (s *Store) Barrier(f func()) error {
 	w := waiterPool.Get().(*commitWaiter)
 	b := s.NewBatch()
@@ -123,7 +127,7 @@ func (s *Store) submit(b *Batch) {
 		s.submitLock.Unlock()
 		done := b.done
 		b.release()
-		done(fault.New(fault.Unavailable, "store.Commit", "the relay is shutting down"))
+		done(errClosing)
 		return
 	}
 	s.queued = append(s.queued, b)
@@ -224,8 +228,14 @@ func (s *Store) commitLoop() {
 		if g == nil {
 			return
 		}
-		err := s.commitGroup(g)
+		wrote, err := s.commitGroup(g)
+		s.settling.Lock()
+		if wrote {
+			s.publish()
+		}
+		s.ledger.landed(g.segment)
 		s.answer(g, err)
+		s.settling.Unlock()
 		g.reset()
 		s.freeGroups <- g
 	}
@@ -244,15 +254,16 @@ func (s *Store) nextGroup() *group {
 	return <-s.groups
 }
 
-func (s *Store) commitGroup(g *group) error {
+// commitGroup reports whether it has changed the index.
+func (s *Store) commitGroup(g *group) (wrote bool, err error) {
 	if err := s.failure(); err != nil {
-		return err
+		return false, err
 	}
 	if err := s.awaitDisk(g); err != nil {
-		return err
+		return false, err
 	}
 	if err := s.stillMounted(); err != nil {
-		return s.fail(err)
+		return false, s.fail(err)
 	}
 	began := time.Now()
 	txn := s.db.NewTransaction(true)
@@ -308,10 +319,10 @@ func (s *Store) commitGroup(g *group) error {
 	clear(s.slab)
 	s.slab = s.slab[:0]
 	if failed != nil {
-		return s.fail(failed)
+		return false, s.fail(failed)
 	}
 	s.afterCommit(g)
-	return nil
+	return writes > 0, nil
 }
 
 // reserveSlab makes room for n entries, because the transaction keeps pointers

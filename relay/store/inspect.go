@@ -37,7 +37,7 @@ func (v *Snapshot) Cursor(prefix []byte) *Cursor {
 	opt := badger.DefaultIteratorOptions
 	opt.Prefix = prefix
 	opt.PrefetchValues = false
-	return &Cursor{it: v.txn.NewIterator(opt), prefix: prefix}
+	return &Cursor{it: v.view.txn.NewIterator(opt), prefix: prefix}
 }
 
 // Next moves to the next key and reports whether there is one.

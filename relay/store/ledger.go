@@ -26,6 +26,7 @@ type fileUse struct {
 	sealed    bool
 	old       bool // found at start, its bodies are counted by the scan
 	punched   int64
+	pending   int // groups with bodies in it that readers of the index do not see yet
 }
 
 func newLedger() *ledger { return &ledger{files: make(map[uint64]*fileUse)} }
@@ -54,6 +55,7 @@ func (l *ledger) addSegment(number uint64, g *group) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	u := l.files[number]
+	u.pending++
 	for _, b := range g.batches {
 		for _, p := range b.bodies {
 			if p.body.file == nil {
@@ -62,6 +64,19 @@ func (l *ledger) addSegment(number uint64, g *group) {
 				l.liveBytes += p.body.ref.Length
 			}
 		}
+	}
+}
+
+// landed notes that a group with bodies in a segment is in the index, or will
+// never be.
+func (l *ledger) landed(number uint64) {
+	if number == 0 {
+		return
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if u := l.files[number]; u != nil {
+		u.pending--
 	}
 }
 
@@ -145,7 +160,8 @@ func (l *ledger) tails() map[uint64]int64 {
 }
 
 // sparse returns the sealed segments of which at most one part in divisor
-// lives, if together they would give back at least minBytes.
+// lives, if together they would give back at least minBytes. A snapshot taken
+// afterwards has all that lives in them.
 func (l *ledger) sparse(divisor, minBytes int64) map[uint64]int64 {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -155,7 +171,7 @@ func (l *ledger) sparse(divisor, minBytes int64) map[uint64]int64 {
 	found, gain := make(map[uint64]int64), int64(0)
 	for number, u := range l.files {
 		occupied := u.end - u.punched
-		if u.kind == relay.BodySegment && u.sealed && u.live > 0 && u.liveBytes*divisor <= occupied {
+		if u.kind == relay.BodySegment && u.sealed && u.pending == 0 && u.live > 0 && u.liveBytes*divisor <= occupied {
 			found[number] = u.end
 			gain += occupied - u.liveBytes
 		}

@@ -72,11 +72,11 @@ func mappedResident() (int64, error) {
 // the process's mappings locked, and so is only used when the rest was not enough.
 func (s *Store) releaseTables() error {
 	before := s.db.Tables()
-	txn := s.db.NewTransaction(false)
-	defer txn.Discard()
+	snap := s.Snapshot()
+	defer snap.Close()
 	opt := badger.DefaultIteratorOptions
 	opt.PrefetchValues = false
-	it := txn.NewIterator(opt)
+	it := snap.view.txn.NewIterator(opt)
 	defer it.Close()
 	there := make(map[uint64]bool, len(before))
 	for _, t := range before {

@@ -87,6 +87,7 @@ func (s *Store) appendBodies(g *group) error {
 		return diskFault(err, op)
 	}
 	seg.end = at
+	g.segment = seg.number
 	s.ledger.addSegment(seg.number, g)
 	return nil
 }

@@ -11,18 +11,15 @@ import (
 
 // Snapshot reads the index as it was at one moment. Close it soon: what it can
 // see is kept on disk until then. One goroutine uses it at a time.
-type Snapshot struct{ txn *badger.Txn }
-
-// Snapshot returns the index as it is now.
-func (s *Store) Snapshot() *Snapshot { return &Snapshot{txn: s.db.NewTransaction(false)} }
+type Snapshot struct{ view *view }
 
 // Close ends the snapshot.
-func (v *Snapshot) Close() { v.txn.Discard() }
+func (v *Snapshot) Close() { v.view.release() }
 
 // Get appends the value of key to dst. A key that does not exist is a NotFound
 // fault.
 func (v *Snapshot) Get(key, dst []byte) ([]byte, error) {
-	item, err := v.txn.Get(key)
+	item, err := v.view.txn.Get(key)
 	if errors.Is(err, badger.ErrKeyNotFound) {
 		return nil, errNotFound
 	}
@@ -55,7 +52,7 @@ func (v *Snapshot) Iterate(prefix, from []byte, keysOnly bool, f func(key, value
 	opt := badger.DefaultIteratorOptions
 	opt.Prefix = prefix
 	opt.PrefetchValues = false // values are in the tree: reading them needs no other access
-	it := v.txn.NewIterator(opt)
+	it := v.view.txn.NewIterator(opt)
 	defer it.Close()
 	if from == nil {
 		from = prefix
@@ -90,7 +87,7 @@ func (v *Snapshot) Last(prefix, upTo []byte) (key, value []byte, err error) {
 	opt.Prefix = prefix
 	opt.Reverse = true
 	opt.PrefetchValues = false
-	it := v.txn.NewIterator(opt)
+	it := v.view.txn.NewIterator(opt)
 	defer it.Close()
 	if upTo == nil {
 		upTo = append(slices.Clone(prefix), 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff)

@@ -57,6 +57,10 @@ type Store struct {
 	handles                *handles
 	nextFile               atomic.Uint64 // number of the last body file or segment
 
+	currentLock sync.Mutex
+	current     *view        // what readers see
+	settling    sync.RWMutex // held by commitLoop from the moment a transaction is seen until its callbacks were called
+
 	submitLock  sync.Mutex
 	queued      []*Batch
 	queuedBytes int64
@@ -179,9 +183,11 @@ func (s *Store) open(cfg Config) error {
 	if err := s.openIndex(); err != nil {
 		return err
 	}
+	s.publish()
 	if err := s.checkFormat(); err != nil {
 		return err
 	}
+	s.publish()
 	if err := s.findFiles(); err != nil {
 		return diskFault(err, op)
 	}
