@@ -21,6 +21,9 @@ import (
 const (
 	tickPeriod     = 250 * time.Millisecond
 	proposeTimeout = 10 * time.Second
+	// maxEntries is how many entries a second the lending puts into the log in the
+	// long run, however much moves: a tick of many is followed by a longer pause.
+	maxEntries = 15
 	// LeaseVersion is the version of the commands since which limits are shared.
 	LeaseVersion = 4
 )
@@ -130,6 +133,7 @@ type term struct {
 	numbers map[ids.Node]lease.Node
 	nodes   map[lease.Node]ids.Node
 	gone    map[lease.Node]bool
+	rest    time.Time // before this there is no tick, for the last had many entries
 }
 
 // propose commits a command.
@@ -314,7 +318,10 @@ func (t *term) lend(ctx context.Context) error {
 			t.take(m)
 		case a := <-t.l.asks:
 			a.answer <- t.status(a.limits)
-		case <-tick.C:
+		case now := <-tick.C:
+			if !t.due(now) {
+				continue
+			}
 			if err := t.tick(ctx); err != nil {
 				return err
 			}
@@ -324,6 +331,9 @@ func (t *term) lend(ctx context.Context) error {
 		}
 	}
 }
+
+// due reports whether the log may get another tick.
+func (t *term) due(now time.Time) bool { return !now.Before(t.rest) }
 
 // take hands the grantor what a relay said.
 func (t *term) take(m Message) {
@@ -388,9 +398,8 @@ func (t *term) tick(ctx context.Context) error {
 func (t *term) commit(ctx context.Context, tick *lease.Tick) ([]lease.Refusal, error) {
 	start := time.Now()
 	var refused []lease.Refusal
-	sessions, changes, first := tick.Sessions, tick.Changes, true
-	for first || len(sessions) > 0 || len(changes) > 0 {
-		first = false
+	sessions, changes, entries := tick.Sessions, tick.Changes, 0
+	for ; entries == 0 || len(sessions) > 0 || len(changes) > 0; entries++ {
 		s := sessions[:min(len(sessions), command.MaxLeaseChanges)]
 		sessions = sessions[len(s):]
 		c := changes[:0]
@@ -417,6 +426,7 @@ func (t *term) commit(ctx context.Context, tick *lease.Tick) ([]lease.Refusal, e
 		changes = changes[len(c):]
 	}
 	t.l.metrics.commit.Observe(time.Since(start).Seconds())
+	t.rest = start.Add(time.Duration(entries) * time.Second / maxEntries)
 	return refused, nil
 }
 

@@ -35,8 +35,10 @@ type cluster struct {
 
 	mu     sync.Mutex
 	index  uint64
-	barred uint64 // incarnations from this on have no session; 0: all have
-	lose   bool   // the next tick's outcome is unknown, although it is applied
+	barred uint64        // incarnations from this on have no session; 0: all have
+	lose   bool          // the next tick's outcome is unknown, although it is applied
+	link   time.Duration // one way between a relay and the leader
+	commit time.Duration // of an entry
 	ticks  int
 	sizes  int // changes in the largest tick
 	relays map[ids.Node]*relay
@@ -99,6 +101,11 @@ func (c *cluster) Propose(_ context.Context, cmd command.Command) (state.Result,
 	if err != nil {
 		return state.Result{}, err
 	}
+	if c.commit > 0 {
+		if err := pause(context.Background(), c.commit); err != nil {
+			return state.Result{}, err
+		}
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.index++
@@ -130,6 +137,14 @@ func (c *cluster) policy(text string) {
 
 // deliver hands a message to a relay.
 func (c *cluster) deliver(node ids.Node, m proto.Message) {
+	if c.link > 0 {
+		time.AfterFunc(c.link, func() { c.give(node, m) })
+		return
+	}
+	c.give(node, m)
+}
+
+func (c *cluster) give(node ids.Node, m proto.Message) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	r := c.relays[node]

@@ -75,7 +75,7 @@ func (s *testServer) AskLeader(ctx context.Context, what string, in, out any) er
 }
 
 func serverID(i int) (id ids.Node) { id[0], id[15] = 0xc, byte(i+1); return id }
-func relayID(i int) (id ids.Node)  { id[0], id[15] = 0xe, byte(i+1); return id }
+func relayID(i int) (id ids.Node)  { id[0], id[14], id[15] = 0xe, byte((i+1)>>8), byte(i+1); return id }
 
 func newFleet(t *testing.T, n int, parts func(q *Quota) Part) *fleet {
 	f := &fleet{leader: -1}

@@ -72,6 +72,9 @@ func (e *Engine) Explain(env *relay.Envelope, index int, st relay.RecipientState
 		if w.Hold.Until.After(x.Until) {
 			x.Until = w.Hold.Until // it is asked again before that
 		}
+		if h, ok := e.explainGate(w.Hold.Gate); ok {
+			x.Text = h.Text
+		}
 	}
 	if h, ok := e.explainGate(w.Gate); ok {
 		x.Text, x.Limit, x.Scope = h.Text, h.Name, h.Scope

@@ -7,6 +7,7 @@ import (
 
 	"github.com/relais-mta/relais/relay"
 	"github.com/relais-mta/relais/relay/engine"
+	"github.com/relais-mta/relais/relay/schedule"
 	"github.com/relais-mta/relais/shared/lease"
 )
 
@@ -42,7 +43,7 @@ func (l *Limits) Connect(now time.Time, p *engine.Place) engine.Hold {
 			before.rights.Close()
 		}
 		l.wake()
-		return l.hold(lim, now, at, -1)
+		return hold(lim, now, -1)
 	}
 	s := &session{place: p, slots: make([]*lease.Rights, len(matched))}
 	for i, lim := range matched {
@@ -89,10 +90,10 @@ func (l *Limits) Begin(now time.Time, p *engine.Place) engine.Hold {
 			_, wait := lim.rights.Take(at, 1) // it counts the refusal
 			lim.denied++
 			l.wake()
-			return l.hold(lim, now, at, wait)
+			return hold(lim, now, wait)
 		}
 		if ok, wait := lim.whole.Peek(wall(at), 1); l.overused(lim, !ok) {
-			return l.hold(lim, now, at, wait)
+			return hold(lim, now, wait)
 		}
 	}
 	for _, lim := range matched {
@@ -124,9 +125,10 @@ func (l *Limits) rightsOf(lim *limit) *lease.Rights {
 	return lim.rights
 }
 
-// hold words a refusal. Wait is negative if only a grant can help. l.mu is held.
-func (l *Limits) hold(lim *limit, now time.Time, at lease.Instant, wait time.Duration) engine.Hold {
-	h := engine.Hold{Reason: Reason, Name: lim.Name, Scope: lim.scope, Text: l.words(lim, now, at)}
+// hold is a refusal: it is worded when somebody asks. Wait is negative if only a
+// grant can help.
+func hold(lim *limit, now time.Time, wait time.Duration) engine.Hold {
+	h := engine.Hold{Reason: Reason, Name: lim.Name, Scope: lim.scope, Gate: schedule.GateID{Owner: Owner, Number: uint64(lim.ID)}}
 	if wait >= 0 {
 		h.Until = now.Add(wait)
 	}

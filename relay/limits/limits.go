@@ -15,7 +15,6 @@ import (
 	"sync/atomic"
 
 	"github.com/prometheus/client_golang/prometheus"
-	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/relais-mta/relais/relay/engine"
@@ -119,16 +118,6 @@ type session struct {
 	slots   []*lease.Rights
 	seq     uint64
 	aborted bool
-}
-
-// Now is the instant by CLOCK_BOOTTIME, which goes on while the machine is
-// suspended; Go's monotonic clock does not.
-func Now() lease.Instant {
-	var ts unix.Timespec
-	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts); err != nil {
-		panic("limits: the kernel has no CLOCK_BOOTTIME: " + err.Error()) // every Linux since 2.6.39 has it
-	}
-	return lease.Instant(ts.Nano())
 }
 
 // New returns the limits of the view in force, with the floors that the disk

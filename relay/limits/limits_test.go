@@ -18,8 +18,8 @@ func TestShutUntilTheLeaderLends(t *testing.T) {
 	if g := w.gate(1); !g.NoMessages || g.Reason != Reason || g.Match != (schedule.Match{Provider: "google"}) {
 		t.Fatalf("before anything was lent: %+v", g)
 	}
-	if h := w.begin(); h.Reason != Reason || h.Name != "mail" || !strings.Contains(h.Text, "no share of it yet") {
-		t.Errorf("%+v", h)
+	if h := w.begin(); h.Reason != Reason || h.Name != "mail" || !strings.Contains(w.words(h), "no share of it yet") {
+		t.Errorf("%+v: %s", h, w.words(h))
 	}
 	w.wants(1000, 0)
 	w.pass(2 * time.Second)
@@ -43,8 +43,8 @@ func TestShutUntilTheLeaderLends(t *testing.T) {
 		t.Errorf("the next one in %v", wait)
 	}
 	for _, part := range []string{"the limit mail allows 600 messages in 1m", "provider google, all relays", "this relay may use 5", " of it until "} {
-		if !strings.Contains(h.Text, part) {
-			t.Errorf("%q lacks %q", h.Text, part)
+		if text := w.words(h); !strings.Contains(text, part) {
+			t.Errorf("%q lacks %q", text, part)
 		}
 	}
 	if h.Scope != "provider google, all relays" {

@@ -15,12 +15,12 @@ import (
 )
 
 const (
-	sampleEvery  = time.Second      // what is due is looked at while there are limits
-	helloEvery   = 3 * time.Second  // until the leader welcomes us
-	demandTau    = 5 * time.Second  // over which arrivals are averaged
-	backlogIn    = 30 * time.Second // in which what waits is to be gone
-	perSession   = 4                // recipients that one more connection is wanted for
-	demandFactor = 4                // no more of a limit than this is asked for
+	sampleEvery  = 250 * time.Millisecond // what is due is looked at while there are limits: a share is to move within a second
+	helloEvery   = 3 * time.Second        // until the leader welcomes us
+	demandTau    = 5 * time.Second        // over which arrivals are averaged
+	backlogIn    = 30 * time.Second       // in which what waits is to be gone
+	perSession   = 4                      // recipients that one more connection is wanted for
+	demandFactor = 4                      // no more of a limit than this is asked for
 	idleLook     = time.Minute
 )
 

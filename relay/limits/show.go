@@ -96,7 +96,9 @@ func (l *Limits) Explain(id schedule.GateID) (engine.Hold, bool) {
 	if lim.rights != nil && lim.Kind == lease.Rate {
 		_, wait = lim.rights.Peek(at, 1)
 	}
-	return l.hold(lim, now, at, wait), true
+	h := hold(lim, now, wait)
+	h.Text = l.words(lim, now, at)
+	return h, true
 }
 
 // maxSeries bounds the limits that are shown as metrics.

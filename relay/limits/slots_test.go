@@ -6,6 +6,7 @@ import (
 
 	"github.com/relais-mta/relais/relay/engine"
 	"github.com/relais-mta/relais/shared/lease"
+	"github.com/relais-mta/relais/shared/throttle"
 )
 
 func (w *world) connect(p *engine.Place) bool { return w.limits.Connect(time.Now(), p).Reason == "" }
@@ -118,24 +119,54 @@ func TestNoLimitNoCost(t *testing.T) {
 	}); n > 0 {
 		t.Errorf("%v allocations under a limit", n)
 	}
+	for w.limits.Begin(now, p).Reason == "" { // until the burst is gone
+	}
+	if n := testing.AllocsPerRun(100, func() {
+		if w.limits.Begin(now, p).Reason == "" {
+			t.Error("allowed")
+		}
+	}); n > 0 {
+		t.Errorf("%v allocations to refuse", n)
+	}
 }
 
-// BenchmarkBegin is what a message costs: where no limit matches, and under one.
+// BenchmarkBegin is what a message costs: where no limit matches, under one that
+// lets it pass, under four, and under one that does not.
 func BenchmarkBegin(b *testing.B) {
-	for name, provider := range map[string]string{"none": "yahoo", "one": "google"} {
-		b.Run(name, func(b *testing.B) {
-			t := &table{provider: map[string][]*limit{"google": {{SharedLimit: rateLimit(1, nil)}}}, kinds: [3]bool{lease.Rate: true}}
+	for _, bench := range []struct {
+		name, provider string
+		limits         int
+		amount         int64 // that may be used of each, thousandths a second
+	}{{"none", "yahoo", 1, 1e12}, {"one", "google", 1, 1e12}, {"four", "google", 4, 1e12}, {"refused", "google", 1, 1}} {
+		b.Run(bench.name, func(b *testing.B) {
+			t := &table{provider: make(map[string][]*limit), kinds: [3]bool{lease.Rate: true}}
 			l := &Limits{cfg: Config{Clock: Now}, kick: make(chan struct{}, 1)}
-			l.holder = lease.NewHolder(lease.DefaultConfig(), self, 1, 1, []lease.Floor{
-				{Limit: 1, Kind: lease.Rate, Per: time.Second, Share: lease.Share{Amount: lease.MaxEvents * lease.Milli, Burst: lease.MaxBurst}, Soft: true},
-			}, Now())
-			t.provider["google"][0].rights = l.holder.Rights(1, lease.Rate, time.Second)
+			var floors []lease.Floor
+			for id := range lease.LimitID(bench.limits) {
+				floors = append(floors, lease.Floor{Limit: id + 1, Kind: lease.Rate, Per: time.Second, Share: lease.Share{Amount: bench.amount, Burst: 1000}, Soft: true})
+			}
+			l.holder = lease.NewHolder(lease.DefaultConfig(), self, 1, 1, floors, Now())
+			for id := range lease.LimitID(bench.limits) {
+				lim := &limit{SharedLimit: rateLimit(id+1, nil), rights: l.holder.Rights(id+1, lease.Rate, time.Second)}
+				whole, err := throttle.NewRate(1, time.Nanosecond, throttle.MaxBurst)
+				if err != nil {
+					b.Fatal(err)
+				}
+				lim.whole.Set(whole, wall(Now()))
+				t.provider["google"] = append(t.provider["google"], lim)
+			}
 			l.table.Store(t)
 			p, now := place(nil), time.Now()
-			p.Lane.Provider = provider
+			p.Lane.Provider = bench.provider
 			b.ReportAllocs()
+			refused := 0
 			for b.Loop() {
-				l.Begin(now, p)
+				if l.Begin(now, p).Reason != "" {
+					refused++
+				}
+			}
+			if bench.amount > 1 && refused > 0 {
+				b.Errorf("%d were refused", refused)
 			}
 		})
 	}

@@ -235,3 +235,9 @@ func place(abort func()) *engine.Place {
 }
 
 func (w *world) begin() engine.Hold { return w.limits.Begin(time.Now(), place(nil)) }
+
+// words is what is said of a refusal to who asks.
+func (w *world) words(h engine.Hold) string {
+	x, _ := w.limits.Explain(h.Gate)
+	return x.Text
+}

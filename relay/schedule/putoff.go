@@ -9,6 +9,7 @@ type Hold struct {
 	Name   string    // of the limit, plan or brake
 	Scope  string    // whom it counts together, such as "provider google, all relays"
 	Text   string    // who holds how much of it
+	Gate   GateID    // whose owner words it when somebody asks, in place of Text; zero: nobody does
 	Until  time.Time // when to ask again, if that is known
 }
 

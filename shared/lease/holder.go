@@ -6,8 +6,13 @@ import (
 	"time"
 )
 
-// minReportGap is the least time between two reports.
-const minReportGap = time.Second
+// minReportGap is the least time between two reports in the long run. One more may
+// follow quickReport after another: who reported a moment ago, and is busy now, has
+// its share within a second all the same.
+const (
+	minReportGap = time.Second
+	quickReport  = 100 * time.Millisecond
+)
 
 // sendsKept is how many reports may be on their way before the oldest is no
 // longer remembered; a grant for an older one prolongs nothing.
@@ -28,6 +33,7 @@ type Holder struct {
 		at    Instant
 	}
 	lastReport Instant
+	due        Instant // when the reports so far, a gap apart, would end
 	reported   bool
 	urgent     bool   // a demand changed
 	confirm    bool   // a share became smaller: the sooner that is known, the sooner others have it
@@ -154,7 +160,8 @@ func (h *Holder) find(id LimitID) (int, bool) {
 }
 
 // SetDemand says what the relay could use of a limit now, in the unit of
-// amounts. A change of more than a fifth has the next report sent early.
+// amounts. A change of more than a fifth has the next report sent early: at once
+// after a pause, else when a second per report has gone by.
 func (h *Holder) SetDemand(r *Rights, demand int64) {
 	r.demand = max(demand, 0)
 	if moved := r.demand - r.told; moved > r.told/5 || -moved > r.told/5 {
@@ -172,7 +179,7 @@ func (h *Holder) ReportAt(spread int) Instant {
 		return h.lastReport
 	}
 	if h.urgent {
-		return h.lastReport.Add(minReportGap)
+		return max(h.lastReport.Add(quickReport), h.due.Add(-minReportGap))
 	}
 	refresh := h.cfg.Refresh()
 	return h.lastReport.Add(refresh - refresh/5 + time.Duration(spread)*(2*refresh/5)/1000)
@@ -184,6 +191,7 @@ func (h *Holder) Report(now Instant) Report {
 	h.nonce++
 	slot := &h.sends[h.nonce%sendsKept]
 	slot.nonce, slot.at = h.nonce, now
+	h.due = min(max(h.due, now), now.Add(minReportGap)).Add(minReportGap)
 	h.lastReport, h.reported, h.urgent, h.confirm = now, true, false, false
 	out := Report{Node: h.node, Incarnation: h.incarnation, Nonce: h.nonce, Weight: h.weight}
 	for _, r := range h.rights {

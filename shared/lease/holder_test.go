@@ -247,7 +247,7 @@ func TestFormerFloorIsOver(t *testing.T) {
 }
 
 // TestReportsComeInTime: every third of a TTL more or less a fifth, earlier when
-// demand moves, and never twice within a second for that.
+// demand moves, and of that one each second after the first.
 func TestReportsComeInTime(t *testing.T) {
 	h, r := grantee()
 	for _, spread := range []int{0, 500, 999} {
@@ -259,9 +259,26 @@ func TestReportsComeInTime(t *testing.T) {
 	if wait := h.ReportAt(500).Sub(at0); wait < 8*time.Second {
 		t.Errorf("a small change of demand is reported after %v", wait)
 	}
-	h.SetDemand(r, 130_000)
-	if wait := h.ReportAt(500).Sub(at0); wait != time.Second {
-		t.Errorf("a large change of demand is reported after %v", wait)
+	now := at0
+	for i, want := range []time.Duration{quickReport, time.Second - quickReport, time.Second, time.Second} {
+		h.SetDemand(r, r.told*2)
+		if wait := h.ReportAt(500).Sub(now); wait != want {
+			t.Errorf("large change %d of demand is reported after %v, want %v", i, wait, want)
+		}
+		now = h.ReportAt(500)
+		h.Report(now)
+	}
+	// What others wait for is told at once, and does not put off what is told next.
+	for range 20 {
+		h.Soon()
+		if h.ReportAt(500) > now {
+			t.Fatal("what others wait for is not told at once")
+		}
+		h.Report(now)
+	}
+	h.SetDemand(r, r.told*2)
+	if wait := h.ReportAt(500).Sub(now); wait > time.Second {
+		t.Errorf("after many reports a change of demand waits for %v", wait)
 	}
 }
 
