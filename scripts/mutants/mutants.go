@@ -133,6 +133,11 @@ var mutants = []mutant{
 		"TestCutBehindAMark",
 	},
 	{
+		"a mark from before a cut counts (W2)", warmup + "spender.go",
+		"	if m.number >= s.cutting {", "	s.mark = m.Used\n	if m.number >= s.cutting {",
+		"TestMarkOnItsWayAtACut",
+	},
+	{
 		"reservations of others do not count (W1)", warmup + "ledger.go",
 		"e.amount += min(r.UpTo-e.amount, limit-committed)", "e.amount += min(r.UpTo-e.amount, limit-min(limit, e.amount))",
 		"Test12LeaderDiesAfterReserve",

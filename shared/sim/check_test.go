@@ -136,6 +136,14 @@ func (c *checker) offered(w *world, id accountID, n uint32) {
 	}
 }
 
+// marked holds what a relay spent against what its disk says, as if it crashed now: W2.
+func (c *checker) marked(w *world, r *relay, id accountID) {
+	used, _ := r.accounts[id].spender.Peek()
+	if mark := r.disk.marks[id].Used; used > mark {
+		w.fail("W2: %s has spent %d of %v and its disk says %d", r.name, used, id, mark)
+	}
+}
+
 func (c *checker) claim(r *relay, id accountID, used uint32) {
 	k := claimID{r, id}
 	c.claims[k] = max(c.claims[k], used)
@@ -145,7 +153,7 @@ func (c *checker) claim(r *relay, id accountID, used uint32) {
 func (c *checker) crashed(w *world, r *relay) {
 	for _, id := range r.order {
 		a := r.accounts[id]
-		used, _ := a.spender.Settle()
+		used, _ := a.spender.Peek()
 		mark := r.disk.marks[id].Used
 		switch {
 		case used > mark:

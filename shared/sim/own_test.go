@@ -335,11 +335,18 @@ func (w *world) checkAddresses(r *relay, now lease.Instant) {
 	}
 }
 
-// committedIP holds a step against A2.
+// committedIP holds a step against A2, and what disks say of the address against A1,
+// as if every relay crashed now.
 func (c *checker) committedIP(w *world, res ipResult) {
 	after := w.log.state.ips[res.ip].Address
 	if after.Epoch < res.before.Epoch || after.Owner != res.before.Owner && !after.Owner.IsZero() && after.Epoch == res.before.Epoch {
 		w.fail("A2: address %d went from epoch %d to %d", res.ip, res.before.Epoch, after.Epoch)
+	}
+	for _, r := range w.relays {
+		u := ownership.NewUse(ipConfig(), nodeID(r.node), r.disk.news[res.ip])
+		if after.Owner != nodeID(r.node) && u.Standing(r.clock(w.now)) == ownership.Usable {
+			w.fail("A1: %s would send from address %d after a restart, it is %s of %x", r.name, res.ip, after.State, after.Owner[0])
+		}
 	}
 }
 

@@ -219,3 +219,32 @@ func TestCutBehindAMark(t *testing.T) {
 		t.Errorf("only %d were reserved", reserved)
 	}
 }
+
+// TestMarkOnItsWayAtACut (W2): a higher mark is on its way to the disk when what is
+// reserved is recalled in part; the power fails when the lower mark of the cut has
+// followed it.
+func TestMarkOnItsWayAtACut(t *testing.T) {
+	w := fixture(t, 2, rateOf(20, 20))
+	w.quotas(t, 4000, 4000)
+	r := w.relays[0]
+	w.sync = func() time.Duration { return 900 * time.Millisecond }
+	id, cuts := accountID{domain, firstDay, 0}, 0
+	for range 60 {
+		w.setQuota(domain, 0, 4000)
+		a := r.accounts[id]
+		w.waitFor(t, "a mark on its way", time.Minute, func() bool { a = r.accounts[id]; return a != nil && a.saving && a.spender.Left() > 6 })
+		used, _ := a.spender.Settle()
+		w.run(w.between(0, 800*time.Millisecond))
+		r.recalled(quotaKey{domain, firstDay}, 0, used+6)
+		if !a.spender.Cutting() {
+			continue
+		}
+		cuts++
+		w.waitFor(t, "the end of the cut", time.Minute, func() bool { return !a.spender.Cutting() })
+		r.losePower(0)
+		w.run(time.Second)
+	}
+	if cuts < 20 {
+		t.Errorf("only %d cuts", cuts)
+	}
+}

@@ -39,8 +39,10 @@ type relay struct {
 	ipAsked  time.Duration
 	ipAcked  time.Duration
 	offUntil time.Duration
-	copy     bool // the machine is one of another's disk
-	appetite int  // recipients a quarter of a second, of each subject
+	hangs    time.Duration // the disk does, until then
+	drags    time.Duration // the disk takes its time, until then
+	copy     bool          // the machine is one of another's disk
+	appetite int           // recipients a quarter of a second, of each subject
 }
 
 // disk is what survives a crash: what was synced, and perhaps what was written.
@@ -91,7 +93,7 @@ func (r *relay) boot() {
 		r.w.after(r.offUntil-r.w.now, r.boot)
 		return
 	}
-	r.down = false
+	r.down, r.hangs = false, 0
 	r.life++
 	r.disk.incarnation++ // synced before anything else is done
 	now := r.clock(r.w.now)
@@ -154,6 +156,10 @@ func (r *relay) write(apply, done func()) {
 	if r.w.sync != nil {
 		delay = r.w.sync()
 	}
+	if r.drags > r.w.now {
+		delay = r.w.between(0, time.Second)
+	}
+	delay = max(delay, r.hangs-r.w.now)
 	r.w.on(&r.machine, delay, r.synced)
 }
 
@@ -166,6 +172,9 @@ func (r *relay) synced() {
 	r.disk.writes = r.disk.writes[1:]
 	wr.apply()
 	wr.done()
+	for _, id := range r.order {
+		r.w.checker.marked(r.w, r, id)
+	}
 }
 
 func (r *relay) to() *server { return r.w.servers[r.server] }
@@ -211,6 +220,14 @@ func (r *relay) report() {
 	r.w.send(&r.machine, &s.machine, func() {
 		s.hears(r, func() { s.grantor.Report(s.clock(s.w.now), &report) })
 	})
+}
+
+// want has the relay want a part of every limit at most.
+func (r *relay) want(percent int64) {
+	for _, id := range r.w.limits {
+		l, _ := r.w.log.state.table.Limit(id)
+		r.demand[id] = r.w.rng.Int64N(l.Max*percent/100 + 1)
+	}
 }
 
 // moods changes what the relay has to send.

@@ -76,8 +76,8 @@ func (w *world) misfortune() {
 	r, s := w.relays[w.rng.IntN(len(w.relays))], w.servers[w.rng.IntN(len(w.servers))]
 	// In some worlds the leader stays: only there the long silences end that a new
 	// leader would begin to count anew.
-	what := w.rng.IntN(14)
-	if w.reign && (what == 0 || what >= 6 && what <= 9) {
+	what := w.rng.IntN(19)
+	if w.reign && (what == 0 || what >= 6 && what <= 9 || what == 14) {
 		what = 2
 	}
 	switch what {
@@ -107,26 +107,150 @@ func (w *world) misfortune() {
 	case 10:
 		w.net.loss, w.net.dup, w.net.tail = w.rng.IntN(20), w.rng.IntN(20), w.rng.IntN(10)
 	case 11:
-		id := w.limits[w.rng.IntN(len(w.limits))]
-		if l, ok := w.log.state.table.Limit(id); ok && l.Max > 2 && l.Burst != 2 && !w.forgetful {
-			l.Max = max(l.Max*int64(w.rng.IntN(15)+1)/10, 3*lease.Milli)
-			if l.Kind == lease.Slots {
-				l.Max = max(l.Max%40, 3)
-			}
-			l.Max = min(l.Max, 30*lease.Milli)
-			w.putLimit(l)
-		}
+		w.alter(w.limits[w.rng.IntN(len(w.limits))], 15)
 	case 12:
 		w.assign(address, r)
 	case 13:
 		w.setQuota(address, 0, uint32(w.rng.IntN(300)))
 		w.setQuota(domain, 0, uint32(w.rng.IntN(500)))
+	case 14:
+		w.divide()
+	case 15:
+		w.hang(r)
+	case 16:
+		w.crashLoop(r, w.rng.IntN(6)+1)
+	case 17:
+		w.crowd()
+		w.drag()
+		w.wavering(w.rng.IntN(12) + 4)
+	case 18:
+		w.crowd()
+		w.shuffle(w.rng.IntN(addresses), w.rng.IntN(12)+4)
 	}
 	gap := 12 * time.Second
 	if w.forgetful {
 		gap = time.Minute // what is lost has to come back before shares can be right
 	}
 	w.after(w.between(0, gap), w.misfortune)
+}
+
+// alter changes a limit to some tenths of what it is, at most.
+func (w *world) alter(id lease.LimitID, tenths int) {
+	l, ok := w.log.state.table.Limit(id)
+	if !ok || l.Max <= 2 || l.Burst == 2 || w.forgetful {
+		return
+	}
+	l.Max = max(l.Max*int64(w.rng.IntN(tenths)+1)/10, 3*lease.Milli)
+	if l.Kind == lease.Slots {
+		l.Max = max(l.Max%40, 3)
+	}
+	l.Max = min(l.Max, 30*lease.Milli)
+	w.putLimit(l)
+}
+
+// divide leaves the leader alone with a few relays for a while: they go on talking to
+// it and want less, and the other servers elect another one, of which it does not hear.
+func (w *world) divide() {
+	old, lasts := w.log.leader, w.between(0, time.Minute)
+	w.note("%s and some relays are alone for %v", old.name, lasts)
+	elected := w.between(0, 2*time.Second)
+	first, alone := w.rng.IntN(len(w.relays)), w.rng.IntN(min(len(w.relays)/2, 4))+1
+	for i := range w.relays {
+		r := w.relays[(first+i)%len(w.relays)]
+		for _, s := range w.servers {
+			if (s == old) != (i < alone) {
+				w.blockBoth(&r.machine, &s.machine, lasts)
+			}
+		}
+		if i < alone {
+			w.after(elected+w.between(0, time.Second), func() { r.want(20) })
+		}
+	}
+	next := (slices.Index(w.servers, old) + 1 + w.rng.IntN(len(w.servers)-1)) % len(w.servers)
+	w.after(elected, func() {
+		if w.log.leader == old {
+			w.electUnheard(w.servers[next], lasts)
+		}
+	})
+}
+
+// hang has a disk hang for a while. In most cases the power fails before it goes on,
+// when the relay has less than before of some limit, and addresses no more, but for its
+// disk.
+func (w *world) hang(r *relay) {
+	lasts := w.between(0, 10*time.Second)
+	w.note("the disk of %s hangs for %v", r.name, lasts)
+	r.hangs = w.now + lasts
+	if id := w.limits[w.rng.IntN(len(w.limits))]; w.chance(70) {
+		w.alter(id-(id+1)%2, 9) // those with odd numbers have floors
+	}
+	for ip, row := range w.log.state.ips {
+		if row.Owner == nodeID(r.node) && w.chance(50) {
+			w.releaseIP(ip, false)
+		}
+	}
+	if w.chance(70) {
+		life := r.life
+		w.after(w.between(0, lasts), func() {
+			if r.life == life {
+				r.crash(w.between(0, 10*time.Second))
+			}
+		})
+	}
+}
+
+// crashLoop has a relay start again and again, while what it is told comes late.
+func (w *world) crashLoop(r *relay, times int) {
+	r.lags = w.now + 10*time.Second
+	r.crash(w.between(0, 100*time.Millisecond))
+	if times > 1 && !w.quiet {
+		w.after(w.between(200*time.Millisecond, 5*time.Second), func() { w.crashLoop(r, times-1) })
+	}
+}
+
+// crowd has messages to servers come late and twice for a while.
+func (w *world) crowd() {
+	w.net.dup = max(w.net.dup, w.rng.IntN(60))
+	for _, s := range w.servers {
+		s.lags = w.now + 20*time.Second
+	}
+}
+
+// drag has all disks take their time for a while.
+func (w *world) drag() {
+	for _, r := range w.relays {
+		r.drags = w.now + 20*time.Second
+	}
+}
+
+// wavering raises and lowers quotas of the day, again and again, about what is
+// reserved of them.
+func (w *world) wavering(times int) {
+	subject := address
+	if w.chance(70) {
+		subject = domain
+	}
+	_, reserved, used := w.log.state.ledger.Totals(subject, 0, w.log.state.ledger.Today())
+	if w.chance(60) {
+		w.setQuota(subject, 0, uint32(reserved)+60)
+	} else {
+		w.setQuota(subject, 0, uint32(used+(reserved-min(used, reserved))/2))
+	}
+	if times > 1 && !w.quiet {
+		w.after(w.between(0, 2*time.Second), func() { w.wavering(times - 1) })
+	}
+}
+
+// shuffle gives an address from one to another.
+func (w *world) shuffle(ip, times int) {
+	if w.chance(50) {
+		w.releaseIP(ip, false)
+	} else {
+		w.assignIP(ip, w.relays[w.rng.IntN(len(w.relays))], false)
+	}
+	if times > 1 && !w.quiet {
+		w.after(w.between(0, 1500*time.Millisecond), func() { w.shuffle(ip, times-1) })
+	}
 }
 
 // operators do something to addresses all the time.

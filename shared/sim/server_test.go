@@ -40,7 +40,10 @@ func (w *world) machineNamed(kind string, n int) machine {
 }
 
 // elect makes a server the leader. The former one hears of it later, if at all.
-func (w *world) elect(s *server) {
+func (w *world) elect(s *server) { w.electUnheard(s, 0) }
+
+// electUnheard does so, and the former one does not hear of it for a while.
+func (w *world) electUnheard(s *server, unheard time.Duration) {
 	old := w.log.leader
 	pending := w.log.pending
 	w.log.pending = nil
@@ -55,7 +58,7 @@ func (w *world) elect(s *server) {
 	w.note("%s leads term %d", s.name, term)
 	if old != nil && old != s && !w.unaware {
 		// If it is stopped, then when it goes on, and not first of all.
-		hears := max(old.until, w.now) - w.now + w.between(0, 10*time.Second)
+		hears := max(old.until, w.now+unheard) - w.now + w.between(0, 10*time.Second)
 		w.on(&old.machine, hears, func() { old.depose(term) })
 	}
 	s.leads, s.grantor = false, nil

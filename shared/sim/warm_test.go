@@ -110,6 +110,7 @@ func (r *relay) spend(a *account) {
 			continue
 		}
 		r.w.checker.offered(r.w, a.id, n)
+		r.w.checker.marked(r.w, r, a.id)
 	}
 	if m, ok := a.spender.Raise(markStep); ok && !a.saving {
 		a.saving = true

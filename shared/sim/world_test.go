@@ -97,6 +97,7 @@ type machine struct {
 	ppm    int64 // how much faster its clock runs, in millionths
 	offset time.Duration
 	until  time.Duration // stopped until then
+	lags   time.Duration // what it is sent comes late until then
 	life   int
 	down   bool
 	runs   *relay // that runs on it, if one does
@@ -223,6 +224,9 @@ func (w *world) send(from, to *machine, deliver func()) {
 		delay := w.between(time.Millisecond, 40*time.Millisecond)
 		if w.chance(w.net.tail) {
 			delay = w.between(0, 45*time.Second)
+		}
+		if to.lags > w.now {
+			delay += w.between(0, 3*time.Second)
 		}
 		if w.net.hold != nil {
 			delay += w.net.hold(from, to)

@@ -466,3 +466,28 @@ func BenchmarkReserve(b *testing.B) {
 		}
 	}
 }
+
+// TestMarkOnItsWayAtACut: a mark is on its way to the disk when a reservation is cut,
+// and the mark of the cut, which is lower, comes after it. What the first would have
+// allowed is not spent: a crash after the second would forget that.
+func TestMarkOnItsWayAtACut(t *testing.T) {
+	var s Spender
+	s.Ask(1)
+	s.Granted(Reply{Seq: 1, Amount: 100})
+	first, _ := s.Raise(8)
+	s.Saved(first)
+	if !s.Take(6) {
+		t.Fatal("below the mark nothing is spent")
+	}
+	second, raised := s.Raise(8)
+	cut := s.CutTo(12)
+	s.Saved(second)
+	took := s.Take(6)
+	s.Saved(cut)
+	if used, _ := s.Settle(); !raised || took || used > cut.Used {
+		t.Errorf("%d are spent, the disk says %d of %d", used, cut.Used, cut.Amount)
+	}
+	if !s.Take(2) || s.Take(1) {
+		t.Error("after the cut not all of what its mark allows is spent, or more")
+	}
+}

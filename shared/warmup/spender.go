@@ -63,11 +63,10 @@ func (s *Spender) Raise(step uint32) (Mark, bool) {
 // Saved says that a mark is on stable storage. Marks are saved in the order in
 // which they were returned.
 func (s *Spender) Saved(m Mark) {
-	s.mark = m.Used
-	// A mark that was made before the cut may be equal to it in all but its
-	// number: the cut is not on stable storage then.
+	// A mark that was made before a cut allows nothing more: that of the cut, which
+	// is lower, takes its place. It may be equal to it in all but its number.
 	if m.number >= s.cutting {
-		s.cutting = 0
+		s.mark, s.cutting = m.Used, 0
 	}
 }
 
