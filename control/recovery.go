@@ -14,8 +14,8 @@ const (
 	CauseRecover RecoveryCause = "recover" // from the disk of a server that survived
 )
 
-// MinRecovery is how long recovery mode lasts at least: twice the longest life
-// of anything a relay may hold from before.
+// MinRecovery is how long recovery mode lasts at least, and with long leases twice
+// their life: whatever a relay may hold from before has ended.
 const MinRecovery = time.Minute
 
 // Recovery is the one row that says that the cluster is in recovery mode: its

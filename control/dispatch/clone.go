@@ -14,11 +14,24 @@ const (
 	// probeTimeout is how long a linked relay has to show that it lives when
 	// another process comes with its key.
 	probeTimeout = time.Second
-	// cloneSilence is how long the first of two machines must have been silent
-	// before the second gets its place: 1.01 times the life of a lease, so that
-	// whatever the first held has ended.
+	// cloneSilence is how long the first of two machines must have been silent at
+	// least before the second gets its place; see silence.
 	cloneSilence = 30*time.Second + 300*time.Millisecond
 )
+
+// silence is how long the first of two machines must have been silent before the
+// second gets its place: 1.01 times the life of a lease in force, so that whatever
+// the first held has ended. Shorter leases do not shorten it: servers must have told
+// each other of their sessions meanwhile.
+func (r *registry) silence() time.Duration {
+	if r.ttl == nil {
+		return cloneSilence
+	}
+	ttl := r.ttl()
+	return max(cloneSilence, ttl+ttl/100)
+}
+
+func (s *Server) silence() time.Duration { return s.presence.reg.silence() }
 
 // contest remembers that two machines claimed to be one node.
 type contest struct {
@@ -56,18 +69,19 @@ func (s *Server) enter(ctx context.Context, n *session) error {
 // claim takes the node's place if that can be decided at once. It returns the
 // session that has to be asked whether it lives.
 func (s *Server) claim(n *session) (old *session, err error) {
+	silence := s.silence()
 	s.mu.Lock()
 	old = s.sessions[n.node]
 	c := s.contests[n.node]
 	if c != nil && old == nil {
-		if c.nonce != n.nonce && time.Since(c.heard) < cloneSilence {
+		if c.nonce != n.nonce && time.Since(c.heard) < silence {
 			s.mu.Unlock()
 			return nil, s.clone(n, c.remote)
 		}
 		delete(s.contests, n.node)
 	}
 	switch {
-	case old == nil, old.nonce == n.nonce && n.nonce != "", time.Since(old.lastHeard()) >= cloneSilence:
+	case old == nil, old.nonce == n.nonce && n.nonce != "", time.Since(old.lastHeard()) >= silence:
 		s.take(n)
 		s.mu.Unlock()
 		return nil, nil
@@ -117,7 +131,7 @@ func (s *Server) clone(n *session, holder netip.AddrPort) error {
 	n.log.Error("two machines have the key of one relay: the one that came later is refused", "holder", holder.String(), "incarnation", n.hello.Incarnation)
 	return fault.New(fault.Conflict, "dispatch.enter",
 		"another machine is linked as %s from %s: this one looks like a copy of it; remove its identity directory and join it as a relay of its own, or stop the other for %s",
-		n.node, holder.Addr(), cloneSilence.Round(time.Second))
+		n.node, holder.Addr(), s.silence().Round(time.Second))
 }
 
 // answers asks the relay of a session whether it lives.

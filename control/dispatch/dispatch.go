@@ -143,6 +143,9 @@ type Config struct {
 	// Dropped reports whether a certificate is of an issuing CA that was dropped
 	// since it was shown; nil: none ever is.
 	Dropped func(*x509.Certificate) bool
+	// LeaseTTL is the longest life of a share of a limit that a relay may work by now;
+	// nil: the default. A machine that was silent for longer holds nothing.
+	LeaseTTL func() time.Duration
 	// Quota takes what relays say about what they share; it must not block. nil:
 	// this server does not pass it on.
 	Quota      func(ids.Node, *wire.QuotaUp)
@@ -179,7 +182,7 @@ func New(config Config) (*Server, error) {
 		builds:   make(chan struct{}, maxBuilds),
 		sessions: make(map[ids.Node]*session),
 		contests: make(map[ids.Node]*contest),
-		presence: newPresence(),
+		presence: newPresence(config.LeaseTTL),
 		viewBytes: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "relais_control_view_bytes_total", Help: "Bytes of views sent to relays.",
 		}),

@@ -113,8 +113,8 @@ type learnedClones struct {
 	clones []sharedClone
 }
 
-func newPresence() *presence {
-	return &presence{moved: make(chan struct{}, 1), claims: make(chan struct{}, maxClaimsAtOnce), round: rand.Uint64(), clones: make(map[ids.Node]Clone), learned: make(map[ids.Node]learnedClones)}
+func newPresence(ttl func() time.Duration) *presence {
+	return &presence{reg: registry{ttl: ttl}, moved: make(chan struct{}, 1), claims: make(chan struct{}, maxClaimsAtOnce), round: rand.Uint64(), clones: make(map[ids.Node]Clone), learned: make(map[ids.Node]learnedClones)}
 }
 
 // move asks for a report soon.
@@ -327,11 +327,11 @@ func (p *presence) ownClones(now time.Time) (out []sharedClone) {
 func (p *presence) share(from ids.Node, clones []sharedClone) []sharedClone {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	now := time.Now()
+	now, silence := time.Now(), p.reg.silence()
 	p.learned[from] = learnedClones{now, clones}
 	var all []sharedClone
 	for server, some := range p.learned {
-		if len(some.clones) == 0 || now.Sub(some.at) >= cloneSilence {
+		if len(some.clones) == 0 || now.Sub(some.at) >= silence {
 			delete(p.learned, server) // nothing, or a server that is gone
 			continue
 		}

@@ -43,6 +43,8 @@ func (s *standing) same(o *standing) bool { return bytes.Equal(s.Nonce, o.Nonce)
 // new leader has it again once every server has reported. Its methods take the
 // time, and decide nothing that needs an answer from elsewhere.
 type registry struct {
+	ttl func() time.Duration // of leases in force; nil: as by default
+
 	mu       sync.Mutex
 	term     uint64    // in which it was filled
 	since    time.Time // when that began here
@@ -104,16 +106,17 @@ func (r *registry) remove(node, from ids.Node) {
 // server named for so long that its relay counts as silent.
 func (r *registry) settle(from ids.Node, round uint64, now time.Time) {
 	r.rounds[from] = round
+	silence := r.silence()
 	for node, at := range r.sessions {
 		for server, s := range at {
 			claimed := s.round == 0 && now.Sub(s.began) < claimGrace
-			if server == from && s.round != round && !claimed || now.Sub(s.heard) >= cloneSilence {
+			if server == from && s.round != round && !claimed || now.Sub(s.heard) >= silence {
 				r.remove(node, server)
 			}
 		}
 	}
 	for node, c := range r.contests {
-		if now.Sub(c.heard) >= cloneSilence {
+		if now.Sub(c.heard) >= silence {
 			delete(r.contests, node)
 		}
 	}
@@ -123,8 +126,9 @@ func (r *registry) settle(from ids.Node, round uint64, now time.Time) {
 // with: the oldest that lives. Two sessions that began in the same moment go by
 // their process numbers, so that everybody decides alike.
 func (r *registry) against(s *standing, now time.Time) (c conflict, found bool) {
+	silence := r.silence()
 	for server, o := range r.sessions[s.Node] {
-		if server == s.server || now.Sub(o.heard) >= cloneSilence {
+		if server == s.server || now.Sub(o.heard) >= silence {
 			continue
 		}
 		if !found || before(o, c.older) {

@@ -69,12 +69,12 @@ func (s *Server) onClaim(ctx context.Context, from ids.Node, c Claim) (claimAnsw
 	if err != nil {
 		return claimAnswer{}, err
 	}
-	now, reg := time.Now(), &s.presence.reg
-	if here := reg.sessions[c.Node][from]; here != nil && now.Sub(here.heard) < cloneSilence && string(here.Nonce) != string(c.Nonce) {
+	now, reg, silence := time.Now(), &s.presence.reg, s.silence()
+	if here := reg.sessions[c.Node][from]; here != nil && now.Sub(here.heard) < silence && string(here.Nonce) != string(c.Nonce) {
 		unlock()
 		return claimAnswer{}, nil // the server sees both, and rules by itself
 	}
-	if k := reg.contests[c.Node]; k != nil && k.nonce != string(c.Nonce) && len(reg.sessions[c.Node]) == 0 && now.Sub(k.heard) < cloneSilence {
+	if k := reg.contests[c.Node]; k != nil && k.nonce != string(c.Nonce) && len(reg.sessions[c.Node]) == 0 && now.Sub(k.heard) < silence {
 		unlock()
 		return claimAnswer{Refused: &verdict{Node: c.Node, Nonce: c.Nonce, Copied: true, Holder: k.remote, HolderNonce: []byte(k.nonce), SilentMillis: now.Sub(k.heard).Milliseconds()}}, nil
 	}

@@ -26,7 +26,7 @@ func (s *Server) Succeeds(node, through ids.Node, incarnation uint64) bool {
 // told all of its own in this term, or has told nothing for so long that what its
 // relays held has ended.
 func (r *registry) complete(servers []ids.Node, now time.Time) bool {
-	if now.Sub(r.since) >= cloneSilence {
+	if now.Sub(r.since) >= r.silence() {
 		return true
 	}
 	for _, server := range servers {
@@ -40,15 +40,15 @@ func (r *registry) complete(servers []ids.Node, now time.Time) bool {
 // holds reports whether the process of an incarnation has the node's session, and
 // has it through the server.
 func (r *registry) holds(node, through ids.Node, incarnation uint64, now time.Time) bool {
-	mine := r.sessions[node][through]
+	mine, silence := r.sessions[node][through], r.silence()
 	if mine == nil || mine.Incarnation != incarnation {
 		return false
 	}
 	for _, o := range r.sessions[node] {
-		if o != mine && !o.same(mine) && now.Sub(o.heard) < cloneSilence {
+		if o != mine && !o.same(mine) && now.Sub(o.heard) < silence {
 			return false
 		}
 	}
 	c := r.contests[node]
-	return c == nil || c.nonce == string(mine.Nonce) || now.Sub(c.heard) >= cloneSilence
+	return c == nil || c.nonce == string(mine.Nonce) || now.Sub(c.heard) >= silence
 }

@@ -2,11 +2,14 @@ package dispatch
 
 import (
 	"errors"
+	"strings"
 	"testing"
 	"time"
 
 	"github.com/relais-mta/relais/control"
+	"github.com/relais-mta/relais/shared/fault"
 	"github.com/relais-mta/relais/shared/ids"
+	"github.com/relais-mta/relais/shared/link"
 	"github.com/relais-mta/relais/shared/pki/pkitest"
 )
 
@@ -94,5 +97,66 @@ func TestWhoHasTheSession(t *testing.T) {
 	r.put(b, first, 1, now)
 	if !r.holds(node, b, 1, now) {
 		t.Error("a process that moves has no session")
+	}
+}
+
+// TestLongLeasesNeedALongSilence: where leases live for two minutes, a machine that
+// was silent for half a minute may still use what it was lent, so its copy does not
+// get its place.
+func TestLongLeasesNeedALongSilence(t *testing.T) {
+	w := newWorld(t)
+	ttl := 2 * time.Minute
+	r := &w.server.presence.reg
+	r.ttl = func() time.Duration { return ttl }
+	if got := r.silence(); got != 121200*time.Millisecond {
+		t.Errorf("with leases of 2 m the silence is %v", got)
+	}
+	now := time.Now()
+	r.begin(1, now)
+	a, b, node := pkitest.NewNode(), pkitest.NewNode(), pkitest.NewNode()
+	first, second := Claim{Node: node, Nonce: []byte("x"), Incarnation: 1}, Claim{Node: node, Nonce: []byte("y"), Incarnation: 2}
+	r.put(a, first, 1, now)
+	r.put(b, second, 2, now)
+	for after, want := range map[time.Duration]bool{cloneSilence: false, 120 * time.Second: false, 122 * time.Second: true} {
+		if got := r.holds(node, b, 2, now.Add(after)); got != want {
+			t.Errorf("%v after the first was heard the second has the session: %v", after, got)
+		}
+		if _, got := r.against(r.sessions[node][b], now.Add(after)); got == want {
+			t.Errorf("%v after the first was heard it stands in the way: %v", after, got)
+		}
+		if got := r.complete([]ids.Node{a}, now.Add(after)); got != want {
+			t.Errorf("%v after the term began all is known without a server: %v", after, got)
+		}
+	}
+	r.settle(b, 2, now.Add(time.Minute))
+	if r.sessions[node][a] == nil {
+		t.Error("the first is forgotten after a minute")
+	}
+	// At one server: the original left a minute ago.
+	original := w.process(node, 5, "original", true)
+	if err := original.welcome(); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.process(node, 6, "copy", true).welcome(); !fault.Is(err, fault.Conflict) || !strings.Contains(fault.Public(err), "2m1s") {
+		t.Errorf("a copy: %v", err)
+	}
+	original.link.Close(link.CodeDone, "")
+	waitSessions(t, w, 0)
+	leave := func(ago time.Duration) {
+		w.server.mu.Lock()
+		w.server.contests[node].heard = time.Now().Add(-ago)
+		w.server.mu.Unlock()
+	}
+	leave(time.Minute)
+	if err := w.process(node, 6, "copy", true).welcome(); !fault.Is(err, fault.Conflict) {
+		t.Errorf("the copy a minute after the original: %v", err)
+	}
+	leave(r.silence())
+	if err := w.process(node, 6, "copy", true).welcome(); err != nil {
+		t.Errorf("the copy after the silence: %v", err)
+	}
+	// Shorter leases shorten nothing.
+	if ttl = 5 * time.Second; r.silence() != cloneSilence {
+		t.Errorf("with leases of 5 s the silence is %v", r.silence())
 	}
 }

@@ -312,3 +312,11 @@ func owesFloors(r *state.Reader, id ids.Node, keeps bool, generation uint64) boo
 	}
 	return n.Declared != generation
 }
+
+// LeaseTTL is the longest life of a share of a limit that a relay may work by now.
+func (s *Service) LeaseTTL() time.Duration { return leaseTTL(s.state.Read()) }
+
+func leaseTTL(r *state.Reader) time.Duration {
+	row := r.Lease()
+	return max(row.Config.TTL, row.Reclaim.TTL)
+}

@@ -79,7 +79,7 @@ func (s *Service) EndRecovery(ctx context.Context, a Actor, waive []string, c Ch
 // and every active relay was heard. The leader calls it from time to time.
 func (s *Service) EndRecoveryWhenHeard(ctx context.Context, now time.Time) error {
 	v := s.recovery()
-	if v.Recovery == nil || len(v.Missing) > 0 || now.Sub(v.Recovery.Since) < control.MinRecovery {
+	if v.Recovery == nil || len(v.Missing) > 0 || now.Sub(v.Recovery.Since) < max(control.MinRecovery, 2*s.LeaseTTL()) {
 		return nil
 	}
 	_, err := propose[control.Cluster](ctx, s, &command.RecoveryEnd{Meta: &command.Meta{Actor: System.Name, Reason: "every active relay was heard"}, Generation: v.Recovery.Generation})

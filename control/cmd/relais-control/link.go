@@ -81,7 +81,7 @@ func (s *server) serveLink(ctx context.Context, group *errgroup.Group) error {
 	if err != nil {
 		return err
 	}
-	views, err := dispatch.New(dispatch.Config{Cluster: s.file.Cluster, Nodes: relays{s.service}, Address: hostPort(s.file.Advertise, s.conf.Listen.Link), Version: buildinfo.Version(), Self: s.file.Server, Peers: linkPeers{s}, Dropped: s.holder.Dropped, Quota: s.quota.Up, Logger: s.logger, Registerer: s.registry})
+	views, err := dispatch.New(dispatch.Config{Cluster: s.file.Cluster, Nodes: relays{s.service}, Address: hostPort(s.file.Advertise, s.conf.Listen.Link), Version: buildinfo.Version(), Self: s.file.Server, Peers: linkPeers{s}, Dropped: s.holder.Dropped, LeaseTTL: s.service.LeaseTTL, Quota: s.quota.Up, Logger: s.logger, Registerer: s.registry})
 	if err != nil {
 		return err
 	}
