@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/protobuf/proto"
@@ -94,11 +95,15 @@ type limit struct {
 	// check of the books.
 	whole throttle.Bucket
 
-	begun    int // since the last sample
-	waiting  int // as of that
-	arrivals float64
-	used     uint64 // since the start
-	denied   uint64
+	behind     []*limit // of a rate: limits of connections that count all that it counts
+	blocked    bool     // one of those leaves the relay none
+	begun      int      // since the last sample
+	waiting    int      // as of that
+	arrivals   float64
+	roomy      time.Duration // mail has waited so long for something else
+	roomyBegun int           // and so much was begun meanwhile
+	used       uint64        // since the start
+	denied     uint64
 }
 
 // table is the limits of a view, by what finds them. It is never changed.
@@ -209,7 +214,7 @@ func newTable(d *policy.Directory, old *table, now lease.Instant) *table {
 		lim := &limit{SharedLimit: shared[i], scope: scope(d, &shared[i])}
 		if had := old.byNumber[lim.ID]; had != nil {
 			*lim = limit{SharedLimit: shared[i], scope: lim.scope, rights: had.rights, gate: had.gate, set: had.set, whole: had.whole,
-				begun: had.begun, waiting: had.waiting, arrivals: had.arrivals, used: had.used, denied: had.denied}
+				begun: had.begun, waiting: had.waiting, arrivals: had.arrivals, roomy: had.roomy, roomyBegun: had.roomyBegun, used: had.used, denied: had.denied}
 		}
 		if lim.Kind == lease.Rate {
 			// One event more, for the other bucket rounds differently.
@@ -230,6 +235,11 @@ func newTable(d *policy.Directory, old *table, now lease.Instant) *table {
 			t.provider[lim.Provider] = append(t.provider[lim.Provider], lim)
 		default:
 			t.wide = append(t.wide, lim)
+		}
+	}
+	for _, lim := range t.limits {
+		if lim.Kind == lease.Rate {
+			lim.behind = t.behind(lim)
 		}
 	}
 	return t

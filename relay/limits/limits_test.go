@@ -346,7 +346,7 @@ func TestDemand(t *testing.T) {
 	if got := lim.demand(&schedule.GateState{}, time.Second); got < 299_000 || got > 301_000 {
 		t.Errorf("300 a minute arrive, wanted %d", got)
 	}
-	if got := lim.demand(&schedule.GateState{Waiting: 1_000_000}, time.Second); got != demandFactor*lim.Max {
+	if got := lim.demand(&schedule.GateState{Waiting: 1_000_000, Held: true}, time.Second); got != demandFactor*lim.Max {
 		t.Errorf("very many wait, wanted %d", got)
 	}
 	for range 120 {

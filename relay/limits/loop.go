@@ -15,13 +15,8 @@ import (
 )
 
 const (
-	sampleEvery  = 250 * time.Millisecond // what is due is looked at while there are limits: a share is to move within a second
-	helloEvery   = 3 * time.Second        // until the leader welcomes us
-	demandTau    = 5 * time.Second        // over which arrivals are averaged
-	backlogIn    = 30 * time.Second       // in which what waits is to be gone
-	perSession   = 4                      // recipients that one more connection is wanted for
-	demandFactor = 4                      // no more of a limit than this is asked for
-	idleLook     = time.Minute
+	helloEvery = 3 * time.Second // until the leader welcomes us
+	idleLook   = time.Minute
 )
 
 // Run talks with the leader, keeps the gates right and ends sessions in time,
@@ -101,63 +96,6 @@ func (l *Limits) speak(now lease.Instant, t *table) (proto.Message, lease.Instan
 	l.spread = rand.IntN(1000)
 	report := l.holder.Report(now)
 	return wire.EncodeLeaseReport(&report), l.holder.ReportAt(l.spread)
-}
-
-// sample looks at what is due under each limit and tells the holder what the relay
-// could use.
-func (l *Limits) sample() {
-	l.mu.Lock()
-	now := l.cfg.Clock()
-	t, since := l.table.Load(), now.Sub(l.sampled)
-	due := len(t.limits) > 0 && since >= sampleEvery
-	first := l.sampled == 0
-	if due {
-		l.sampled = now
-	}
-	l.mu.Unlock()
-	if !due || l.gates == nil {
-		return
-	}
-	states := l.gates.GateStates(Owner, nil)
-	byNumber := make(map[uint64]*schedule.GateState, len(states))
-	for i := range states {
-		byNumber[states[i].Number] = &states[i]
-	}
-	if first {
-		since = sampleEvery
-	}
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	for _, lim := range t.limits {
-		s := byNumber[uint64(lim.ID)]
-		if s == nil {
-			s = &schedule.GateState{}
-		}
-		demand := lim.demand(s, since)
-		if lim.rights != nil || demand > 0 {
-			l.holder.SetDemand(l.rightsOf(lim), demand)
-		}
-	}
-}
-
-// demand is what the relay could use of a limit, in the unit of amounts.
-func (lim *limit) demand(s *schedule.GateState, since time.Duration) int64 {
-	if lim.Kind == lease.Slots {
-		return min(lim.Max, int64(s.Sessions+(s.Waiting+perSession-1)/perSession))
-	}
-	came := max(0, s.Waiting-lim.waiting+lim.begun)
-	lim.waiting, lim.begun = s.Waiting, 0
-	part := 1 - math.Exp(-since.Seconds()/demandTau.Seconds())
-	lim.arrivals += part * (float64(came)/since.Seconds() - lim.arrivals)
-	wanted := (lim.arrivals + float64(s.Waiting)/backlogIn.Seconds()) * lim.Per.Seconds() * lease.Milli
-	demand := int64(min(wanted, demandFactor*float64(lim.Max)))
-	switch {
-	case s.Waiting > 0:
-		demand = max(demand, lease.Milli)
-	case demand < lease.Milli/100:
-		demand, lim.arrivals = 0, 0
-	}
-	return demand
 }
 
 // refresh sets the gates of limits under which the relay may use something else

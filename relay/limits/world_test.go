@@ -226,7 +226,7 @@ func (w *world) gate(id uint64) schedule.Gate {
 func (w *world) wants(recipients, sessions int) {
 	w.states = nil
 	for _, l := range w.view.SharedLimits {
-		w.states = append(w.states, schedule.GateState{Number: uint64(l.ID), Waiting: recipients, Sessions: sessions})
+		w.states = append(w.states, schedule.GateState{Number: uint64(l.ID), Waiting: recipients, Sessions: sessions, Held: recipients > 0})
 	}
 }
 

@@ -187,8 +187,9 @@ func (s *Scheduler) DropGate(id GateID, now time.Time) {
 // GateState is what there is for a gate to let pass.
 type GateState struct {
 	Number   uint64
-	Waiting  int // recipients known to be due, wherever they wait
-	Sessions int // open or being opened
+	Waiting  int  // recipients known to be due, wherever they wait
+	Sessions int  // open or being opened
+	Held     bool // some waits for this gate, not for something else
 }
 
 // GateStates returns the states of an owner's gates that have work or sessions, in
@@ -203,10 +204,15 @@ func (s *Scheduler) GateStates(owner string, dst []GateState) []GateState {
 			waiting += gg.group.waiting
 		}
 		if waiting > 0 || gt.sessions > 0 {
-			dst = append(dst, GateState{id.Number, waiting, gt.sessions})
+			dst = append(dst, GateState{id.Number, waiting, gt.sessions, gt.holdsMail()})
 		}
 	}
 	return dst
+}
+
+// holdsMail reports whether something waits in the gate's lists.
+func (gt *gate) holdsMail() bool {
+	return len(gt.lanes) > 0 || gt.line.len() > 0 || gt.waiters.len() > 0 || gt.sites.len() > 0 || gt.parked > 0
 }
 
 // tally counts recipients that are due, or fewer of them, for all that asks.

@@ -204,6 +204,37 @@ func (w *world) carrying(m Match) (n int) {
 	return n
 }
 
+// Of two gates in front of the same mail the one that holds it says so.
+func TestTheGateThatHoldsMailSaysSo(t *testing.T) {
+	for name, m := range map[string]Match{"provider": {Provider: "p1"}, "tenant": {Tenant: ids.Tenant{15: 1}}} {
+		t.Run(name, func(t *testing.T) {
+			w := gatedWorld(t, 10)
+			rate, slots := GateID{"test", 1}, GateID{"test", 2}
+			w.s.SetGate(Gate{ID: slots, Match: m, Slots: true, Reason: "limit", NoSessions: true}, w.now)
+			w.s.SetGate(Gate{ID: rate, Match: m, Reason: "limit", Messages: Rate{Max: 100, Per: time.Second, Burst: 10}}, w.now)
+			held := func() (rate, slots bool) {
+				for _, g := range w.s.GateStates("test", nil) {
+					if g.Waiting == 0 {
+						t.Errorf("nothing waits behind %+v", g)
+					}
+					rate, slots = rate || g.Number == 1 && g.Held, slots || g.Number == 2 && g.Held
+				}
+				return rate, slots
+			}
+			w.run(10 * time.Second)
+			if rate, slots := held(); rate || !slots {
+				t.Errorf("without a session: held by the rate %v, by the sessions %v", rate, slots)
+			}
+			w.s.SetGate(Gate{ID: slots, Match: m, Slots: true, Reason: "limit"}, w.now)
+			w.s.SetGate(Gate{ID: rate, Match: m, Reason: "limit", NoMessages: true}, w.now)
+			w.run(time.Second)
+			if rate, slots := held(); !rate || slots {
+				t.Errorf("with a rate of nothing: held by the rate %v, by the sessions %v", rate, slots)
+			}
+		})
+	}
+}
+
 func TestAShutGateOpens(t *testing.T) {
 	for name, m := range map[string]Match{"provider": {Provider: "p1"}, "tenant": {Tenant: ids.Tenant{15: 1}}, "source": {Source: ids.Source{14: 1, 15: 1}}} {
 		t.Run(name, func(t *testing.T) {
@@ -215,7 +246,7 @@ func TestAShutGateOpens(t *testing.T) {
 				t.Fatalf("%d messages passed", n)
 			}
 			if m.Source.IsZero() {
-				if got := w.s.GateStates("test", nil); len(got) != 1 || got[0].Number != 1 || got[0].Waiting != 80 {
+				if got := w.s.GateStates("test", nil); len(got) != 1 || got[0].Number != 1 || got[0].Waiting != 80 || !got[0].Held {
 					t.Errorf("half of all mail waits for it: %+v", got)
 				}
 			}
