@@ -40,6 +40,7 @@ func TestOperatorsCommands(t *testing.T) {
 	o := &operator{t: t, f: f, r: f.Relays[0]}
 	o.usage()
 	o.holdAndRelease()
+	o.checksItself()
 	o.bounceTells()
 	o.purgeIsSilent()
 	o.retryGoesNow()
@@ -114,6 +115,37 @@ func (o *operator) delivered(name, to string) {
 	eventually(o.t, 30*time.Second, name+" delivered", func() bool {
 		return o.f.Lab.Deliveries("<"+name+"@"+fleet.Domain+">", to) == 1
 	})
+}
+
+// checksItself: a relay that runs checks its queue, and neither repairs nor
+// exports it; a message's priority is shown and found.
+func (o *operator) checksItself() {
+	o.t.Helper()
+	rule := o.rule("--domain", "yahoo.test")
+	submitOne(o.t, o.f, "accept-1@yahoo.test", "checked", "X-Relais-Priority: 80\r\n")
+	m := o.listedAs(1, "--state", "held", "--priority", "60-100")[0]
+	o.listedAs(0, "--priority", "0-79")
+	if show := o.run("show", m.ID); !strings.Contains(show, "priority  80") || !strings.Contains(show, "tenant    "+fleet.Tenant) {
+		o.t.Errorf("show says %q", show)
+	}
+	if why := o.run("why", m.ID); !strings.Contains(why, "(priority 80)") {
+		o.t.Errorf("why says %q", why)
+	}
+	if out := o.run("fsck", "--bodies"); !strings.Contains(out, "1 held") {
+		o.t.Errorf("a check says %q", out)
+	}
+	var line struct{ Result *struct{ Held int64 } }
+	if out := o.run("fsck", "--json"); json.Unmarshal([]byte(out), &line) != nil || line.Result == nil || line.Result.Held != 1 {
+		o.t.Errorf("a check says %q", out)
+	}
+	for _, args := range [][]string{{"fsck", "--repair"}, {"export", filepath.Join(o.t.TempDir(), "x")}} {
+		out, err := command(o.t, filepath.Join(binaries, "relais-relay"), append(append([]string{"queue"}, args...), "--data", o.r.Dir)...)
+		if err == nil || !strings.Contains(string(out), "runs") {
+			o.t.Errorf("queue %v of a running relay: %v\n%s", args, err, out)
+		}
+	}
+	o.run("release", rule)
+	o.delivered("checked", "accept-1@yahoo.test")
 }
 
 func (o *operator) holdAndRelease() {

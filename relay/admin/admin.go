@@ -91,6 +91,7 @@ func Listen(cfg Config) (*Server, error) {
 	mux.HandleFunc("GET /v1/queue/survey", s.survey)
 	mux.HandleFunc("GET /v1/queue/messages", s.answer(s.list))
 	mux.HandleFunc("GET /v1/queue/messages/{id}", s.answer(s.show))
+	mux.HandleFunc("POST /v1/queue/fsck", s.fsck)
 	mux.HandleFunc("POST /v1/queue/import", s.answer(s.importQueue))
 	mux.HandleFunc("POST /v1/queue/operations", s.operate)
 	mux.HandleFunc("GET /v1/queue/holds", s.answer(s.holds))
@@ -187,10 +188,12 @@ type Holder struct {
 type Message struct {
 	ID         string      `json:"id"`
 	Tenant     string      `json:"tenant"`
+	TenantName string      `json:"tenant_name"` // its id, if the relay does not know it
 	Stream     string      `json:"stream"`
 	Tag        string      `json:"tag,omitempty"`
 	Priority   int         `json:"priority"`
 	Pool       string      `json:"pool"`
+	PoolName   string      `json:"pool_name"`
 	Sender     string      `json:"sender"`
 	Bytes      int64       `json:"bytes"`
 	Accepted   time.Time   `json:"accepted"`
@@ -201,7 +204,8 @@ type Message struct {
 func (s *Server) message(m *queue.MessageInfo, why bool) Message {
 	env := m.Env
 	out := Message{
-		ID: env.ID.String(), Tenant: env.Tenant.String(), Stream: env.Stream, Tag: env.Tag, Priority: env.Priority.Number(), Pool: env.Pool.String(), Sender: env.Sender.String(),
+		ID: env.ID.String(), Tenant: env.Tenant.String(), TenantName: s.tenantName(env.Tenant), Stream: env.Stream, Tag: env.Tag,
+		Priority: env.Priority.Number(), Pool: env.Pool.String(), PoolName: s.poolName(env.Pool), Sender: env.Sender.String(),
 		Bytes: env.Body.Length, Accepted: env.AcceptedAt, Expires: env.ExpiresAt,
 	}
 	for i := range env.Recipients {

@@ -100,6 +100,8 @@ type FsckConfig struct {
 	Report     func(Finding)         // each finding as it is made; nil: nobody cares
 	Progress   func(FsckCount)       // now and then; nil: nobody cares
 	Rest       func(since time.Time) // called every fsckStep records with the time the step began, to leave the machine to others; nil: no rest
+
+	stop <-chan struct{} // the check ends when it is closed; nil: it is not
 }
 
 const (
@@ -239,8 +241,8 @@ func (c *checker) step() error {
 	if c.count.Records++; c.count.Records%fsckStep != 0 {
 		return nil
 	}
-	if err := c.ctx.Err(); err != nil {
-		return fault.Wrap(err, fault.Unavailable, "queue.Fsck", "the check was interrupted")
+	if err := c.interrupted(); err != nil {
+		return err
 	}
 	if c.cfg.Rest != nil {
 		c.cfg.Rest(c.stepAt)
@@ -250,6 +252,15 @@ func (c *checker) step() error {
 		c.cfg.Progress(c.count)
 	}
 	return nil
+}
+
+func (c *checker) interrupted() error {
+	select {
+	case <-c.cfg.stop:
+		return errClosing
+	default:
+	}
+	return fault.Wrap(c.ctx.Err(), fault.Unavailable, "queue.Fsck", "the check was interrupted")
 }
 
 // report counts a finding, and says whether its repair is wanted. What follows

@@ -241,7 +241,7 @@ func (c *checker) judge(m *messageRecords) error {
 		}
 		return c.settle()
 	}
-	kind, detail, err := c.body(m.env.Body, m.id)
+	kind, detail, err := c.body(m.env.Body, m.id, store.AppendMessageKey(nil, m.id))
 	if err != nil {
 		return err
 	}
@@ -261,7 +261,7 @@ func (c *checker) judge(m *messageRecords) error {
 func (c *checker) judgeOrphans(m *messageRecords) error {
 	for i := range m.states {
 		if c.report(aboutRecipient(StateWithoutMessage, m.id, m.states[i].index, "its message does not exist")) {
-			c.lost[m.id] = struct{}{}
+			c.lose(m.id)
 			c.remove(store.AppendStateKey(nil, m.id, m.states[i].index))
 		}
 	}

@@ -177,7 +177,7 @@ func (c *checker) quarantine(kind Damage, detail string) error {
 			body = &tolerant{r: io.NewSectionReader(r, 0, min(r.Size(), maxQuarantinedBytes))}
 		}
 	} else {
-		c.lost[m.id] = struct{}{}
+		c.lose(m.id)
 	}
 	if err := c.writeAside(m.id.String(), q, body); err != nil {
 		return err
@@ -260,6 +260,13 @@ func (c *checker) asideRecord(kind Damage, key, value []byte, detail string) err
 	}
 	c.remove(key)
 	return c.settle()
+}
+
+// lose has a body looked for, for a repair. A check alone remembers nothing.
+func (c *checker) lose(id ids.Message) {
+	if c.cfg.Repair {
+		c.lost[id] = struct{}{}
+	}
 }
 
 // searchLost looks through all body files for the text of messages whose

@@ -283,7 +283,7 @@ func (c *checker) judgeWaiting(n Number, key []byte) error {
 	switch {
 	case !found:
 		if _, moved := c.moved[id]; !moved {
-			c.lost[id] = struct{}{}
+			c.lose(id)
 		}
 		if c.report(aboutRecipient(WaitingWithoutMessage, id, index, "its message does not exist")) {
 			c.remove(key)
@@ -337,7 +337,7 @@ func (c *checker) inboundMail() error {
 		in, err := parseInbound(id, value)
 		kind, detail := InboundDamaged, "the inbound mail is unreadable"
 		if err == nil {
-			if kind, detail, err = c.body(in.Body, id); err != nil || kind == "" {
+			if kind, detail, err = c.body(in.Body, id, key); err != nil || kind == "" {
 				return err
 			}
 		}
@@ -348,15 +348,20 @@ func (c *checker) inboundMail() error {
 			c.fixes++
 			return c.st.RepairHeader(in.Body, id)
 		}
-		c.lost[id] = struct{}{}
+		c.lose(id)
 		return c.asideRecord(kind, append([]byte(nil), key...), append([]byte(nil), value...), detail)
 	})
 }
 
-// body checks a body. No kind: it is as it should be.
-func (c *checker) body(ref relay.BodyRef, id ids.Message) (kind Damage, detail string, err error) {
+// body checks the body of the record with a key. No kind: it is as it should be.
+func (c *checker) body(ref relay.BodyRef, id ids.Message, key []byte) (kind Damage, detail string, err error) {
 	if c.quiet {
 		return "", "", nil
+	}
+	if c.cfg.Bodies {
+		if err := c.interrupted(); err != nil { // they may be large
+			return "", "", err
+		}
 	}
 	err = c.st.CheckRef(ref)
 	switch {
@@ -388,8 +393,8 @@ func (c *checker) body(ref relay.BodyRef, id ids.Message) (kind Damage, detail s
 		}
 	}
 	if c.cfg.Live {
-		// Its message may have ended while the check went on.
-		if _, gone := c.st.Get(store.AppendMessageKey(nil, id), nil); fault.Is(gone, fault.NotFound) {
+		// It may have ended while the check went on.
+		if _, gone := c.st.Get(key, nil); fault.Is(gone, fault.NotFound) {
 			return "", "", nil
 		}
 	}

@@ -231,6 +231,7 @@ type Queue struct {
 	pending     sync.WaitGroup // commits under way
 	closed      bool
 	overdue     atomic.Bool // a message came back after its deadline: notify has to tell
+	checking    atomic.Bool // FsckOnline is under way
 	broken      atomic.Bool // a panic left the lock held
 }
 

@@ -127,6 +127,9 @@ func exportQueue(ctx context.Context, o *options, path string) (count queue.Expo
 	if _, err := os.Lstat(path); !errors.Is(err, fs.ErrNotExist) {
 		return count, fault.Field(op, "file", "%s exists: name a new file", path)
 	}
+	if runs(o.data) {
+		return count, fault.New(fault.Conflict, op, "the relay of %s runs and delivers what would be exported: drain it to hand its mail over, or stop it for good and export then; queue list --json says what is there", o.data)
+	}
 	member, err := agent.LoadMembership(o.data)
 	if err != nil {
 		return count, err

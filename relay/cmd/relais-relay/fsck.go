@@ -7,12 +7,14 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net/http"
 	"os"
 	"path/filepath"
 	"time"
 
 	"github.com/spf13/cobra"
 
+	"github.com/relais-mta/relais/relay/admin"
 	"github.com/relais-mta/relais/relay/queue"
 	"github.com/relais-mta/relais/relay/store"
 	"github.com/relais-mta/relais/shared/fault"
@@ -25,11 +27,13 @@ func newQueueFsck(o *options) *cobra.Command {
 	var cfg queue.FsckConfig
 	var list bool
 	cmd := &cobra.Command{
-		Use: "fsck", Short: "Check and repair the records of a stopped relay's queue", Args: exactly(0),
+		Use: "fsck", Short: "Check the records of the queue, and repair those of a stopped relay", Args: exactly(0),
 		Long: `Check every record of the queue against the others. Exit status 0 says that all
-is well, 1 that something was found, repaired or not.
+is well, 1 that something was found, repaired or not. While the relay runs it
+checks itself, as the queue stood when the check began, beside the mail and with
+half of a processor at most; it can be interrupted at any time.
 
-With --repair the queue is put in order. No mail is lost by that: a message that
+With --repair the queue of a relay that is stopped is put in order. No mail is lost by that: a message that
 cannot be delivered any more, because its envelope or body is damaged, is moved
 to the folder quarantine of the data directory, with its text as far as it can
 be read (.eml) and a description (.json). Send such a text again with any client,
@@ -46,11 +50,16 @@ Notes are what a crash may leave behind and a start clears up by itself.
 			cfg.Events, cfg.Quarantine, cfg.Now = true, quarantineDir(o.data), time.Now
 			cfg.Report = func(f queue.Finding) { printFinding(o, out, f) }
 			cfg.Progress = fsckProgress()
-			count, err := fsckOffline(cmd.Context(), o, cfg)
+			online := !cfg.Repair && runs(o.data)
+			check := fsckOffline
+			if online {
+				check = fsckOnline
+			}
+			count, err := check(cmd.Context(), o, cfg)
 			if err != nil {
 				return err
 			}
-			return printFsck(os.Stdout, o, out, cfg.Repair, &count)
+			return printFsck(os.Stdout, o, out, cfg.Repair, online, &count)
 		},
 	}
 	cmd.Flags().BoolVar(&cfg.Repair, "repair", false, "repair what is found, and move aside what cannot be repaired")
@@ -62,7 +71,7 @@ Notes are what a crash may leave behind and a start clears up by itself.
 // fsckOffline checks the queue of a relay that does not run.
 func fsckOffline(ctx context.Context, o *options, cfg queue.FsckConfig) (count queue.FsckCount, err error) {
 	if runs(o.data) {
-		return count, fault.New(fault.Conflict, "relais-relay.fsck", "the relay of %s runs: stop it first", o.data)
+		return count, fault.New(fault.Conflict, "relais-relay.fsck", "the relay of %s runs, and a repair needs a queue at rest: stop it, repair, start it again; without --repair it is checked while it runs", o.data)
 	}
 	dir := filepath.Join(o.data, "store")
 	if _, err := os.Stat(dir); err != nil {
@@ -75,6 +84,36 @@ func fsckOffline(ctx context.Context, o *options, cfg queue.FsckConfig) (count q
 	}
 	defer func() { err = errors.Join(err, st.Close()) }()
 	return queue.Fsck(ctx, st, cfg)
+}
+
+// fsckOnline has a running relay check its queue.
+func fsckOnline(ctx context.Context, o *options, cfg queue.FsckConfig) (count queue.FsckCount, err error) {
+	var last admin.FsckLine
+	err = stream(ctx, o, http.MethodPost, "/v1/queue/fsck", &admin.Fsck{Bodies: cfg.Bodies}, func(b []byte) error {
+		last = admin.FsckLine{}
+		if err := json.Unmarshal(b, &last); err != nil {
+			return err
+		}
+		switch {
+		case last.Finding != nil:
+			cfg.Report(*last.Finding)
+		case last.Progress != nil:
+			cfg.Progress(*last.Progress)
+		}
+		return nil
+	})
+	const op = "relais-relay.fsck"
+	switch {
+	case ctx.Err() != nil:
+		err = fault.New(fault.Unavailable, op, "interrupted: the check has not come to its end; begin it again at any time")
+	case err == nil && last.Error != "":
+		err = fault.New(fault.Unavailable, op, "%s", last.Error)
+	case err == nil && last.Result == nil:
+		err = fault.New(fault.Unavailable, op, "the relay broke off its answer: the check has not come to its end")
+	case err == nil:
+		count = *last.Result
+	}
+	return count, err
 }
 
 // fsckLine is one line of the output with --json.
@@ -128,19 +167,25 @@ func fsckProgress() func(queue.FsckCount) {
 
 // printFsck prints what was found in all. Anything found is an error, so that
 // the exit status tells.
-func printFsck(w io.Writer, o *options, out *json.Encoder, repair bool, c *queue.FsckCount) error {
+func printFsck(w io.Writer, o *options, out *json.Encoder, repair, online bool, c *queue.FsckCount) error {
 	const op = "relais-relay.fsck"
 	if o.json {
 		if err := out.Encode(fsckLine{Result: c}); err != nil {
 			return fault.Wrap(err, fault.Internal, op, "the result cannot be written")
 		}
 	} else {
-		fmt.Fprintf(w, "messages %d, open recipients %d (%d waiting, %d held, %d attempts without an end), inbound mails %d, work queues %d, body files %d\n",
-			c.Messages, c.Recipients, c.Waiting, c.Held, c.InDoubt, c.Inbound, c.Queues, c.BodyFiles)
+		files := fmt.Sprintf(", body files %d", c.BodyFiles)
+		if online {
+			files = "" // the store looks after them
+		}
+		fmt.Fprintf(w, "messages %d, open recipients %d (%d waiting, %d held, %d attempts without an end), inbound mails %d, work queues %d%s\n",
+			c.Messages, c.Recipients, c.Waiting, c.Held, c.InDoubt, c.Inbound, c.Queues, files)
 	}
 	switch n := c.Total(); {
 	case n == 0 && c.Clean:
 		return nil
+	case online:
+		return fault.New(fault.Invalid, op, "%d places are damaged: stop the relay, run it again with --repair, start it again", n)
 	case !repair:
 		return fault.New(fault.Invalid, op, "%d places are damaged: run it again with --repair", n)
 	case !c.Clean:

@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -132,8 +133,8 @@ func newQueueShow(o *options) *cobra.Command {
 			if err := ask(cmd.Context(), o, "/v1/queue/messages/"+url.PathEscape(args[0]), &m); err != nil || o.json {
 				return err
 			}
-			fmt.Printf("message   %s\ntenant    %s\nstream    %s\npriority  %d\npool      %s\nsender    <%s>\nbytes     %d\naccepted  %s\nexpires   %s\n\n",
-				m.ID, m.Tenant, m.Stream, m.Priority, m.Pool, m.Sender, m.Bytes, timeText(m.Accepted), timeText(m.Expires))
+			fmt.Printf("message   %s\ntenant    %s\nstream    %s\npriority  %d\ntag       %s\npool      %s\nsender    <%s>\nbytes     %d\naccepted  %s\nexpires   %s\n\n",
+				m.ID, m.TenantName, m.Stream, m.Priority, cmp.Or(m.Tag, "-"), m.PoolName, m.Sender, m.Bytes, timeText(m.Accepted), timeText(m.Expires))
 			w := tabwriter.NewWriter(os.Stdout, 0, 4, 2, ' ', 0)
 			fmt.Fprintln(w, "RECIPIENT\tSTATE\tATTEMPTS\tNEXT\tMX\tCLASS\tLAST REPLY")
 			for i := range m.Recipients {
