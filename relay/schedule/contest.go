@@ -145,6 +145,16 @@ func (k *stake) behind(f *flow, way int, st *site) bool {
 	return k.before(f, way, st)
 }
 
+// losing reports whether a tenant or stream waits for the first session to a host
+// and falls so far behind that it would soon lose turns for good. Runs of others
+// end early then, if there is a rate: it is turns that are short, and not the time
+// that opening a session takes.
+func (k *stake) losing(way int) bool {
+	st, f := k.seat.site, k.strand.flow
+	return st.open+st.opening == 0 &&
+		(st.group.passes[way].lag(&f.member.accounts[way]) > maxLagRounds/2 || f.stream.level.pass.lag(&f.stream.account) > maxLagRounds/2)
+}
+
 func (c *contest) empty() bool { return c.first() == nil }
 
 func (c *contest) join(k *stake) {

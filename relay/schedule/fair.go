@@ -26,8 +26,9 @@ const messageCost = DefaultWeight
 
 // maxLagRounds is how far a party may fall behind the rounds of the others, and
 // so how much it can catch up: what its hosts were too slow to take it does not
-// get later at the cost of others.
-const maxLagRounds = 4
+// get later at the cost of others. It is more than a party loses that waits for
+// a session, see losing, because that is ours to make good.
+const maxLagRounds = 4 * minRun
 
 // account is the place of one party in a deficit round robin. The party with
 // the lowest round goes first, and within a round the one that came to it
@@ -61,6 +62,14 @@ func (p *pass) enter(a *account) {
 		a.round, a.seq = max(a.round, p.round), p.seq
 		a.deficit = max(a.deficit, a.weight, messageCost)
 	}
+}
+
+// lag is how many rounds a party is behind.
+func (p *pass) lag(a *account) uint64 {
+	if a.round >= p.round {
+		return 0
+	}
+	return p.round - a.round
 }
 
 // charge books one message that costs so much.

@@ -185,7 +185,7 @@ func (s *Scheduler) makesWayAtHome(ss *session, spent, calm bool) bool {
 	if way == reserved && calm {
 		return true
 	}
-	return spent && k.behind(st.best(way, ss.lane).stream(), way, st)
+	return spent && k.behind(st.best(way, ss.lane).stream(), way, st) || g.limited() && k.losing(way)
 }
 
 // park keeps a session without work; what it could not take may need the
