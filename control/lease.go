@@ -49,6 +49,10 @@ type LeaseNode struct {
 	Incarnation uint64 // under which it holds things
 	Gone        bool   // evicted: it gets nothing more
 	Declared    uint64 // generation in which it said what its disk holds; 0: since the first it never had to
+
+	// WarmDeclared is the generation in which it had told all that it spent of
+	// warm-up; 0: likewise.
+	WarmDeclared uint64
 	Revision    uint64
 }
 

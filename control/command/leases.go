@@ -80,13 +80,13 @@ func (r *SharedLimit) Row() (*control.SharedLimit, error) {
 
 // LeaseNodeRecord returns the record of the row.
 func LeaseNodeRecord(n *control.LeaseNode) *LeaseNode {
-	return &LeaseNode{Id: optionalID(n.ID), Number: uint64(n.Number), Incarnation: n.Incarnation, Gone: n.Gone, Declared: n.Declared}
+	return &LeaseNode{Id: optionalID(n.ID), Number: uint64(n.Number), Incarnation: n.Incarnation, Gone: n.Gone, Declared: n.Declared, WarmDeclared: n.WarmDeclared}
 }
 
 // Row returns the row of the record.
 func (r *LeaseNode) Row() (*control.LeaseNode, error) {
 	var s scan
-	n := &control.LeaseNode{Number: lease.Node(r.GetNumber()), Incarnation: r.GetIncarnation(), Gone: r.GetGone(), Declared: r.GetDeclared()}
+	n := &control.LeaseNode{Number: lease.Node(r.GetNumber()), Incarnation: r.GetIncarnation(), Gone: r.GetGone(), Declared: r.GetDeclared(), WarmDeclared: r.GetWarmDeclared()}
 	setID(&s, "node", &n.ID, r.GetId())
 	return n, s.err
 }

@@ -358,6 +358,7 @@ type LeaseNode struct {
 	Incarnation   uint64                 `protobuf:"varint,3,opt,name=incarnation,proto3" json:"incarnation,omitempty"`
 	Gone          bool                   `protobuf:"varint,4,opt,name=gone,proto3" json:"gone,omitempty"`
 	Declared      uint64                 `protobuf:"varint,5,opt,name=declared,proto3" json:"declared,omitempty"`
+	WarmDeclared  uint64                 `protobuf:"varint,6,opt,name=warm_declared,json=warmDeclared,proto3" json:"warm_declared,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -423,6 +424,13 @@ func (x *LeaseNode) GetGone() bool {
 func (x *LeaseNode) GetDeclared() uint64 {
 	if x != nil {
 		return x.Declared
+	}
+	return 0
+}
+
+func (x *LeaseNode) GetWarmDeclared() uint64 {
+	if x != nil {
+		return x.WarmDeclared
 	}
 	return 0
 }
@@ -940,13 +948,14 @@ const file_control_command_leases_proto_rawDesc = "" +
 	" \x01(\tR\bprovider\x12\x16\n" +
 	"\x06tenant\x18\v \x01(\tR\x06tenant\x12\x16\n" +
 	"\x06domain\x18\f \x01(\tR\x06domain\x12\x12\n" +
-	"\x04pool\x18\r \x01(\tR\x04pool\"\x85\x01\n" +
+	"\x04pool\x18\r \x01(\tR\x04pool\"\xaa\x01\n" +
 	"\tLeaseNode\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\fR\x02id\x12\x16\n" +
 	"\x06number\x18\x02 \x01(\x04R\x06number\x12 \n" +
 	"\vincarnation\x18\x03 \x01(\x04R\vincarnation\x12\x12\n" +
 	"\x04gone\x18\x04 \x01(\bR\x04gone\x12\x1a\n" +
-	"\bdeclared\x18\x05 \x01(\x04R\bdeclared\"\xb4\x01\n" +
+	"\bdeclared\x18\x05 \x01(\x04R\bdeclared\x12#\n" +
+	"\rwarm_declared\x18\x06 \x01(\x04R\fwarmDeclared\"\xb4\x01\n" +
 	"\bHoldings\x12\x14\n" +
 	"\x05limit\x18\x01 \x01(\x04R\x05limit\x12\x14\n" +
 	"\x05nodes\x18\x02 \x03(\x04R\x05nodes\x12\x1a\n" +

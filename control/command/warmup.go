@@ -12,6 +12,7 @@ const (
 	WarmReserve uint32 = 1
 	WarmSettle  uint32 = 2
 	WarmCut     uint32 = 3
+	WarmDeclare uint32 = 4 // the relay has settled all that it spent, in the generation Epoch
 )
 
 // Bounds of the commands about warm-up.
@@ -212,7 +213,7 @@ func (c *WarmBatch) Validate() error {
 
 // CheckWarmItem checks the form of one item.
 func CheckWarmItem(i *WarmItem) error {
-	if i.GetKind() < WarmReserve || i.GetKind() > WarmCut {
+	if i.GetKind() < WarmReserve || i.GetKind() > WarmDeclare {
 		return fault.Field(opValidate, "kind", "%d is unknown", i.GetKind())
 	}
 	if i.GetClass() >= warmup.MaxClasses || i.GetAmount() > warmup.MaxQuota || i.GetUsed() > warmup.MaxQuota || i.GetDay() < 0 || i.GetDay() > maxDay {

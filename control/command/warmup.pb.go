@@ -1034,7 +1034,7 @@ func (x *WarmBatch) GetItems() []*WarmItem {
 // WarmItem is one of them.
 type WarmItem struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Kind          uint32                 `protobuf:"varint,1,opt,name=kind,proto3" json:"kind,omitempty"` // 1 reserve, 2 settle, 3 cut
+	Kind          uint32                 `protobuf:"varint,1,opt,name=kind,proto3" json:"kind,omitempty"` // 1 reserve, 2 settle, 3 cut, 4 declare
 	Subject       uint64                 `protobuf:"varint,2,opt,name=subject,proto3" json:"subject,omitempty"`
 	Class         uint32                 `protobuf:"varint,3,opt,name=class,proto3" json:"class,omitempty"`
 	Day           int32                  `protobuf:"zigzag32,4,opt,name=day,proto3" json:"day,omitempty"`

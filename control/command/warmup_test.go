@@ -40,7 +40,7 @@ func TestWarmUpsThatAreRefused(t *testing.T) {
 		{"day", &WarmRoll{Day: -1}},
 		{"items", &WarmJudge{}},
 		{"items", &WarmBatch{}},
-		{"kind", &WarmBatch{Items: []*WarmItem{{Kind: 4, Node: id(1)}}}},
+		{"kind", &WarmBatch{Items: []*WarmItem{{Kind: 5, Node: id(1)}}}},
 		{"items", &WarmBatch{Items: []*WarmItem{{Kind: 1, Class: 64, Node: id(1)}}}},
 		{"node", &WarmBatch{Items: []*WarmItem{{Kind: 1}}}},
 	} {

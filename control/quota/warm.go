@@ -47,8 +47,10 @@ type WarmOptions struct {
 type Warm struct {
 	o     WarmOptions
 	queue []warmItem
-	told  string // why no day begins, as it was logged last
-	leads atomic.Bool
+	// Relays that say that they settled all that they spent, and in which generation.
+	declares map[ids.Node]uint64
+	told     string // why no day begins, as it was logged last
+	leads    atomic.Bool
 }
 
 type warmItem struct {
@@ -57,7 +59,7 @@ type warmItem struct {
 }
 
 // NewWarm returns the part. Add it to a Quota.
-func NewWarm(o WarmOptions) *Warm { return &Warm{o: o} }
+func NewWarm(o WarmOptions) *Warm { return &Warm{o: o, declares: make(map[ids.Node]uint64)} }
 
 // Takes implements Part.
 func (w *Warm) Takes(m proto.Message) bool {
@@ -68,6 +70,7 @@ func (w *Warm) Takes(m proto.Message) bool {
 // Lead implements Part.
 func (w *Warm) Lead(ctx context.Context, in <-chan Message) error {
 	w.queue = nil
+	clear(w.declares)
 	w.leads.Store(true)
 	defer w.leads.Store(false)
 	tick, look := time.NewTicker(warmTick), time.NewTicker(warmLook)
@@ -81,7 +84,9 @@ func (w *Warm) Lead(ctx context.Context, in <-chan Message) error {
 		case m := <-in:
 			w.take(m)
 		case <-tick.C:
-			err = w.commit(ctx)
+			if err = w.commit(ctx); err == nil {
+				err = w.declare(ctx)
+			}
 		case <-look.C:
 			err = w.look(ctx)
 		}
@@ -94,6 +99,10 @@ func (w *Warm) Lead(ctx context.Context, in <-chan Message) error {
 // take queues what a relay said. The oldest make room; who said it says it again.
 func (w *Warm) take(m Message) {
 	for _, item := range m.Body.(*wire.WarmUp).GetItems() {
+		if item.GetKind() == command.WarmDeclare {
+			w.declares[m.Node] = item.GetEpoch()
+			continue
+		}
 		if len(w.queue) >= maxWarmQueue {
 			w.queue = w.queue[1:]
 		}

@@ -320,3 +320,13 @@ func leaseTTL(r *state.Reader) time.Duration {
 	row := r.Lease()
 	return max(row.Config.TTL, row.Reclaim.TTL)
 }
+
+// owesWarm reports whether a relay has not yet said, in recovery mode, that all that
+// it spent of warm-up is settled: the ledger may be older than that.
+func owesWarm(r *state.Reader, id ids.Node, keeps bool, generation uint64) bool {
+	if !keeps || !slices.ContainsFunc(r.WarmSubjects(), (*control.WarmSubject).Warms) {
+		return false
+	}
+	n := r.LeaseNode(id)
+	return n == nil || n.WarmDeclared != generation
+}

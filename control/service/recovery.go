@@ -37,7 +37,8 @@ func (s *Service) recovery() RecoveryView {
 		if !n.State.Connects() {
 			continue
 		}
-		if heard[n.ID].LastContact.After(v.Recovery.Since) && !owesFloors(r, n.ID, heard[n.ID].Quota, v.Recovery.Generation) {
+		seen := heard[n.ID]
+		if seen.LastContact.After(v.Recovery.Since) && !owesFloors(r, n.ID, seen.Quota, v.Recovery.Generation) && !owesWarm(r, n.ID, seen.Quota, v.Recovery.Generation) {
 			v.Heard = append(v.Heard, n)
 		} else {
 			v.Missing = append(v.Missing, n)

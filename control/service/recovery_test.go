@@ -12,6 +12,7 @@ import (
 	"github.com/relais-mta/relais/control/command"
 	"github.com/relais-mta/relais/control/state"
 	"github.com/relais-mta/relais/shared/fault"
+	"github.com/relais-mta/relais/shared/warmup"
 )
 
 // TestRecoveryWaitsForRelays: recovery mode ends by itself when every active
@@ -67,6 +68,37 @@ func TestRecoveryWaitsForRelays(t *testing.T) {
 	}
 	if err := f.EndRecovery(ctx, admin, nil, Change{}); err != nil {
 		t.Errorf("ending what has ended: %v", err)
+	}
+}
+
+// TestRecoveryWaitsForWarmUp (W2): what a relay spent of warm-up since the backup is
+// not known before it has said that all is settled, however long ago it was heard.
+func TestRecoveryWaitsForWarmUp(t *testing.T) {
+	f := newFixture(t)
+	edge, old := f.join(t, "edge-1"), f.join(t, "edge-2")
+	server := f.state.Read().Servers()[0]
+	must[*control.Cluster](t)(propose[control.Cluster](ctx, f.Service, &command.ClusterRecover{Generation: 1_900_000_000, Cause: "restore", Server: command.ServerRecord(server)}))
+	since := f.state.Read().Recovery().Since
+	f.NodeSeen(ctx, edge, HelloInfo{Version: "1", Quota: true})
+	f.NodeSeen(ctx, old, HelloInfo{Version: "1"}) // knows nothing of warm-up
+	if v := f.recovery(); len(v.Missing) != 0 {
+		t.Errorf("nothing warms up: %+v", v)
+	}
+	pool := must[*control.Pool](t)(f.AddPool(ctx, admin, "news", "", "", Change{}))
+	must[*control.WarmCalendar](t)(propose[control.WarmCalendar](ctx, f.Service, &command.WarmRoll{Day: int32(warmup.DayOf(since, time.UTC))}))
+	must[*control.WarmSubject](t)(propose[control.WarmSubject](ctx, f.Service, &command.WarmPut{Kind: "pool", Ref: pool.ID[:], Plan: "standard", Steps: []*command.WarmStep{{Class: "other", Stage: 1}}}))
+	if err := f.EndRecoveryWhenHeard(ctx, since.Add(time.Hour)); err != nil || f.state.Read().Recovery() == nil {
+		t.Fatalf("it ended although a relay has not told what it spent: %v", err)
+	}
+	if v := f.recovery(); len(v.Missing) != 1 || v.Missing[0].Name != "edge-1" {
+		t.Errorf("missing are %+v", v.Missing)
+	}
+	out := must[*control.WarmOutcome](t)(propose[control.WarmOutcome](ctx, f.Service, &command.WarmBatch{Items: []*command.WarmItem{{Kind: command.WarmDeclare, Node: edge[:], Epoch: 1_900_000_000}}}))
+	if out.Replies[0].Err != nil {
+		t.Fatal(out.Replies[0].Err)
+	}
+	if err := f.EndRecoveryWhenHeard(ctx, since.Add(time.Hour)); err != nil || f.state.Read().Recovery() != nil {
+		t.Errorf("it did not end: %v", err)
 	}
 }
 

@@ -314,6 +314,9 @@ func (a *applier) warmItem(l *ledgers, i *command.WarmItem) (reply control.WarmR
 	}
 	var node ids.Node
 	copy(node[:], i.GetNode())
+	if i.GetKind() == command.WarmDeclare {
+		return reply, a.warmDeclare(node, i.GetEpoch())
+	}
 	subject := get(a.txn, warmSubjectsTable, "id", warmNumber(warmup.Subject(i.GetSubject())))
 	if subject == nil {
 		return reply, fault.New(fault.NotFound, op, "subject %d does not warm up", i.GetSubject())
@@ -341,6 +344,30 @@ func (a *applier) warmItem(l *ledgers, i *command.WarmItem) (reply control.WarmR
 	reply.Amount, reply.Used = line.Reserved(subject.Number, class, day, settlement.Node, i.GetEpoch())
 	reply.Quota, reply.Committed = uint32(quota), uint32(min(reserved, 1<<32-1))
 	return reply, err
+}
+
+// warmDeclare notes, in recovery mode, that a relay has settled all that it spent.
+func (a *applier) warmDeclare(node ids.Node, generation uint64) error {
+	if r := get(a.txn, recoveryTable, "id", singleton); r == nil || r.Generation != generation {
+		return fault.New(fault.Conflict, op, "generation %d is not in recovery mode", generation)
+	}
+	row := a.lease()
+	before := *row
+	n, err := a.numberNode(row, node)
+	switch {
+	case err != nil:
+		return err
+	case n == nil:
+		return fault.New(fault.NotFound, op, "there is no such relay")
+	case n.WarmDeclared == generation:
+		return nil
+	}
+	next := *n
+	next.WarmDeclared = generation
+	if err := put(a, leaseNodesTable, &next); err != nil || *row == before {
+		return err
+	}
+	return put(a, leaseTable, row)
 }
 
 // mayReserve refuses relays that were put out, and of an address all but its owner:

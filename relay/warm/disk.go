@@ -56,7 +56,7 @@ func (k *Keeper) load() error {
 	// Lives rise even if the file was lost.
 	k.life, k.generation = max(file.Life+1, uint32(k.cfg.Now().Unix())), file.Generation
 	for _, m := range file.Marks {
-		s := &slot{key: key{m.Subject, m.Class, m.Day, m.Epoch}, saved: true, probed: true, spender: warmup.Resume(warmup.Mark{Used: m.Used, Amount: m.Amount})}
+		s := &slot{key: key{m.Subject, m.Class, m.Day, m.Epoch}, saved: true, probed: true, owed: m.Used, spender: warmup.Resume(warmup.Mark{Used: m.Used, Amount: m.Amount})}
 		k.slots[s.key] = s
 		k.disk[s.key] = warmup.Mark{Used: m.Used, Amount: m.Amount}
 	}

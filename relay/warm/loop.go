@@ -149,10 +149,13 @@ func (k *Keeper) tidy(now time.Time) {
 		}
 		// After a restore the ledger may know less than was reserved and spent: all is
 		// told again, and what is left given back and asked for anew.
-		if restored {
-			s.settled, s.told = 0, time.Time{}
-		}
 		used, amount := s.spender.Peek()
+		if restored {
+			s.settled, s.owed, s.told = 0, used, time.Time{}
+		}
+		if subject == nil {
+			s.owed = 0 // the cluster does not know that it warmed up
+		}
 		if s.over || restored {
 			amount = used
 		}
@@ -212,6 +215,9 @@ func (k *Keeper) say(now time.Time, last bool) {
 			up.Items = append(up.Items, i)
 		}
 	}
+	if i := k.declaration(now); i != nil && len(up.Items) < wire.MaxWarmItems && !last {
+		up.Items = append(up.Items, i)
+	}
 	k.mu.Unlock()
 	if len(up.Items) == 0 {
 		return
@@ -222,6 +228,27 @@ func (k *Keeper) say(now time.Time, last bool) {
 	if err := k.cfg.Send(up); err != nil {
 		k.cfg.Logger.Debug("the leader is not told about warm-up now", "error", err)
 	}
+}
+
+// declaration says that the leader has confirmed all that was spent before this
+// generation of the cluster, or this life: after a restore nothing is reserved until
+// all relays have said so. k.mu is held.
+func (k *Keeper) declaration(now time.Time) *wire.WarmItem {
+	dir := k.cfg.Directory()
+	if dir == nil {
+		return nil
+	}
+	generation := dir.View().Generation
+	if k.declared == generation || k.generation != generation || now.Sub(k.declaredAt) < settleEvery {
+		return nil
+	}
+	for _, s := range k.slots {
+		if s.settled < s.owed {
+			return nil
+		}
+	}
+	k.declaredAt = now
+	return &wire.WarmItem{Kind: 4, Epoch: generation}
 }
 
 // item is what is to be said about one reservation; nil: nothing. k.mu is held.
@@ -274,6 +301,10 @@ func (k *Keeper) read(down *wire.WarmDown) {
 	defer k.mu.Unlock()
 	k.today = max(k.today, warmup.Day(down.GetToday()))
 	for _, r := range down.GetReplies() {
+		if r.GetKind() == 4 {
+			k.declared = r.GetEpoch()
+			continue
+		}
 		s := k.slots[key{warmup.Subject(r.GetSubject()), warmup.Class(r.GetClass()), warmup.Day(r.GetDay()), r.GetEpoch()}]
 		if s != nil {
 			k.reply(s, r)

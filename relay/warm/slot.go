@@ -28,6 +28,7 @@ type slot struct {
 	asked   time.Time // when something was last asked of the leader
 	told    time.Time // when the leader was last told what is spent
 	settled uint32    // what it was told then and has confirmed
+	owed    uint32    // of what was spent, what the leader must have confirmed before all is told
 	cutSeq  uint64    // of a cut that waits for its answer; 0: none
 	over    bool      // nothing more is spent of it
 	plan    string    // that mail was asked about last

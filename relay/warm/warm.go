@@ -62,6 +62,8 @@ type Keeper struct {
 	disk       map[key]warmup.Mark
 	life       uint32
 	generation uint64
+	declared   uint64    // generation in which the leader knows that it was told all
+	declaredAt time.Time // when that was said last
 
 	mu      sync.Mutex // guards all below; no method of the engine is called under it
 	slots   map[key]*slot

@@ -45,11 +45,21 @@ type leader struct {
 	relays uint32
 	quota  uint32
 	lost   func() bool // loses a message
+
+	declared map[warmup.Node]uint64 // generations in which relays had told all
 }
 
 func (l *leader) answer(node warmup.Node, up *wire.WarmUp) *wire.WarmDown {
 	down := &wire.WarmDown{Today: int32(l.ledger.Today())}
 	for _, i := range up.GetItems() {
+		if i.GetKind() == 4 {
+			if l.declared == nil {
+				l.declared = make(map[warmup.Node]uint64)
+			}
+			l.declared[node] = i.GetEpoch()
+			down.Replies = append(down.Replies, &wire.WarmReply{Kind: 4, Epoch: i.GetEpoch()})
+			continue
+		}
 		s := warmup.Settlement{Subject: warmup.Subject(i.GetSubject()), Class: warmup.Class(i.GetClass()), Day: warmup.Day(i.GetDay()), Node: node, Epoch: i.GetEpoch(), Used: i.GetUsed()}
 		r := &wire.WarmReply{Kind: i.GetKind(), Subject: i.GetSubject(), Class: i.GetClass(), Day: i.GetDay(), Epoch: i.GetEpoch(), Seq: i.GetSeq(), Relays: l.relays, Stage: 1}
 		switch i.GetKind() {
