@@ -120,7 +120,7 @@ func (w *worker) abandon(parcels []*queue.Parcel, why string) {
 	if len(parcels) == 0 {
 		return
 	}
-	if err := w.s.cfg.Queue.TakeBackInDoubt(parcels); err != nil {
+	if err := w.s.cfg.Queue.TakeBackInDoubt(parcels, why); err != nil {
 		w.s.log.Error("messages that may be with another relay could not be taken back", "relay", w.peer, "messages", len(parcels), "error", err)
 		w.open = append(w.open, parcels...)
 		return

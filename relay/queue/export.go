@@ -57,7 +57,18 @@ type ExportCount struct {
 	Messages   int   `json:"messages"`
 	Recipients int   `json:"recipients"` // that are not final
 	Bytes      int64 `json:"bytes"`      // of bodies
+	InDoubt    int   `json:"in_doubt"`   // of the recipients, those who may have the mail already
 	Damaged    int   `json:"damaged"`    // messages left out because their body cannot be read
+}
+
+// doubtful counts the recipients that may have the mail already.
+func doubtful(states map[uint16]relay.RecipientState) (n int) {
+	for _, s := range states {
+		if s.InDoubt > 0 && !s.State.Final() {
+			n++
+		}
+	}
+	return n
 }
 
 // Export writes every message of the queue with the state of its recipients
@@ -154,6 +165,7 @@ func (e *exporter) message(id ids.Message, value []byte, count *ExportCount) err
 	}
 	count.Messages++
 	count.Recipients += open
+	count.InDoubt += doubtful(read.states)
 	count.Bytes += env.Body.Length
 	return nil
 }
@@ -350,6 +362,7 @@ func CheckExport(r io.Reader) (ExportHeader, ExportCount, error) {
 		count.Messages++
 		count.Bytes += m.env.Body.Length
 		count.Recipients += len(m.env.Recipients)
+		count.InDoubt += doubtful(m.states)
 		for _, s := range m.states {
 			if s.State.Final() {
 				count.Recipients--

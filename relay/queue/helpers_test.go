@@ -69,6 +69,8 @@ type fixture struct {
 	told    func(Number) // called at each notification; nil: nobody
 	tell    Unconfirmed
 
+	undecided bool
+
 	st *store.Store
 	ob *outbox.Outbox
 	q  *Queue
@@ -103,7 +105,7 @@ func (f *fixture) open() *fixture {
 		f.t.Fatal(err)
 	}
 	f.q, err = Open(context.Background(), f.st, f.ob, Config{
-		Now: f.clock.Now, Policy: f.policy, MaxInbound: 1 << 20, Logger: log, Strict: true, ClockTrusted: f.trusted, Unconfirmed: f.tell, sizes: f.sizes,
+		Now: f.clock.Now, Policy: f.policy, MaxInbound: 1 << 20, Logger: log, Strict: true, ClockTrusted: f.trusted, Unconfirmed: f.tell, Undecided: f.undecided, sizes: f.sizes,
 		Notify: func(n Number) {
 			if f.told != nil {
 				f.told(n)

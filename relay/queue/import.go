@@ -52,7 +52,7 @@ func (q *Queue) Import(ctx context.Context, r io.Reader, ledgers string, progres
 		}
 		known := uint64(seen) < led.done
 		if !known {
-			if known, err = q.has(m.env); err != nil {
+			if known, err = q.knows(m.env, h.Node); err != nil {
 				return count, err
 			}
 		}
@@ -80,6 +80,17 @@ func (q *Queue) has(env *relay.Envelope) (bool, error) {
 		return false, nil
 	}
 	return err == nil, err
+}
+
+// knows reports whether a message of a relay's export is here already, or was: that
+// relay may have handed it over and not have seen the answer any more.
+func (q *Queue) knows(env *relay.Envelope, from ids.Node) (bool, error) {
+	known, err := q.has(env)
+	if err != nil || known {
+		return known, err
+	}
+	taken, err := q.Has(from, []Transfer{{env.ID, env.Hops + 1}})
+	return err == nil && taken[0], err
 }
 
 func (q *Queue) importOne(ctx context.Context, e *exportReader, m *exported) error {
@@ -131,6 +142,29 @@ type importedMail struct {
 	waits  []bool
 }
 
+// land makes the state of a recipient what it is here: due at earliest at a time,
+// held by a rule of this relay or, if it was held where it comes from, by hand.
+func (mail *importedMail) land(i int, earliest int64) {
+	s, stored := mail.states[uint16(i)]
+	mail.due[i] = mail.firstDue
+	rule := mail.heldBy(i)
+	switch {
+	case rule != nil:
+		s.State, s.Next, s.Held, mail.waits[i] = relay.StateHeld, time.Time{}, rule.held, false
+	case stored && s.State == relay.StateWaiting:
+		mail.due[i] = max(store.Milliseconds(s.Next), earliest)
+		s.Next = time.UnixMilli(mail.due[i]).UTC() // the waiting key is found by it
+	case stored && s.State == relay.StateHeld:
+		// The rule is another relay's: from here on it is held by hand.
+		byHand := *s.Held
+		byHand.Rule = ids.Hold{}
+		s.Held = &byHand
+	default:
+		return
+	}
+	mail.states[uint16(i)] = s
+}
+
 // placeImported writes a message into a batch as place does, but each
 // recipient as it stands. A result that is not nil must be given to imported.
 func (q *Queue) placeImported(b *store.Batch, m *exported, body *store.Body) (*importedMail, error) {
@@ -145,26 +179,23 @@ func (q *Queue) placeImported(b *store.Batch, m *exported, body *store.Body) (*i
 	n := len(env.Recipients)
 	mail := &importedMail{placedMail: &placedMail{env: env, body: body, firstDue: max(store.Milliseconds(due), earliest)}, states: m.states, due: make([]int64, n), waits: make([]bool, n)}
 
+	mail.rules = q.heldAtOnce(env)
+	for i := range env.Recipients {
+		s, stored := m.states[uint16(i)]
+		mail.waits[i] = !stored || s.State == relay.StateWaiting
+		if mail.rules != nil && !mail.waits[i] {
+			mail.rules[i] = nil // it is held already, or has its end
+		}
+	}
+
 	q.mu.Lock()
 	if err := q.begin(); err != nil {
 		q.mu.Unlock()
 		return nil, err
 	}
+	mail.rules = q.pinRules(mail.rules)
 	for i := range env.Recipients {
-		s, stored := m.states[uint16(i)]
-		mail.waits[i], mail.due[i] = !stored || s.State == relay.StateWaiting, mail.firstDue
-		if stored && s.State == relay.StateWaiting {
-			mail.due[i] = max(store.Milliseconds(s.Next), earliest)
-			s.Next = time.UnixMilli(mail.due[i]).UTC() // the waiting key is found by it
-			m.states[uint16(i)] = s
-		}
-		if stored && s.State == relay.StateHeld {
-			// The rule is another relay's: from here on it is held by hand.
-			byHand := *s.Held
-			byHand.Rule = ids.Hold{}
-			s.Held = &byHand
-			m.states[uint16(i)] = s
-		}
+		mail.land(i, earliest)
 		wq := q.intern(b, keyOf(env, i), mail.due[i], sc)
 		wq.pins++
 		mail.queues = append(mail.queues, wq)
@@ -210,6 +241,11 @@ func (q *Queue) placeImported(b *store.Batch, m *exported, body *store.Body) (*i
 			sc.ev.Next = time.UnixMilli(mail.due[i])
 		}
 		sc.event = q.ob.Add(b, &sc.ev, sc.event)
+		if rule := mail.heldBy(i); rule != nil {
+			sc.ev.Type = outbox.Held
+			fillNote(&sc.ev, rule.note)
+			sc.event = q.ob.Add(b, &sc.ev, sc.event)
+		}
 	}
 	return mail, nil
 }
@@ -224,14 +260,15 @@ func (q *Queue) imported(mail *importedMail, err error) {
 	for _, wq := range mail.queues {
 		wq.pins--
 	}
+	q.unpinRules(mail.rules)
 	if err != nil {
 		q.mu.Unlock()
 		return
 	}
 	for i, wq := range mail.queues {
 		wq.stored = true
-		if mail.states[uint16(i)].State == relay.StateHeld {
-			q.heldBy[ids.Hold{}]++
+		if s := mail.states[uint16(i)]; s.State == relay.StateHeld {
+			q.heldBy[holder(&s).Rule]++
 		}
 		if mail.waits[i] {
 			q.waiting++

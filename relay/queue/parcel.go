@@ -303,13 +303,36 @@ func (q *Queue) unmark(parcels []*Parcel) error {
 	return nil
 }
 
+// EndOffers ends, before an export, what was offered to other relays when the last
+// run ended: what is known to be there is gone from here, what may be there is in
+// doubt. The relays are not asked. It must be called before Resumed.
+func (q *Queue) EndOffers() error {
+	for _, parcels := range q.Resumed() {
+		var gone, open []*Parcel
+		for _, p := range parcels {
+			if p.gone {
+				gone = append(gone, p)
+			} else {
+				open = append(open, p)
+			}
+		}
+		if err := q.Moved(gone); err != nil {
+			return err
+		}
+		if err := q.TakeBackInDoubt(open, "the queue was exported before it was asked"); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // TakeBackInDoubt ends parcels of which nobody will ever say whether the other
-// relay has them, because it was put out of the cluster: what waits is in doubt
-// as after a crash, tried again as policy says and counted.
-func (q *Queue) TakeBackInDoubt(parcels []*Parcel) error {
+// relay has them; why is for people. What waits is in doubt as after a crash, tried
+// again as policy says and counted.
+func (q *Queue) TakeBackInDoubt(parcels []*Parcel, why string) error {
 	for _, p := range parcels {
 		for len(p.works) > 0 {
-			if err := q.doubtWork(p.works[0]); err != nil {
+			if err := q.doubtWork(p.works[0], "it was offered to relay "+p.to.String()+", which may have it: "+why); err != nil {
 				return err
 			}
 			p.works = p.works[1:]
@@ -319,7 +342,7 @@ func (q *Queue) TakeBackInDoubt(parcels []*Parcel) error {
 	return q.unmark(parcels)
 }
 
-func (q *Queue) doubtWork(w *Work) error {
+func (q *Queue) doubtWork(w *Work, why string) error {
 	q.mu.Lock()
 	pol := q.policy
 	q.mu.Unlock()
@@ -330,8 +353,8 @@ func (q *Queue) doubtWork(w *Work) error {
 		if s.State != relay.StateWaiting {
 			continue
 		}
-		doubt(&s, &pol, now, w.Env.ExpiresAt)
-		s.LastReply = relay.Reply{Text: "the relay that it was being handed over to was put out of the cluster"}
+		doubt(&s, &pol, now, w.Env.ExpiresAt, q.cfg.Undecided)
+		s.LastReply = relay.Reply{Text: why}
 		r := Result{Index: w.Recipients[i].Index, State: s, Event: outbox.InDoubt, Phase: relay.PhaseLocal}
 		if s.State.Final() {
 			r.Event = outbox.Unknown

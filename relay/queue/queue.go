@@ -53,6 +53,7 @@ type Config struct {
 	Dropped      func(Number)                 // called when an empty queue's number ceases to exist; nil: nobody cares
 	Provider     func(mailaddr.Domain) string // names the provider of a recipient domain, "" if it is not known; called without a lock held; nil: none is known
 	Unconfirmed  Unconfirmed                  // reports on mail that a start ends as unknown; nil: nobody is told
+	Undecided    bool                         // nothing ends as unknown: for a queue that nobody delivers from now
 	Policy       policy.Queue                 // SetPolicy changes it later
 	MaxInbound   int64                        // bytes of inbound mail kept (policy.Inbound.MaxStoredBytes); 0: none
 	Logger       *slog.Logger                 // required

@@ -167,10 +167,11 @@ func (q *Queue) tellUnconfirmed(b *store.Batch, env *relay.Envelope, ended []Res
 // succeeded: one more try after the delay, before the deadline, or the end
 // when the policy's retries are used up.
 func (q *Queue) doubt(s *relay.RecipientState, now, deadline time.Time) {
-	doubt(s, &q.policy, now, deadline)
+	doubt(s, &q.policy, now, deadline, q.cfg.Undecided)
 }
 
-func doubt(s *relay.RecipientState, p *policy.Queue, now, deadline time.Time) {
+// Where nobody could be told (undecided) nothing ends: who has the queue next decides.
+func doubt(s *relay.RecipientState, p *policy.Queue, now, deadline time.Time, undecided bool) {
 	s.InDoubt++
 	s.Attempts++
 	s.LastClass = classInDoubt
@@ -179,7 +180,10 @@ func doubt(s *relay.RecipientState, p *policy.Queue, now, deadline time.Time) {
 	if !next.Before(deadline) {
 		next = deadline.Add(-lastTryMargin)
 	}
-	if int(s.InDoubt) > p.InDoubtRetries || next.Before(now) {
+	if undecided && next.Before(now) {
+		next = now
+	}
+	if !undecided && int(s.InDoubt) > p.InDoubtRetries || next.Before(now) {
 		s.State, s.Next = relay.StateUnknown, time.Time{}
 		return
 	}

@@ -454,7 +454,7 @@ func TestHandoverToARelayThatIsGone(t *testing.T) {
 		w.offer()
 		w.parcels = nil
 		w.giver.reopen()
-		if err := w.giver.q.TakeBackInDoubt(w.giver.q.Resumed()[takerNode]); err != nil {
+		if err := w.giver.q.TakeBackInDoubt(w.giver.q.Resumed()[takerNode], "it was put out of the cluster"); err != nil {
 			t.Fatal(err)
 		}
 		w.giver.reopen()

@@ -82,7 +82,7 @@ func openOffline(ctx context.Context, dir string) (*offlineQueue, error) {
 	if err != nil {
 		return nil, errors.Join(err, st.Close())
 	}
-	q, err := queue.Open(ctx, st, ob, queue.Config{Now: time.Now, ClockTrusted: func() bool { return false }, Policy: doc.Queue, MaxInbound: doc.Inbound.MaxStoredBytes, Logger: log})
+	q, err := queue.Open(ctx, st, ob, queue.Config{Now: time.Now, ClockTrusted: func() bool { return false }, Policy: doc.Queue, MaxInbound: doc.Inbound.MaxStoredBytes, Undecided: true, Logger: log})
 	if err != nil {
 		ob.Close()
 		return nil, errors.Join(err, st.Close())
@@ -103,7 +103,9 @@ func newQueueExport(o *options) *cobra.Command {
 body, to FILE, which must not exist. The relay must not run: this is for the
 disk of a relay that was evicted or whose machine is dead. The mail belongs to
 whoever imports the file: serve does not start on this directory afterwards.
-Bodies are in clear in the file.`,
+Bodies are in clear in the file. What was offered to another relay and not
+answered is in the file too, in doubt: a relay that took it knows it when it
+imports the file, any other one delivers it once more.`,
 		Example: "  relais-relay queue export /mnt/edge-7.queue --data /var/lib/relais/relay",
 		RunE: func(cmd *cobra.Command, args []string) (err error) {
 			count, err := exportQueue(cmd.Context(), o, args[0])
@@ -114,6 +116,9 @@ Bodies are in clear in the file.`,
 				return json.NewEncoder(os.Stdout).Encode(count)
 			}
 			fmt.Printf("messages    %d\nrecipients  %d\nbytes       %d\n", count.Messages, count.Recipients, count.Bytes)
+			if count.InDoubt > 0 {
+				fmt.Printf("in doubt    %d recipients: they may have it already, from this relay or from one that it was being handed over to\n", count.InDoubt)
+			}
 			if count.Damaged > 0 {
 				return fault.New(fault.Invalid, "relais-relay.export", "%d messages were left out because they cannot be read; the rest is in %s", count.Damaged, args[0])
 			}
@@ -163,9 +168,12 @@ func exportQueue(ctx context.Context, o *options, path string) (count queue.Expo
 		return count, fault.Wrap(err, fault.Internal, op, "%s cannot be written", partial)
 	}
 	say := progress("exported")
-	count, err = q.Export(f, queue.ExportHeader{Export: mark.Export, Cluster: member.Cluster, Node: member.Node, CreatedAt: mark.At},
-		func(c queue.ExportCount) { say(c.Messages, c.Bytes) },
-		func(id ids.Message, err error) { fmt.Fprintf(os.Stderr, "left out: %s: %s\n", id, fault.Public(err)) })
+	err = q.EndOffers()
+	if err == nil {
+		count, err = q.Export(f, queue.ExportHeader{Export: mark.Export, Cluster: member.Cluster, Node: member.Node, CreatedAt: mark.At},
+			func(c queue.ExportCount) { say(c.Messages, c.Bytes) },
+			func(id ids.Message, err error) { fmt.Fprintf(os.Stderr, "left out: %s: %s\n", id, fault.Public(err)) })
+	}
 	if err == nil {
 		err = f.Sync()
 	}
