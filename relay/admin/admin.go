@@ -302,6 +302,14 @@ func (s *Server) list(r *http.Request) (any, error) {
 	return out, nil
 }
 
+// idText is an id, if there is one.
+func idText[K ids.Kind](id ids.ID[K]) string {
+	if id.IsZero() {
+		return ""
+	}
+	return id.String()
+}
+
 // Event is one line of the outbox for people.
 type Event struct {
 	Seq       uint64    `json:"seq"`
@@ -323,7 +331,13 @@ type Event struct {
 
 	Credential string    `json:"credential,omitempty"` // of locked and unlocked: whose logins
 	Client     string    `json:"client,omitempty"`     // of locked and unlocked: who failed last
-	Until      time.Time `json:"until,omitzero"`       // of locked
+	Until      time.Time `json:"until,omitzero"`       // of locked, of reflexes and brakes
+
+	Pool        string `json:"pool,omitempty"`   // of reflexes and brakes
+	Tenant      string `json:"tenant,omitempty"` // of brakes
+	Brake       string `json:"brake,omitempty"`
+	PerHour     int64  `json:"per_hour,omitempty"` // of reflexes: messages that may be sent
+	Connections int    `json:"connections,omitempty"`
 }
 
 func (s *Server) events(r *http.Request) (any, error) {
@@ -349,6 +363,13 @@ func (s *Server) events(r *http.Request) (any, error) {
 			e.Client, e.Until = ev.RemoteIP.String(), ev.Next
 			if !ev.Credential.IsZero() {
 				e.Credential = ev.Credential.String()
+			}
+		}
+		if ev.Type >= outbox.Slowed && ev.Type <= outbox.Unbraked {
+			e.Until, e.PerHour, e.Connections = ev.Next, ev.PerHour, ev.Conns
+			e.Pool, e.Tenant, e.Brake = idText(ev.Pool), idText(ev.Tenant), idText(ev.Brake)
+			if e.Source == "" {
+				e.Source = idText(ev.Source)
 			}
 		}
 		out = append(out, e)

@@ -3,6 +3,7 @@ package brake
 import (
 	"context"
 	"log/slog"
+	"net/netip"
 	"sync"
 	"time"
 
@@ -10,6 +11,7 @@ import (
 
 	"github.com/relais-mta/relais/relay"
 	"github.com/relais-mta/relais/relay/engine"
+	"github.com/relais-mta/relais/relay/outbox"
 	"github.com/relais-mta/relais/relay/reflex"
 	"github.com/relais-mta/relais/relay/schedule"
 	"github.com/relais-mta/relais/relay/verdict"
@@ -40,6 +42,7 @@ type Config struct {
 	ClockTrusted func() bool // while it returns false no brake ends by its time
 	Logger       *slog.Logger
 	Registerer   prometheus.Registerer
+	Events       func(context.Context, []outbox.Event) error // keeps what was slowed down and why; nil: nobody does
 }
 
 // Gates is where gates are set; the engine.
@@ -71,6 +74,10 @@ type Keeper struct {
 	byNumber map[uint64]brakeGate
 	buckets  map[brakeGate]*pace
 	last     uint64
+	attached bool // the brakes of the view on disk are in force
+	tells    chan struct{}
+	events   []outbox.Event // to be kept
+	untold   int            // for which there was no room
 }
 
 // lane is one source towards one provider.
@@ -81,6 +88,9 @@ type lane struct {
 	state    reflex.Lane
 	settings reflex.Settings
 	queued   bool // stands in changed
+	bind     netip.Addr
+	epoch    uint64
+	told     reflex.Allowance // in the last event
 }
 
 // visit is a session.
@@ -95,7 +105,7 @@ func New(cfg Config) (*Keeper, error) {
 		return nil, fault.New(fault.Internal, "brake.New", "directory, clock and logger are needed")
 	}
 	k := &Keeper{
-		cfg: cfg, kick: make(chan struct{}, 1), stale: true,
+		cfg: cfg, kick: make(chan struct{}, 1), tells: make(chan struct{}, 1), stale: true,
 		lanes: make(map[schedule.Lane]*lane), visits: make(map[*engine.Place]*visit), slowed: make(map[uint64]*lane),
 		numbers: make(map[brakeGate]uint64), byNumber: make(map[uint64]brakeGate), buckets: make(map[brakeGate]*pace),
 	}
@@ -124,10 +134,19 @@ func (k *Keeper) wake() {
 func (k *Keeper) Attach(gates Gates) {
 	k.gates = gates
 	k.look()
+	k.mu.Lock()
+	k.attached = true
+	k.mu.Unlock()
 }
 
 // Run keeps the gates right until ctx ends.
 func (k *Keeper) Run(ctx context.Context) {
+	told := make(chan struct{})
+	go func() {
+		defer close(told)
+		k.keepEvents(ctx)
+	}()
+	defer func() { <-told }()
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for {
@@ -265,13 +284,14 @@ func causeOf(a *relay.Attempt) (c reflex.Cause) {
 // held.
 func (k *Keeper) laneOf(p *engine.Place, now time.Time) *lane {
 	if l := k.lanes[p.Lane]; l != nil {
+		l.bind, l.epoch = p.Source.Bind, p.Source.Epoch
 		return l
 	}
 	if len(k.lanes) >= maxLanes && !k.sweep(now) {
 		return nil
 	}
 	k.last++
-	l := &lane{key: p.Lane, pool: p.Key.Pool, number: k.last}
+	l := &lane{key: p.Lane, pool: p.Key.Pool, number: k.last, bind: p.Source.Bind, epoch: p.Source.Epoch}
 	l.state.Seed = k.last
 	l.settings = settingsOf(k.cfg.Directory(), p.Lane.Provider)
 	k.lanes[p.Lane] = l

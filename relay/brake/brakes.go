@@ -59,6 +59,7 @@ func (k *Keeper) lookAtView(gates Gates, now time.Time) {
 	}
 	set, keep := k.brakeGates(dir)
 	recalled := ended(before, k.brakes)
+	k.tellBrakes(before, now)
 	k.mu.Unlock()
 	gates.SetGates(set...)
 	gates.KeepGates(ownerBrake, keep)

@@ -75,9 +75,12 @@ func (k *Keeper) tell(l *lane, before reflex.Phase, signal reflex.Signal) {
 	if signal != reflex.Silent && signal != reflex.Clean {
 		k.metrics.decreases.WithLabelValues(engine.ProviderLabel(l.key.Provider), signal.String()).Inc()
 	}
-	if before == a.Phase {
+	if before == a.Phase && !much(&l.told, &a) {
+		l.told.Rate, l.told.Connections = max(l.told.Rate, a.Rate), max(l.told.Connections, a.Connections)
 		return
 	}
+	l.told = a
+	k.tellReflex(l)
 	args := []any{"source", l.key.Source, "provider", l.key.Provider, "phase", a.Phase.String(), "was", before.String(), "messages_per_hour", a.Rate, "connections", a.Connections}
 	if !a.Until.IsZero() {
 		args = append(args, "until", a.Until)

@@ -42,11 +42,18 @@ const (
 	Alert     Type = 19 // an automatic check of a sending domain began to fail: Class names it, Reply says how
 	AlertOver Type = 20 // it does not any more
 	Moved     Type = 21 // final here: the relay that Reply names has the recipient now
-	types          = 22
+	Slowed    Type = 22 // mail from Source to Provider is slowed down by its reflex, to PerHour and Connections; Class and Reply say after what, Next is the next step
+	Stopped   Type = 23 // likewise, and none is sent before Next
+	Probed    Type = 24 // likewise, and one connection looks whether the host takes mail again
+	Restored  Type = 25 // policy's limits hold for it again
+	Braked    Type = 26 // Brake began to hold (Class) or slow mail down here: that of Source, Provider, Pool, Tenant and of recipients at Address, as far as they are given; Reply says why, Actor whose it is
+	Unbraked  Type = 27 // it is over
+	types          = 28
 )
 
 var typeNames = [types]string{"none", "accepted", "deferred", "delivered", "bounced", "expired", "in-doubt",
-	"unknown", "inbound", "dsn", "held", "released", "delayed", "gap", "untold", "purged", "hastened", "locked", "unlocked", "alert", "alert-over", "handed-over"}
+	"unknown", "inbound", "dsn", "held", "released", "delayed", "gap", "untold", "purged", "hastened", "locked", "unlocked", "alert", "alert-over", "handed-over",
+	"slowed", "stopped", "probed", "restored", "braked", "unbraked"}
 
 // String returns the name that metrics and reports use.
 func (t Type) String() string {
@@ -70,7 +77,7 @@ type Event struct {
 	Tag     string // of the client
 	Pool    ids.Pool
 
-	Address string // of the recipient; of a lock, the network
+	Address string // of the recipient; of a lock, the network; of a brake, the recipients' domain
 	Size    int64  // bytes of the message
 
 	Source   ids.Source
@@ -94,6 +101,9 @@ type Event struct {
 	Actor      string         // who asked for it; empty: the relay by itself
 	Credential ids.Credential // of a lock; zero: the lock is the network's
 	Domain     string         // sending domain, of an event about one
+	Brake      ids.Brake
+	PerHour    int64 // messages that a reflex allows; 0: as policy says
+	Conns      int   // connections likewise
 
 	Count uint64 // of a Gap: events dropped
 }
@@ -132,6 +142,9 @@ const (
 	fieldActor      protowire.Number = 29
 	fieldCredential protowire.Number = 30
 	fieldDomain     protowire.Number = 31
+	fieldBrake      protowire.Number = 32
+	fieldPerHour    protowire.Number = 33
+	fieldConns      protowire.Number = 34
 )
 
 // eventHeaderBytes are in front of the fields: schema and type.
@@ -170,7 +183,10 @@ func (e *Event) Append(b []byte) []byte {
 	b = appendString(b, fieldTag, e.Tag)
 	b = appendString(b, fieldActor, e.Actor)
 	b = appendID(b, fieldCredential, e.Credential)
-	return appendString(b, fieldDomain, e.Domain)
+	b = appendString(b, fieldDomain, e.Domain)
+	b = appendID(b, fieldBrake, e.Brake)
+	b = appendUint(b, fieldPerHour, uint64(e.PerHour))
+	return appendUint(b, fieldConns, uint64(e.Conns))
 }
 
 func appendUint(b []byte, n protowire.Number, v uint64) []byte {
@@ -281,6 +297,10 @@ func (e *Event) setNumber(n protowire.Number, v uint64) {
 		e.Attempts = uint32(v)
 	case fieldRevision:
 		e.Revision = v
+	case fieldPerHour:
+		e.PerHour = int64(v)
+	case fieldConns:
+		e.Conns = int(v)
 	}
 }
 
@@ -298,6 +318,8 @@ func (e *Event) setBytes(n protowire.Number, v []byte) {
 		copy(e.Source[:], v)
 	case fieldCredential:
 		copy(e.Credential[:], v)
+	case fieldBrake:
+		copy(e.Brake[:], v)
 	case fieldStream:
 		e.Stream = string(v)
 	case fieldTag:

@@ -12,6 +12,7 @@ import (
 	"github.com/relais-mta/relais/relay"
 	"github.com/relais-mta/relais/relay/store"
 	"github.com/relais-mta/relais/shared/fault"
+	"github.com/relais-mta/relais/shared/ids"
 	"github.com/relais-mta/relais/shared/policy"
 )
 
@@ -54,6 +55,19 @@ func TestEventRoundTripsAndKeepsItsBytes(t *testing.T) {
 	b[0] = Schema + 1
 	if err := back.Parse(b); !fault.Is(err, fault.Invalid) {
 		t.Errorf("a newer schema: %v", err)
+	}
+}
+
+// TestEventsOfBrakesRoundTrip: they have fields of their own.
+func TestEventsOfBrakesRoundTrip(t *testing.T) {
+	e := Event{Type: Slowed, At: time.UnixMilli(1_800_000_000_123).UTC(), Provider: "google", PerHour: 720, Conns: 2, Brake: ids.Brake{7}}
+	b := e.Append(nil)
+	if got, want := hex.EncodeToString(b), "011608fba0f1c2b1346a06676f6f676c658202100700000000000000000000000000000088"+"02d005900202"; got != want {
+		t.Errorf("the encoding changed, stored events would be misread:\n%s", got)
+	}
+	var back Event
+	if err := back.Parse(b); err != nil || !reflect.DeepEqual(back, e) {
+		t.Errorf("read back as %+v, %v", back, err)
 	}
 }
 

@@ -56,7 +56,7 @@ func (n *node) openEngine(ctx context.Context) (err error) {
 	if err = n.openWarm(); err != nil {
 		return err
 	}
-	n.brakes, err = brake.New(brake.Config{Directory: n.agent.Directory, Now: time.Now, ClockTrusted: n.trusted, Logger: n.log, Registerer: n.registry})
+	n.brakes, err = brake.New(brake.Config{Directory: n.agent.Directory, Now: time.Now, ClockTrusted: n.trusted, Logger: n.log, Registerer: n.registry, Events: n.outbox.Write})
 	if err != nil {
 		return err
 	}
