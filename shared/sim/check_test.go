@@ -15,7 +15,8 @@ type checker struct {
 	offers  map[quotaKey]uint32             // recipients that hosts were offered
 	claims  map[claimID]uint32              // the highest that a relay said it spent
 	opened  int                             // connections from addresses
-	changed map[lease.LimitID]time.Duration // when a limit was lowered or raised last
+	changed map[lease.LimitID]bool          // the limit was lowered or raised
+	aware   map[lease.LimitID]time.Duration // since when the leader knows of that
 }
 
 type claimID struct {
@@ -38,7 +39,8 @@ func (c *checker) init() {
 	c.sent = make(map[lease.LimitID]int64)
 	c.offers = make(map[quotaKey]uint32)
 	c.claims = make(map[claimID]uint32)
-	c.changed = make(map[lease.LimitID]time.Duration)
+	c.changed = make(map[lease.LimitID]bool)
+	c.aware = make(map[lease.LimitID]time.Duration)
 }
 
 // check holds the world against I1, I2, I4 and A1 to A4 after an event. What a relay
@@ -196,7 +198,8 @@ func (c *checker) committed(w *world, before totals, result any) {
 			continue
 		}
 		if l != before.limits[i] {
-			c.changed[id] = w.now
+			c.changed[id] = true
+			delete(c.aware, id)
 		}
 		sum := st.table.Sum(id)
 		if sum.Amount > max(l.Max, before.sums[i].Amount) || sum.Burst > max(l.Burst, before.sums[i].Burst) {
@@ -229,8 +232,12 @@ func (c *checker) committed(w *world, before totals, result any) {
 		c.committedIP(w, res)
 	case tickResult:
 		for _, r := range res.refused {
-			// What a leader proposed when a limit was changed may not know of it.
-			crossed := r.Change != nil && c.changed[r.Change.Limit] > 0 && w.now-c.changed[r.Change.Limit] < 5*time.Second
+			// What a leader proposed before it was told of a limit's change may not fit.
+			crossed := false
+			if r.Change != nil && c.changed[r.Change.Limit] {
+				aware, told := c.aware[r.Change.Limit]
+				crossed = !told || res.at <= aware
+			}
 			if r.Why != "another incarnation" && r.Why != "a later incarnation is known" && !crossed {
 				w.fail("I1: the leader proposed %+v, which the table refused: %s", r.Change, r.Why)
 			}

@@ -70,6 +70,9 @@ func (w *world) electUnheard(s *server, unheard time.Duration) {
 		// The barrier is applied: the leader begins from what the log gave.
 		s.leads = true
 		s.grantor = lease.NewGrantor(w.cfg, w.log.state.table, 1, term, s.clock(w.now))
+		for _, id := range w.limits {
+			w.checker.aware[id] = w.now
+		}
 		s.keeper, s.asked, s.places = ownership.NewKeeper(ipConfig(), s.clock(w.now)), nil, nil
 		s.tick(term)
 	})
@@ -103,8 +106,9 @@ func (s *server) tick(term uint64) {
 	s.deliver(grants)
 	if cmd != nil || len(s.asked) > 0 {
 		take, answer := s.told()
+		at := w.now
 		w.propose(s, func(st *state) any {
-			out := tickResult{rows: take(st)}
+			out := tickResult{rows: take(st), at: at}
 			if cmd != nil {
 				out.refused = st.table.Apply(cmd)
 				for _, c := range cmd.Changes {
@@ -136,6 +140,7 @@ type tickResult struct {
 	refused []lease.Refusal
 	rows    []ipRow
 	nodes   []lease.Node // whose holdings changed
+	at      time.Duration
 }
 
 func (s *server) deliver(grants []lease.Grant) {
@@ -237,6 +242,7 @@ func (w *world) putLimit(l lease.Limit) {
 	w.propose(s, func(st *state) any { return st.table.PutLimit(l) }, func(any) {
 		if s.grantor != nil {
 			s.grantor.PutLimit(l)
+			w.checker.aware[l.ID] = w.now
 		}
 	})
 }
