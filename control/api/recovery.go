@@ -20,7 +20,7 @@ type Recovery struct {
 	Cause      string     `json:"cause,omitempty" doc:"restore or recover"`
 	Since      *time.Time `json:"since,omitempty"`
 	Heard      []string   `json:"heard" doc:"Relays that said since then what they hold, by name"`
-	Missing    []string   `json:"missing" doc:"Active relays that did not, by name"`
+	Missing    []string   `json:"missing" doc:"Active relays that did not, or not all of it, by name"`
 }
 
 func recoveryOf(v service.RecoveryView) Recovery {

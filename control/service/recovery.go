@@ -15,7 +15,7 @@ import (
 type RecoveryView struct {
 	Recovery *control.Recovery // nil: the cluster is not in recovery mode
 	Heard    []*control.Node   // relays that said since then what they hold
-	Missing  []*control.Node   // active relays that did not
+	Missing  []*control.Node   // active relays that did not, or not all of it
 }
 
 // Recovery returns where recovery mode stands.
@@ -69,7 +69,7 @@ func (s *Service) EndRecovery(ctx context.Context, a Actor, waive []string, c Ch
 	}
 	for _, n := range v.Missing {
 		if !waived[n.ID] {
-			return fault.Field(op, "waive", "%q was not heard since the %s: start it, evict it, or waive it if it is switched off for good", n.Name, v.Recovery.Cause)
+			return fault.Field(op, "waive", "%q was not heard since the %s, or has not told yet what it holds of limits and spent of warm-up: start it and wait, evict it, or waive it if it is switched off for good", n.Name, v.Recovery.Cause)
 		}
 	}
 	_, err := propose[control.Cluster](ctx, s, &command.RecoveryEnd{Meta: c.meta(a), Generation: v.Recovery.Generation})
