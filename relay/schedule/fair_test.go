@@ -49,10 +49,17 @@ func TestSmallTenantWaitsForItsShareOnly(t *testing.T) {
 			if len(w.starts) < 5*60*rate*95/100 {
 				t.Fatalf("%d messages in 5 minutes at %d a second", len(w.starts), rate)
 			}
+			if left := w.left(); left < 900_000 {
+				t.Fatalf("only %d mails of the large tenant still wait", left)
+			}
 			var waits []time.Duration
+			others := 0 // of the large tenant, until the small one's last
 			w.onStart = func(q Queue) {
-				if q == 20_000 {
+				switch {
+				case q == 20_000:
 					waits = append(waits, w.now.Sub(w.began))
+				case len(waits) < 100:
+					others++
 				}
 			}
 			w.began = w.now
@@ -68,8 +75,20 @@ func TestSmallTenantWaitsForItsShareOnly(t *testing.T) {
 			if got := p99(waits); got > share*5/4 {
 				t.Errorf("99 %% of the small tenant's mail waited up to %v, its share allows %v", got, share)
 			}
+			// And the large one has its share meanwhile.
+			if others < 75 || others > 125 {
+				t.Errorf("%d mails of the large tenant went beside 100 of the small one", others)
+			}
 		})
 	}
+}
+
+// left counts the mails that wait.
+func (w *world) left() (n int) {
+	for _, q := range w.queues {
+		n += q.waiting
+	}
+	return n
 }
 
 // TestDeficitRoundRobin has tenants of random weights and numbers of domains
