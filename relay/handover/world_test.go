@@ -30,6 +30,7 @@ type world struct {
 	t      testing.TB
 	ca     *pkitest.CA
 	relays []*node
+	net    *lossy // nil: the real one
 
 	mu       sync.Mutex
 	revision uint64
@@ -48,9 +49,11 @@ type node struct {
 	mu       sync.Mutex
 	usable   bool
 	draining bool
-	absent   bool // not in the view of the others
+	absent   bool   // not in the view of the others
+	booked   uint64 // events of it that a test has counted
 	dir2     *policy.Directory
 	wrap     func(net.Conn) net.Conn // of connections that it makes; nil: they stay
+	slow     func()                  // called when it is asked what is usable; nil: nothing is
 
 	st     *store.Store
 	ob     *outbox.Outbox
@@ -63,13 +66,20 @@ type node struct {
 
 var testPool = ids.Pool{15: 2}
 
-func newWorld(t testing.TB, n int) *world {
-	w := &world{t: t, ca: pkitest.New(t), revision: 1}
-	dir := t.TempDir()
+func newWorld(t testing.TB, n int) *world { return newWorldOver(t, n, nil) }
+
+func newWorldOver(t testing.TB, n int, over *lossy) *world {
+	w := &world{t: t, ca: pkitest.New(t), revision: 1, net: over}
+	dir := ""
+	if over == nil {
+		dir = t.TempDir()
+	} else {
+		dir = memoryDir(t)
+	}
 	for i := range n {
 		r := &node{w: w, id: ids.Node{0: byte(i + 1)}, name: fmt.Sprintf("relay%d", i+1), dir: filepath.Join(dir, fmt.Sprint(i)), usable: i > 0}
 		r.holder = w.ca.Node(pki.RoleRelay, r.id)
-		l, err := net.Listen("tcp", "127.0.0.1:0")
+		l, err := w.listen("127.0.0.1:0")
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -83,6 +93,21 @@ func newWorld(t testing.TB, n int) *world {
 		}
 	})
 	return w
+}
+
+func (w *world) listen(address string) (net.Listener, error) {
+	if w.net != nil {
+		return w.net.listen(address), nil
+	}
+	return net.Listen("tcp", address)
+}
+
+func (r *node) dial(ctx context.Context, address string) (net.Conn, error) {
+	if r.w.net != nil {
+		return r.w.net.dial(ctx, r.addr, address)
+	}
+	var d net.Dialer
+	return d.DialContext(ctx, "tcp", address)
 }
 
 // publish gives every relay a new view.
@@ -103,8 +128,8 @@ func (w *world) publish() {
 				pin := pki.PinOf(other.holder.Leaf())
 				v.Peers = append(v.Peers, policy.Peer{Node: other.id, Name: other.name, KeyPin: pin[:], Address: other.addr, Draining: other.draining})
 			}
-			if i > 0 {
-				v.Sources = append(v.Sources, policy.Source{ID: ids.Source{byte(i)}, Bind: loopback(i), Public: loopback(i), EHLO: "mx.example", Pool: testPool, Owner: other.id, Epoch: 1})
+			if i > 0 || w.net != nil {
+				v.Sources = append(v.Sources, policy.Source{ID: ids.Source{byte(i + 1)}, Bind: loopback(i + 1), Public: loopback(i + 1), EHLO: "mx.example", Pool: testPool, Owner: other.id, Epoch: 1})
 			}
 			other.mu.Unlock()
 		}
@@ -131,6 +156,9 @@ func (r *node) set(change func()) {
 }
 
 func (r *node) isUsable() bool {
+	if r.slow != nil {
+		r.slow()
+	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.usable
@@ -176,8 +204,7 @@ func (r *node) start() *node {
 		Cluster: r.w.ca.Cluster, Node: r.id, Incarnation: r.starts, Queue: r.q, Usable: func(ids.Pool) bool { return r.isUsable() }, Closed: func() string { return "" },
 		Directory: func() *policy.Directory { r.mu.Lock(); defer r.mu.Unlock(); return r.dir2 },
 		Dial: func(ctx context.Context, address string) (net.Conn, error) {
-			var d net.Dialer
-			conn, err := d.DialContext(ctx, "tcp", address)
+			conn, err := r.dial(ctx, address)
 			r.mu.Lock()
 			defer r.mu.Unlock()
 			if err == nil && r.wrap != nil {
@@ -191,7 +218,7 @@ func (r *node) start() *node {
 		t.Fatal(err)
 	}
 	if r.l == nil {
-		if r.l, err = net.Listen("tcp", r.addr); err != nil {
+		if r.l, err = r.w.listen(r.addr); err != nil {
 			t.Fatal(err)
 		}
 	}
