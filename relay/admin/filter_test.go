@@ -2,6 +2,7 @@ package admin
 
 import (
 	"fmt"
+	"net/url"
 	"reflect"
 	"strings"
 	"testing"
@@ -102,5 +103,20 @@ func TestFilterMistakes(t *testing.T) {
 		if _, err := tc.in.parse(nil, filterNow); err == nil {
 			t.Errorf("%s: passes without a view", name)
 		}
+	}
+}
+
+// TestTraceFilterKnowsTenantsByName: as the filters of the queue do.
+func TestTraceFilterKnowsTenantsByName(t *testing.T) {
+	for _, text := range []string{"acme", acme.String()} {
+		if f, err := traceFilter(url.Values{"tenant": {text}}, directory(t)); err != nil || f.Tenant != acme {
+			t.Errorf("%q: %v, %v", text, f.Tenant, err)
+		}
+	}
+	if _, err := traceFilter(url.Values{"tenant": {"nobody"}}, directory(t)); !fault.Is(err, fault.Invalid) {
+		t.Errorf("nobody: %v", err)
+	}
+	if f, err := traceFilter(url.Values{}, nil); err != nil || !f.Tenant.IsZero() {
+		t.Errorf("nothing: %+v, %v", f, err)
 	}
 }

@@ -9,6 +9,7 @@ import (
 	"github.com/relais-mta/relais/relay/trace"
 	"github.com/relais-mta/relais/shared/fault"
 	"github.com/relais-mta/relais/shared/mailaddr"
+	"github.com/relais-mta/relais/shared/policy"
 )
 
 // traceType is the media type of a stream of trace.Line, one a line.
@@ -16,7 +17,7 @@ const traceType = "application/x-ndjson"
 
 // trace streams SMTP dialogues until the client goes or the relay stops.
 func (s *Server) trace(w http.ResponseWriter, r *http.Request) {
-	f, err := traceFilter(r.URL.Query())
+	f, err := traceFilter(r.URL.Query(), s.directory())
 	if err == nil && s.cfg.Trace == nil {
 		err = fault.New(fault.Unavailable, "admin.trace", "this relay shows no dialogues")
 	}
@@ -53,8 +54,8 @@ func (s *Server) trace(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// traceFilter reads what a client wants to see.
-func traceFilter(v url.Values) (f trace.Filter, err error) {
+// traceFilter reads what a client wants to see; dir, which may be nil, knows names.
+func traceFilter(v url.Values, dir *policy.Directory) (f trace.Filter, err error) {
 	const op = "admin.trace"
 	f.Provider, f.MX = v.Get("provider"), v.Get("mx")
 	f.Incoming, f.Headers = v.Get("incoming") == "true", v.Get("headers") == "true"
@@ -74,10 +75,8 @@ func traceFilter(v url.Values) (f trace.Filter, err error) {
 			return f, fault.Field(op, "message", "%s", fault.Public(err))
 		}
 	}
-	if t := v.Get("tenant"); t != "" {
-		if err = f.Tenant.UnmarshalText([]byte(t)); err != nil {
-			return f, fault.Field(op, "tenant", "%s", fault.Public(err))
-		}
+	if f.Tenant, err = tenantOf(dir, v.Get("tenant")); err != nil {
+		return f, err
 	}
 	if f.Incoming && (f.Provider != "" || f.MX != "") {
 		return f, fault.Field(op, "incoming", "who brings mail has no provider and no MX: leave out provider and mx")

@@ -49,7 +49,7 @@ comes than can be shown, lines are left out and counted; mail never waits for it
 	f.StringVar(&t.source, "source", "", "from this source address; with --inbound, of this client")
 	f.StringVar(&t.mx, "mx", "", "with this mail host")
 	f.StringVar(&t.message, "message", "", "about this message; with --inbound, from where its id is known on")
-	f.StringVar(&t.tenant, "tenant", "", "about mail of this tenant (its id)")
+	f.StringVar(&t.tenant, "tenant", "", "about mail of this tenant, by id or name")
 	f.BoolVar(&t.headers, "headers", false, "show the header sections of messages, too (not of bounces)")
 	f.BoolVar(&t.inbound, "inbound", false, "dialogues of clients and servers that connect to the relay")
 	f.DurationVar(&t.length, "for", 0, "end after this time, such as 30s (default: never)")
