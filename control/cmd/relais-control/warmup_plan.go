@@ -228,8 +228,9 @@ stage is reached, and what overflows where.
 --volume is either one number, which is divided among the classes of providers
 as the plan's targets are, or CLASS=N/day, given once for each class; a provider
 that has no track of its own counts in "other". --warm is what warm addresses of
-the pool can take more, of all classes together or by class. --proven is a volume
-that the subject has shown already: it enters at the stage that allows it.
+the pool can take more, by class or as one number, which is divided as the volume
+is. --proven, likewise, is a volume that the subject has shown already: it enters at
+the last stage that allows no more.
 
 ` + planSourceHelp,
 		Example: `  relais-control warmup plan preview standard --volume 200000/day
@@ -251,18 +252,29 @@ that the subject has shown already: it enters at the stage that allows it.
 			return err
 		}
 		plan := named.Plan()
+		targets := map[string]int64{}
+		for i := range plan.Tracks {
+			targets[plan.Tracks[i].Class] = plan.Tracks[i].Target
+		}
+		perDay, err := classAmounts(section, named, &plan, "volume", *volume, targets)
+		if err != nil {
+			return err
+		}
 		amounts := map[string]map[string]int64{}
-		for name, texts := range map[string][]string{"volume": *volume, "warm": *warm, "proven": *proven} {
-			if amounts[name], err = classAmounts(section, named, &plan, name, texts); err != nil {
+		for name, texts := range map[string][]string{"warm": *warm, "proven": *proven} {
+			if amounts[name], err = classAmounts(section, named, &plan, name, texts, perDay); err != nil {
 				return err
 			}
 		}
 		var volumes []warmup.Volume
 		for i := range plan.Tracks {
 			t := &plan.Tracks[i]
-			if n := amounts["volume"][t.Class]; n > 0 {
+			if n := perDay[t.Class]; n > 0 {
 				volumes = append(volumes, warmup.Volume{Class: t.Class, PerDay: n, Growth: *growth, Stage: t.Enter(amounts["proven"][t.Class]), Warm: amounts["warm"][t.Class]})
 			}
+		}
+		if len(volumes) == 0 {
+			return usagef("--volume is 0: give the recipients a day that are to be sent, such as --volume 200000/day")
 		}
 		played, err := warmup.Preview(&plan, volumes, *days)
 		if err != nil {
@@ -280,8 +292,8 @@ that the subject has shown already: it enters at the stage that allows it.
 	return cmd
 }
 
-// classAmounts reads N/day, divided as the plan's targets are, or CLASS=N/day.
-func classAmounts(section *policy.Warmup, named *policy.WarmupPlan, plan *warmup.Plan, flag string, texts []string) (map[string]int64, error) {
+// classAmounts reads N/day, divided in proportion to parts, or CLASS=N/day.
+func classAmounts(section *policy.Warmup, named *policy.WarmupPlan, plan *warmup.Plan, flag string, texts []string, parts map[string]int64) (map[string]int64, error) {
 	out := map[string]int64{}
 	for _, text := range texts {
 		class, amount, byClass := strings.Cut(text, "=")
@@ -299,17 +311,23 @@ func classAmounts(section *policy.Warmup, named *policy.WarmupPlan, plan *warmup
 		if len(texts) > 1 {
 			return nil, usagef("--%s %s is for all classes: give it alone, or write CLASS=N/day each time", flag, text)
 		}
-		all, left := int64(0), n
+		all, last := int64(0), ""
 		for i := range plan.Tracks {
-			all += plan.Tracks[i].Target
-		}
-		for i := range plan.Tracks {
-			part := n * plan.Tracks[i].Target / all
-			if i == len(plan.Tracks)-1 {
-				part = left
+			if c := plan.Tracks[i].Class; parts[c] > 0 {
+				all, last = all+parts[c], c
 			}
-			left -= part
-			out[plan.Tracks[i].Class] = part
+		}
+		left := n
+		for i := range plan.Tracks {
+			c := plan.Tracks[i].Class
+			if parts[c] == 0 {
+				continue
+			}
+			out[c] = n * parts[c] / all
+			if c == last {
+				out[c] = left
+			}
+			left -= out[c]
 		}
 	}
 	return out, nil
