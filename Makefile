@@ -13,7 +13,7 @@ export CGO_ENABLED := 0
 # A test run must not depend on what an earlier one left in the cache.
 TESTFLAGS := -count=1
 
-.PHONY: all build run bench bench-deep check generate test unit e2e test-race sim sim-mutants fuzz deb test-deb peers soak clean
+.PHONY: all build run bench bench-deep check generate test unit e2e test-race sim sim-soak sim-mutants fuzz deb test-deb peers soak clean
 
 all: build
 
@@ -72,6 +72,13 @@ test-race:
 SEEDS ?= 2000
 sim:
 	$(GO) test $(TESTFLAGS) -timeout 60m -v -run 'TestSeeds$$' ./shared/sim -seeds $(SEEDS) -seed $(or $(SEED),1)
+
+# A thousand relays for a day of their time: make sim-soak [SPAN=24h] [RELAYS=1000] [PACE=4]
+SPAN ?= 24h
+RELAYS ?= 1000
+PACE ?= 4
+sim-soak:
+	$(GO) test $(TESTFLAGS) -timeout 24h -v -run 'Test34Soak$$' ./shared/sim -soak $(SPAN) -soak-relays $(RELAYS) -soak-pace $(PACE)
 
 # One broken rule at a time, which the scenarios and random worlds must notice.
 sim-mutants:

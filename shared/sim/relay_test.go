@@ -212,7 +212,7 @@ func (r *relay) loop(life int) {
 	}
 	r.warm()
 	r.workAddresses(now)
-	w.on(&r.machine, r.span(w.between(150*time.Millisecond, 300*time.Millisecond)), func() { r.loop(life) })
+	w.on(&r.machine, r.span(w.pace*w.between(150*time.Millisecond, 300*time.Millisecond)), func() { r.loop(life) })
 }
 
 func (r *relay) report() {
@@ -304,7 +304,7 @@ func (r *relay) openSession(id lease.LimitID, rights *lease.Rights) {
 		lasts = r.w.between(0, 2*time.Minute)
 	}
 	holder := r.holder
-	r.w.on(&r.machine, lasts, func() {
+	r.w.on(&r.machine, lasts*r.w.pace, func() {
 		if !s.closed && r.holder == holder {
 			r.closeSession(id, rights, s)
 		}

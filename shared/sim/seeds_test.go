@@ -129,7 +129,7 @@ func (w *world) misfortune() {
 	}
 	gap := 12 * time.Second
 	if w.forgetful {
-		gap = time.Minute // what is lost has to come back before shares can be right
+		gap = time.Minute * w.pace // what is lost has to come back before shares can be right
 	}
 	w.after(w.between(0, gap), w.misfortune)
 }

@@ -13,14 +13,15 @@ import (
 var (
 	soak       = flag.Duration("soak", 90*time.Second, "how long Test34Soak lasts, in the world's time")
 	soakRelays = flag.Int("soak-relays", 1000, "how many relays it has")
+	soakPace   = flag.Int64("soak-pace", 1, "how many times more seldom than elsewhere its relays look at what there is to do, and that changes")
 )
 
 // Test34Soak: a thousand relays, demands that change all the time, and faults. Who
 // is heard has what it should have, within five percent on average, and memory does
-// not grow. -soak 24h is the whole of it.
+// not grow. make sim-soak is the whole of it: a day.
 func Test34Soak(t *testing.T) {
 	w := newWorld(1, lease.DefaultConfig())
-	w.forgetful = true
+	w.forgetful, w.pace = true, time.Duration(*soakPace)
 	for range 3 {
 		w.addServer()
 	}
@@ -47,11 +48,16 @@ func Test34Soak(t *testing.T) {
 	w.after(0, w.elections)
 	var half, end runtime.MemStats
 	sum, samples, worst := 0.0, 0, 0.0
+	began, hour := time.Now(), time.Hour
 	for begun := w.now; w.now < begun+*soak && w.failed == ""; {
 		w.run(5 * time.Second)
 		for i := range 2 {
 			e := w.shareError(i)
 			sum, samples, worst = sum+e, samples+1, max(worst, e)
+		}
+		if w.now-begun >= hour {
+			t.Logf("%v: %d events in %v, share error %.2f %% on average", hour, w.count, time.Since(began).Round(time.Second), 100*sum/float64(samples))
+			hour += time.Hour
 		}
 		if half.HeapAlloc == 0 && w.now >= begun+*soak/2 {
 			runtime.GC()
@@ -64,7 +70,7 @@ func Test34Soak(t *testing.T) {
 	runtime.GC()
 	runtime.ReadMemStats(&end)
 	average := 100 * sum / float64(samples)
-	t.Logf("%d relays, %v, %d events, %d commands: share error %.1f %% on average, %.1f %% at worst; heap %d MiB at half time, %d MiB at the end",
+	t.Logf("%d relays, %v, %d events, %d commands: share error %.2f %% on average, %.1f %% at worst; heap %d MiB at half time, %d MiB at the end",
 		n, *soak, w.count, w.log.state.index, average, 100*worst, half.HeapAlloc>>20, end.HeapAlloc>>20)
 	if average > 5 {
 		t.Errorf("relays lack %.1f %% of their shares on average", average)
@@ -90,7 +96,8 @@ func (w *world) elections() {
 	w.after(w.between(1300*time.Millisecond, 3600*time.Millisecond), w.elections)
 }
 
-// soakDemands changes what some relays want, every half second.
+// soakDemands changes what some relays want, every half second; more seldom if relays
+// look at it more seldom.
 func (w *world) soakDemands() {
 	for range max(len(w.relays)/500, 1) {
 		r := w.relays[w.rng.IntN(len(w.relays))]
@@ -107,7 +114,7 @@ func (w *world) soakDemands() {
 			}
 		}
 	}
-	w.after(500*time.Millisecond, w.soakDemands)
+	w.after(500*time.Millisecond*w.pace, w.soakDemands)
 }
 
 // shareError returns what relays that are heard lack of an ideal division among

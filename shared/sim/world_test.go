@@ -34,6 +34,7 @@ type world struct {
 	trace     []string             // the last things that happened
 	recording bool                 // of what costs much to write down
 	forgetful bool                 // the log is not kept
+	pace      time.Duration        // how many times more seldom relays look around
 	count     int                  // events
 }
 
@@ -116,7 +117,7 @@ func (m *machine) span(d time.Duration) time.Duration {
 }
 
 func newWorld(seed uint64, cfg lease.Config) *world {
-	w := &world{seed: seed, rng: rand.New(rand.NewPCG(seed, 0x5eed)), cfg: cfg}
+	w := &world{seed: seed, rng: rand.New(rand.NewPCG(seed, 0x5eed)), cfg: cfg, pace: 1}
 	w.log.state = newState()
 	w.net.blocked = make(map[[2]*machine]time.Duration)
 	w.checker.init()
