@@ -342,3 +342,46 @@ func (f *fixture) fill(n int) {
 	}
 	wg.Wait()
 }
+
+// An operation of which a step fails ends in front of that step, and goes on from
+// there.
+func TestOperationEndsInFrontOfAStepThatFails(t *testing.T) {
+	f := newFixture(t)
+	f.sizes.stepMessages = 10
+	f.open()
+	const n = 55
+	var failing ids.Message
+	for i := range n {
+		if env := f.accept(fmt.Sprintf("u%d@one.example", i)); i == 34 {
+			failing = env.ID
+		}
+	}
+	broken := fault.New(fault.Unavailable, "test", "no room for a notification")
+	op := Operation{Action: ActionBounce, Actor: "ada", Reason: "because", End: func(works []*Work, done func(error)) {
+		if works[0].Env.ID == failing {
+			for _, w := range works {
+				f.q.Return(w)
+			}
+			done(broken)
+			return
+		}
+		f.bounce(works, done)
+	}}
+	p, err := f.q.Operate(context.Background(), op, func(p Progress) {
+		if p.Looked > 30 {
+			t.Errorf("reported %d, the fourth ten failed", p.Looked)
+		}
+	})
+	if !fault.Is(err, fault.Unavailable) || p.Finished || slices.Compare(p.After[:], failing[:]) >= 0 {
+		t.Fatalf("%+v, %v", p, err)
+	}
+	op.End, op.Filter.After = f.bounce, p.After
+	rest, err := f.q.Operate(context.Background(), op, func(Progress) {})
+	if err != nil || !rest.Finished || p.Done+rest.Done != n {
+		t.Fatalf("%+v after %+v, %v", rest, p, err)
+	}
+	f.empty()
+	if got := f.events()[outbox.Bounced]; got != n {
+		t.Errorf("%d bounced", got)
+	}
+}

@@ -138,6 +138,7 @@ func TestSnapshotsGoWhenTheLastReaderHasClosed(t *testing.T) {
 		third.Close()
 	}
 	first.Close()
+	first.Close()
 	if n := view.refs.Load(); n != 1 {
 		t.Errorf("%d use the view, want the second reader", n)
 	}

@@ -10,6 +10,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -187,6 +188,97 @@ func TestParseRange(t *testing.T) {
 		from, to, ok := parseRange(tc.line)
 		if ok != tc.ok || ok && (from != tc.from || to != tc.to) {
 			t.Errorf("parseRange(%q) = %x, %x, %v", tc.line, from, to, ok)
+		}
+	}
+}
+
+// Many ranges go into one call, and those that are gone do not keep the others
+// from being told. MADV_PAGEOUT does no harm to what may be mapped there instead.
+func TestRangesAreAdvisedTogether(t *testing.T) {
+	const size = 64 << 10
+	var maps []tableMap
+	kept := make(map[uintptr][]byte)
+	for i := range 5 {
+		f, err := os.Create(t.TempDir() + "/f")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		if err := f.Truncate(size); err != nil {
+			t.Fatal(err)
+		}
+		data, err := unix.Mmap(int(f.Fd()), 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+		if err != nil {
+			t.Fatal(err)
+		}
+		copy(data, bytes.Repeat([]byte{byte(i)}, size))
+		if err := unix.Msync(data, unix.MS_SYNC); err != nil {
+			t.Fatal(err)
+		}
+		at := uintptr(unsafe.Pointer(&data[0]))
+		maps = append(maps, tableMap{id: uint64(i), at: at, length: size})
+		kept[at] = data
+	}
+	for i, m := range maps {
+		if i == 0 || i == 2 {
+			if err := unix.Munmap(kept[m.at]); err != nil {
+				t.Fatal(err)
+			}
+			delete(kept, m.at)
+		}
+	}
+	defer func() {
+		for _, data := range kept {
+			_ = unix.Munmap(data)
+		}
+	}()
+	eventually(t, "the pages to be paged out", func() bool {
+		if err := adviseAll(maps, unix.MADV_PAGEOUT); err != nil {
+			t.Fatal(err)
+		}
+		left := int64(0)
+		for at := range kept {
+			left += residentAt(t, at)
+		}
+		return left == 0
+	})
+	for at, data := range kept {
+		for i, m := range maps {
+			if m.at == at && (data[0] != byte(i) || data[size-1] != byte(i)) {
+				t.Errorf("range %d reads %d", i, data[0])
+			}
+		}
+	}
+}
+
+// residentAt is how much of the mapping at an address is resident, by smaps.
+func residentAt(t *testing.T, at uintptr) int64 {
+	t.Helper()
+	text, err := os.ReadFile("/proc/self/smaps")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ours := false
+	for line := range strings.Lines(string(text)) {
+		if from, to, ok := parseRange(line); ok {
+			ours = from <= at && at < to
+		} else if words := strings.Fields(line); ours && words[0] == "Rss:" {
+			kib, err := strconv.ParseInt(words[1], 10, 64)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return kib << 10
+		}
+	}
+	t.Fatalf("nothing is mapped at %x", at)
+	return 0
+}
+
+func TestAdvisedRangesAreCounted(t *testing.T) {
+	maps := []tableMap{{length: 10}, {length: 20}, {length: 30}}
+	for _, tc := range []struct{ bytes, want int }{{0, 1}, {10, 2}, {30, 3}, {60, 3}} {
+		if got := advised(maps, uintptr(tc.bytes)); got != tc.want {
+			t.Errorf("%d bytes are %d ranges, want %d", tc.bytes, got, tc.want)
 		}
 	}
 }

@@ -13,8 +13,13 @@ import (
 // see is kept on disk until then. One goroutine uses it at a time.
 type Snapshot struct{ view *view }
 
-// Close ends the snapshot.
-func (v *Snapshot) Close() { v.view.release() }
+// Close ends the snapshot. A second call does nothing: others use the same view.
+func (v *Snapshot) Close() {
+	if v.view != nil {
+		v.view.release()
+		v.view = nil
+	}
+}
 
 // Get appends the value of key to dst. A key that does not exist is a NotFound
 // fault.
