@@ -58,6 +58,7 @@ hold = "30s"
 type mx struct {
 	t       *testing.T
 	lab     *lab.Lab
+	slots   string // the provider whose connections are counted
 	servers []*fleet.ControlServer
 	end     chan struct{}
 	run     sync.WaitGroup
@@ -70,18 +71,8 @@ type mx struct {
 
 func watchMX(t *testing.T, l *lab.Lab) *mx {
 	t.Helper()
-	m := &mx{t: t, lab: l, end: make(chan struct{})}
-	m.frozen.Store(netip.Addr{})
-	if err := l.SetBehaviour("google", lab.Behaviour{Answer: func(e lab.Event) lab.Answer {
-		if e.Phase == lab.PhaseMail {
-			m.mu.Lock()
-			m.begun = append(m.begun, begin{time.Now(), e.Source})
-			m.mu.Unlock()
-		}
-		return lab.Answer{}
-	}}); err != nil {
-		t.Fatal(err)
-	}
+	m := &mx{t: t, lab: l, slots: "yahoo", end: make(chan struct{})}
+	m.watch(0)
 	if err := l.SetBehaviour("yahoo", lab.Behaviour{Answer: func(e lab.Event) lab.Answer {
 		if e.Phase == lab.PhaseFinalDot {
 			return lab.Answer{Delay: sharedAnswer}
@@ -90,10 +81,30 @@ func watchMX(t *testing.T, l *lab.Lab) *mx {
 	}}); err != nil {
 		t.Fatal(err)
 	}
+	return m
+}
+
+// watch begins to look: when transactions of one provider begin, which takes so
+// long for each, and how many connections are open.
+func (m *mx) watch(answer time.Duration) {
+	m.t.Helper()
+	m.frozen.Store(netip.Addr{})
+	if err := m.lab.SetBehaviour("google", lab.Behaviour{Answer: func(e lab.Event) (a lab.Answer) {
+		switch e.Phase {
+		case lab.PhaseMail:
+			m.mu.Lock()
+			m.begun = append(m.begun, begin{time.Now(), e.Source})
+			m.mu.Unlock()
+		case lab.PhaseFinalDot:
+			a.Delay = answer
+		}
+		return a
+	}}); err != nil {
+		m.t.Fatal(err)
+	}
 	end := m.end
 	m.run.Go(func() { m.count(end) })
-	t.Cleanup(m.stop)
-	return m
+	m.t.Cleanup(m.stop)
 }
 
 func (m *mx) stop() {
@@ -118,7 +129,7 @@ func (m *mx) count(end <-chan struct{}) {
 		n := 0
 		frozen := m.frozen.Load().(netip.Addr)
 		for _, l := range m.lab.Report().Lanes {
-			if l.Provider == "yahoo" && l.Source != frozen {
+			if l.Provider == m.slots && l.Source != frozen {
 				n += l.ConnectionsNow
 			}
 		}
