@@ -71,7 +71,7 @@ func (f *fixture) mixed() (out []ids.Message) {
 	doubt := f.accept("d@four.example")
 	f.begin(f.takeFrom("four.example"))
 	large := f.envelope("l@five.example")
-	if err := f.q.Accept(context.Background(), large, f.body(strings.Repeat("0123456789abcde\n", 20_000))); err != nil {
+	if err := f.q.Accept(context.Background(), large, f.body(strings.Repeat("0123456789abcde\n", 80_000))); err != nil {
 		f.t.Fatal(err)
 	}
 	return []ids.Message{first.ID, held.ID, doubt.ID, large.ID}

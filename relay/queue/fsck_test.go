@@ -81,7 +81,7 @@ func (w *ward) acceptRandom(i int) {
 	env := w.envelope(to...)
 	text := fmt.Sprintf("Subject: %d\r\n\r\n%s", i, strings.Repeat("text ", 10+w.rng.IntN(400)))
 	if i%10 == 9 {
-		text += strings.Repeat("long ", 30_000) // a file of its own
+		text += strings.Repeat("long ", 250_000) // a file of its own
 	}
 	if err := w.q.Accept(context.Background(), env, w.body(text)); err != nil {
 		w.t.Fatal(err)

@@ -29,25 +29,48 @@ var recordMagic = [4]byte{'R', 'L', 'b', 'd'}
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
-// maxBodyMemoryBytes is the most that one body keeps in memory.
-const maxBodyMemoryBytes = 64 << 10
-
-// smallBodyBytes is the buffer that most bodies fit in.
-const smallBodyBytes = 16 << 10
-
-var (
-	smallBuffers = sync.Pool{New: func() any { b := make([]byte, 0, smallBodyBytes); return &b }}
-	largeBuffers = sync.Pool{New: func() any { b := make([]byte, 0, maxBodyMemoryBytes); return &b }}
+// A body waits in memory in the smallest of these buffers, because a file of its
+// own costs ten times what its bytes do: a name, an inode and a sync of each. On
+// ext4 more, for it passes over every inode that was freed a moment ago before it
+// gives one out.
+const (
+	smallBodyBytes     = 16 << 10 // most bodies fit in
+	mediumBodyBytes    = 64 << 10
+	largeBodyBytes     = 256 << 10
+	maxBodyMemoryBytes = 1 << 20 // the most that one body keeps in memory
 )
 
-// Body is a message being received: an io.Writer that keeps at most 64 KiB in
-// memory and spills larger messages into a file of their own. After the last
+// maxLargeBodiesBytes is the most that the buffers of more than mediumBodyBytes
+// take together. A body that finds no room goes into a file of its own.
+const maxLargeBodiesBytes = 32 << 20
+
+// bodyBuffers are the buffers of each size.
+var bodyBuffers = [...]struct {
+	bytes int
+	pool  *sync.Pool
+}{
+	{smallBodyBytes, bufferPool(smallBodyBytes)},
+	{mediumBodyBytes, bufferPool(mediumBodyBytes)},
+	{largeBodyBytes, bufferPool(largeBodyBytes)},
+	{maxBodyMemoryBytes, bufferPool(maxBodyMemoryBytes)},
+}
+
+const mediumBuffer = 1 // in bodyBuffers
+
+func bufferPool(bytes int) *sync.Pool {
+	return &sync.Pool{New: func() any { b := make([]byte, 0, bytes); return &b }}
+}
+
+// Body is a message being received: an io.Writer that keeps at most 1 MiB in
+// memory, or 64 KiB when all bodies together keep too much, and spills larger
+// messages into a file of their own. After the last
 // Write call Seal, then hand it to queue.Accept, which consumes it, or Discard
 // it. One goroutine uses it at a time.
 type Body struct {
 	s        *Store
 	ref      relay.BodyRef
 	holder   *[]byte // pooled owner of buf
+	size     int     // of it, in bodyBuffers
 	buf      []byte  // record header and the body's bytes that are not in file yet
 	file     File
 	path     string
@@ -60,7 +83,7 @@ type Body struct {
 
 // NewBody begins a body.
 func (s *Store) NewBody() *Body {
-	holder := smallBuffers.Get().(*[]byte)
+	holder := bodyBuffers[0].pool.Get().(*[]byte)
 	return &Body{s: s, holder: holder, buf: (*holder)[:recordHeaderBytes]}
 }
 
@@ -92,15 +115,44 @@ func (b *Body) Write(p []byte) (int, error) {
 
 // grow makes room in a full buffer: by a larger one, then by spilling.
 func (b *Body) grow() {
-	if cap(b.buf) < maxBodyMemoryBytes {
-		holder := largeBuffers.Get().(*[]byte)
-		larger := append((*holder)[:0], b.buf...)
-		b.freeBuffer()
-		b.holder, b.buf = holder, larger
+	if b.file == nil && b.size+1 < len(bodyBuffers) && b.s.reserveLarge(b.size, b.size+1) {
+		b.resize(b.size + 1)
 		return
 	}
-	b.err = b.spill()
+	if b.err = b.spill(); b.err == nil && b.size > mediumBuffer {
+		b.s.freeLarge(b.size)
+		b.resize(mediumBuffer)
+	}
 }
+
+// resize moves what is in the buffer into one of another size. What buffers of
+// the sizes count for is the caller's.
+func (b *Body) resize(to int) {
+	holder := bodyBuffers[to].pool.Get().(*[]byte)
+	buf := append((*holder)[:0], b.buf...)
+	bodyBuffers[b.size].pool.Put(b.holder)
+	b.holder, b.buf, b.size = holder, buf, to
+}
+
+// largeBytes is what a buffer takes of maxLargeBodiesBytes.
+func largeBytes(size int) int64 {
+	if size <= mediumBuffer {
+		return 0
+	}
+	return int64(bodyBuffers[size].bytes)
+}
+
+// reserveLarge takes room for a buffer in place of a smaller one, if there is any.
+func (s *Store) reserveLarge(from, to int) bool {
+	more := largeBytes(to) - largeBytes(from)
+	if s.largeBodies.Add(more) > maxLargeBodiesBytes && more > 0 {
+		s.largeBodies.Add(-more)
+		return false
+	}
+	return true
+}
+
+func (s *Store) freeLarge(size int) { s.largeBodies.Add(-largeBytes(size)) }
 
 func (b *Body) spill() error {
 	const op = "store.Body.Write"
@@ -261,12 +313,9 @@ func (b *Body) freeBuffer() {
 	if b.holder == nil {
 		return
 	}
-	if cap(b.buf) > smallBodyBytes {
-		largeBuffers.Put(b.holder)
-	} else {
-		smallBuffers.Put(b.holder)
-	}
-	b.holder, b.buf = nil, nil
+	b.s.freeLarge(b.size)
+	bodyBuffers[b.size].pool.Put(b.holder)
+	b.holder, b.buf, b.size = nil, nil, 0
 }
 
 func (s *Store) bodyPath(number uint64) string {

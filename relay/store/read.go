@@ -149,8 +149,9 @@ func (r *BodyReader) Size() int64 { return r.ref.Length }
 // Verify reads the whole body and compares its checksum. A damaged body is an
 // Internal fault that must not be retried.
 func (r *BodyReader) Verify() error {
-	holder := largeBuffers.Get().(*[]byte)
-	defer largeBuffers.Put(holder)
+	pool := bodyBuffers[mediumBuffer].pool
+	holder := pool.Get().(*[]byte)
+	defer pool.Put(holder)
 	buf := (*holder)[:cap(*holder)]
 	var sum uint32
 	for off := int64(0); off < r.ref.Length; {
@@ -176,7 +177,7 @@ func (r *BodyReader) Close() error {
 }
 
 // ReadBody reads the whole body into dst, which is grown if it is too small,
-// and checks its checksum. Use it for bodies up to 64 KiB and OpenBody for
+// and checks its checksum. Use it for small bodies and OpenBody for
 // larger ones. A damaged body is an Internal fault that must not be retried.
 func (s *Store) ReadBody(ref relay.BodyRef, dst []byte) ([]byte, error) {
 	h, err := s.handles.get(s, ref)

@@ -56,6 +56,7 @@ type Store struct {
 	ledger                 *ledger
 	handles                *handles
 	nextFile               atomic.Uint64 // number of the last body file or segment
+	largeBodies            atomic.Int64  // bytes of large buffers of bodies, at most maxLargeBodiesBytes
 
 	currentLock sync.Mutex
 	current     *view        // what readers see

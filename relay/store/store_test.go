@@ -120,8 +120,11 @@ func TestBodiesOfEverySizeSurviveARestart(t *testing.T) {
 		text []byte
 	}
 	var all []stored
-	for _, size := range []int{0, 1, smallBodyBytes - recordHeaderBytes, smallBodyBytes - recordHeaderBytes + 1, maxBodyMemoryBytes - recordHeaderBytes,
-		maxBodyMemoryBytes - recordHeaderBytes + 1, 300_000} {
+	sizes := []int{0, 1, 2_000_000}
+	for _, b := range bodyBuffers {
+		sizes = append(sizes, b.bytes-recordHeaderBytes, b.bytes-recordHeaderBytes+1)
+	}
+	for _, size := range sizes {
 		text := bytes.Repeat([]byte("0123456789abcdef"), size/16+1)[:size]
 		id, ref := mustPut(t, s, text)
 		if want := relay.BodySegment; size > maxBodyMemoryBytes-recordHeaderBytes != (ref.Kind == relay.BodyFile) || ref.Kind == relay.BodyNone {
@@ -157,7 +160,7 @@ func TestBodiesOfEverySizeSurviveARestart(t *testing.T) {
 
 func TestADamagedBodyIsAClearError(t *testing.T) {
 	s := openTest(t, testConfig(t.TempDir()))
-	for _, size := range []int{1000, 200_000} {
+	for _, size := range []int{1000, 200_000, 1_200_000} {
 		_, ref := mustPut(t, s, bytes.Repeat([]byte{7}, size))
 		f, err := os.OpenFile(s.refPath(ref), os.O_RDWR, 0)
 		if err != nil {
@@ -213,7 +216,7 @@ func TestSpaceComesBackWhenBodiesDie(t *testing.T) {
 		id, ref := mustPut(t, s, text)
 		idsOf, refs = append(idsOf, id), append(refs, ref)
 	}
-	fileID, fileRef := mustPut(t, s, make([]byte, 200_000))
+	fileID, fileRef := mustPut(t, s, make([]byte, 1_200_000))
 	before := files(t, s, "*.seg")
 	if before < 3 || files(t, s, "*.body") != 1 {
 		t.Fatalf("%d segments, %d files", before, files(t, s, "*.body"))
@@ -396,7 +399,7 @@ func TestAFailedWriteOrSyncAbandonsTheSegment(t *testing.T) {
 			cfg.FS = disk
 			s := openTest(t, cfg)
 			_, good := mustPut(t, s, []byte("before"))
-			for _, size := range []int{100, 200_000} {
+			for _, size := range []int{100, 200_000, 1_200_000} {
 				tc.fail(disk).Store(&tc.err)
 				id := newID()
 				if _, err := put(s, id, make([]byte, size)); !fault.Is(err, tc.kind) {

@@ -46,7 +46,7 @@ func main() {
 	began := time.Now()
 	caught, ran := tryAll(dir, match, *seeds, max(*jobs, 1))
 	_ = os.RemoveAll(dir) // the system cleans up what is left
-	fmt.Printf("mutants caught %d/%d in %v\n", caught, ran, time.Since(began).Round(time.Second))
+	fmt.Printf("%v\nmutants caught %d/%d\n", time.Since(began).Round(time.Second), caught, ran)
 	if caught < ran || ran == 0 {
 		os.Exit(1)
 	}
