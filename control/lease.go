@@ -53,7 +53,7 @@ type LeaseNode struct {
 	// WarmDeclared is the generation in which it had told all that it spent of
 	// warm-up; 0: likewise.
 	WarmDeclared uint64
-	Revision    uint64
+	Revision     uint64
 }
 
 // Holdings is who holds how much of one limit.
