@@ -94,7 +94,9 @@ func CheckOperation(op *Operation) error {
 // each step durable and reported before the next is begun, until nothing is left
 // or ctx ends, which lets the step that was begun come to its end. While one is
 // made durable the next is read. What is being tried is counted and left alone.
-// Mail that comes meanwhile is found, because its id is later.
+// Mail that comes meanwhile is found, because its id is later. What resumes waits
+// for operations of the same action to end: one that was interrupted a moment ago
+// still has mail in its hands.
 func (q *Queue) Operate(ctx context.Context, op Operation, report func(Progress)) (Progress, error) {
 	var p Progress
 	if err := CheckOperation(&op); err != nil {
@@ -108,6 +110,11 @@ func (q *Queue) Operate(ctx context.Context, op Operation, report func(Progress)
 		f.State = relay.StateHeld
 	}
 	p.After = f.After
+	ended, err := q.operations.begin(ctx, op.Action, f.After != (ids.Message{}))
+	if err != nil {
+		return p, err
+	}
+	defer ended()
 	if err := q.flush(); err != nil {
 		return p, err
 	}

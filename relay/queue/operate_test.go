@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"net/netip"
+	"runtime"
 	"slices"
 	"sync"
 	"testing"
@@ -304,6 +305,50 @@ func TestOperationsBesideDeliveries(t *testing.T) {
 		t.Errorf("%d ends of %d recipients: %v", got, 2*n, e)
 	}
 	t.Logf("%v", e)
+}
+
+// TestResumingWaitsForWhatWasInterrupted: an operation that is interrupted holds the
+// mail of its next step for a moment. Who resumes it at once leaves none of it out.
+func TestResumingWaitsForWhatWasInterrupted(t *testing.T) {
+	f := newFixture(t)
+	f.sizes.stepMessages = 10
+	f.open()
+	const n = 95
+	for i := range n {
+		f.accept(fmt.Sprintf("u%d@one.example", i))
+	}
+	ctx, interrupt := context.WithCancel(t.Context())
+	op := Operation{Action: ActionPurge, Actor: "ada"}
+	type ended struct {
+		Progress
+		err error
+	}
+	resumed := make(chan ended, 1)
+	reports := 0
+	first, err := f.q.Operate(ctx, op, func(p Progress) {
+		if reports++; reports > 1 {
+			return
+		}
+		interrupt()
+		go func() {
+			again := op
+			again.Filter.After = p.After
+			got, err := f.q.Operate(t.Context(), again, func(Progress) {})
+			resumed <- ended{got, err}
+		}()
+		for begun := 0; begun < 2 && len(resumed) == 0; runtime.Gosched() {
+			f.q.operations.mu.Lock()
+			begun = len(f.q.operations.begun)
+			f.q.operations.mu.Unlock()
+		}
+	})
+	if err != nil || first.Finished {
+		t.Fatalf("interrupted: %+v %v", first, err)
+	}
+	if got := <-resumed; got.err != nil || !got.Finished || got.InFlight != 0 || got.Done+first.Done != n {
+		t.Errorf("interrupted at %+v, resumed to %+v", first, got)
+	}
+	f.empty()
 }
 
 // BenchmarkPurge measures the purge of 100,000 waiting recipients, most of them

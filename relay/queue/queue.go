@@ -196,6 +196,8 @@ type Queue struct {
 	metrics *queueMetrics
 	sizes   sizes
 
+	operations operations
+
 	mu         sync.Mutex
 	policy     policy.Queue
 	maxInbound int64

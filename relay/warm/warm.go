@@ -99,7 +99,8 @@ type heldGate struct {
 	number uint64
 	slot   *slot
 	hold   engine.Hold
-	spills spill // whose other addresses get the mail; zero: it waits
+	words  func() string // of the hold, as things are; k.mu is held
+	spills spill         // whose other addresses get the mail; zero: it waits
 }
 
 // New reads the marks and begins a new life of this relay.
@@ -270,6 +271,7 @@ func (k *Keeper) ask(now time.Time, p *engine.Place, dir *policy.Directory, n ui
 			continue
 		}
 		hold = engine.Hold{Reason: Reason, Name: subject.Plan, Scope: scope}
+		words := func() string { return s.text(subject, what, name) }
 		switch lack {
 		case aMark:
 			s.want, s.mark, hold.Until = max(s.want, n), true, now.Add(diskPause)
@@ -278,13 +280,13 @@ func (k *Keeper) ask(now time.Time, p *engine.Place, dir *policy.Directory, n ui
 		case quota:
 			s.want, hold.Until = max(s.want, n), (today + 1).Start(time.UTC)
 			s.refusals.day++
-			k.hold(s, subject, p, plan, name, &hold)
+			k.hold(s, subject, p, plan, name, &hold, words)
 		case anHour:
 			hold.Until = now.Truncate(time.Hour).Add(time.Hour)
 			s.refusals.hour++
-			k.hold(s, subject, p, plan, name, &hold)
+			k.hold(s, subject, p, plan, name, &hold, words)
 		}
-		hold.Text = s.text(subject, what, name)
+		hold.Text = words()
 		k.wake()
 		return g, hold
 	}
@@ -293,7 +295,7 @@ func (k *Keeper) ask(now time.Time, p *engine.Place, dir *policy.Directory, n ui
 
 // hold has the scheduler leave the source or pool alone, so that mail goes to warm
 // sources of the pool; a plan that lets it wait holds the pool. k.mu is held.
-func (k *Keeper) hold(s *slot, subject *policy.WarmSubject, p *engine.Place, plan *policy.WarmupPlan, class string, hold *engine.Hold) {
+func (k *Keeper) hold(s *slot, subject *policy.WarmSubject, p *engine.Place, plan *policy.WarmupPlan, class string, hold *engine.Hold, words func() string) {
 	of := gateOf{provider: p.Lane.Provider, pool: p.Key.Pool}
 	var to spill
 	switch {
@@ -306,7 +308,7 @@ func (k *Keeper) hold(s *slot, subject *policy.WarmSubject, p *engine.Place, pla
 		return
 	}
 	k.gateSeq++
-	h := &heldGate{gateOf: of, number: k.gateSeq, slot: s, hold: *hold, spills: to}
+	h := &heldGate{gateOf: of, number: k.gateSeq, slot: s, hold: *hold, words: words, spills: to}
 	k.held[of], k.byGate[h.number], k.stale = h, h, true
 	if to != (spill{}) {
 		k.spills[to] = spilling{k.spills[to].held + 1, class}
@@ -321,7 +323,9 @@ func (k *Keeper) Explain(gate schedule.GateID) (engine.Hold, bool) {
 	if gate.Owner != Reason || h == nil {
 		return engine.Hold{}, false
 	}
-	return h.hold, true
+	hold := h.hold
+	hold.Text = h.words()
+	return hold, true
 }
 
 // slot returns a reservation, a new one if need be; nil: there are too many. k.mu

@@ -272,7 +272,7 @@ func TestMailWaitsWhenTheQuotaIsSpent(t *testing.T) {
 	if len(r.gates) != 1 || r.gates[0].Match.Pool != testPool || !r.gates[0].NoSessions {
 		t.Errorf("gates: %+v", r.gates)
 	}
-	if h, ok := r.k.Explain(r.gates[0].ID); !ok || h.Name != "test" {
+	if h, ok := r.k.Explain(r.gates[0].ID); !ok || h.Name != "test" || !strings.Contains(h.Text, "of it reserved by all relays; this relay has") {
 		t.Errorf("%+v", h)
 	}
 	// The next day has a quota of its own.
