@@ -336,9 +336,9 @@ func TestResumingWaitsForWhatWasInterrupted(t *testing.T) {
 			got, err := f.q.Operate(t.Context(), again, func(Progress) {})
 			resumed <- ended{got, err}
 		}()
-		for begun := 0; begun < 2 && len(resumed) == 0; runtime.Gosched() {
+		for waiting := 0; waiting == 0 && len(resumed) == 0; runtime.Gosched() { // else it takes what there is now
 			f.q.operations.mu.Lock()
-			begun = len(f.q.operations.begun)
+			waiting = f.q.operations.waiting
 			f.q.operations.mu.Unlock()
 		}
 	})

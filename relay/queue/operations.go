@@ -9,8 +9,9 @@ import (
 
 // operations are those under way, each with a channel that closes at its end.
 type operations struct {
-	mu    sync.Mutex
-	begun map[chan struct{}]Action
+	mu      sync.Mutex
+	begun   map[chan struct{}]Action
+	waiting int // of them, for others to end
 }
 
 // begin notes an operation and returns what notes its end. One that resumes waits
@@ -28,7 +29,13 @@ func (o *operations) begin(ctx context.Context, action Action, resumes bool) (en
 		o.begun = make(map[chan struct{}]Action)
 	}
 	o.begun[end] = action
+	o.waiting += min(1, len(former))
 	o.mu.Unlock()
+	defer func() {
+		o.mu.Lock()
+		o.waiting -= min(1, len(former))
+		o.mu.Unlock()
+	}()
 	ended = func() {
 		o.mu.Lock()
 		delete(o.begun, end)
