@@ -316,7 +316,7 @@ func TestOverdueMailIsSeenInEveryState(t *testing.T) {
 				t.Fatalf("overdue by %v before any deadline", got)
 			}
 			f.clock.Add(life + time.Minute)
-			f.until("the metric", func() bool { return f.q.Summary().OldestOverdue == time.Minute })
+			f.eventually("the metric", func() bool { return f.q.Summary().OldestOverdue == time.Minute })
 			if w != nil {
 				f.q.Return(w)
 			}

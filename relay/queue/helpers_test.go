@@ -147,7 +147,24 @@ func (f *fixture) reopen() {
 	f.open()
 }
 
-// until waits for a condition that notifications announce.
+// eventually waits for a condition that Notify does not announce, like a number
+// of Summary.
+func (f *fixture) eventually(what string, ok func() bool) {
+	f.t.Helper()
+	limit := time.After(20 * time.Second)
+	tick := time.NewTicker(2 * time.Millisecond)
+	defer tick.Stop()
+	for !ok() {
+		select {
+		case <-tick.C:
+		case <-limit:
+			f.t.Fatalf("waited too long for %s", what)
+		}
+	}
+}
+
+// until waits for a condition that notifications announce, and for nothing else:
+// a caller of the queue does not look again by itself either.
 func (f *fixture) until(what string, ok func() bool) {
 	f.t.Helper()
 	limit := time.After(20 * time.Second)

@@ -276,7 +276,7 @@ func TestRuleSurvivesARestart(t *testing.T) {
 		t.Errorf("after a restart: %v", got)
 	}
 	f.loaded()
-	f.until("the count", func() bool { return f.q.Summary().Counted })
+	f.eventually("the count", func() bool { return f.q.Summary().Counted })
 	for _, h := range f.q.Holds() {
 		switch h.ID {
 		case odd:
@@ -381,7 +381,7 @@ func TestReleaseSurvivesACrash(t *testing.T) {
 	if err := f.q.RemoveHold(id, "ada"); err != nil {
 		t.Fatal(err)
 	}
-	f.until("a part of the release", func() bool { return f.q.Summary().Waiting >= n/8 })
+	f.eventually("a part of the release", func() bool { return f.q.Summary().Waiting >= n/8 })
 	f.reopen()
 	left := f.index(id)
 	f.swept()

@@ -129,7 +129,7 @@ func TestOperationsOnNamedMail(t *testing.T) {
 	if p := f.operate(ActionBounce, Filter{}); p.Done != 1 {
 		t.Errorf("bounced %+v", p)
 	}
-	f.until("the end of both", func() bool { return f.q.Summary().Messages == 0 })
+	f.eventually("the end of both", func() bool { return f.q.Summary().Messages == 0 })
 	f.empty()
 	if n := f.events(); n[outbox.Purged] != 3 || n[outbox.Held] != 3 || n[outbox.Released] != 1 || n[outbox.Bounced] != 1 {
 		t.Errorf("events %v", n)
@@ -264,6 +264,11 @@ func TestOperationsBesideDeliveries(t *testing.T) {
 	}
 	stop := make(chan struct{})
 	var wg sync.WaitGroup
+	end := sync.OnceFunc(func() {
+		close(stop)
+		wg.Wait()
+	})
+	defer end() // before the queue is closed, whatever fails
 	for range 3 {
 		wg.Go(func() {
 			for {
@@ -296,9 +301,8 @@ func TestOperationsBesideDeliveries(t *testing.T) {
 	if err := f.q.RemoveHold(rule, "ada"); err != nil {
 		t.Fatal(err)
 	}
-	f.until("the end of all", func() bool { s := f.q.Summary(); return s.Waiting+s.Held == 0 && s.InFlight == 0 && s.Messages == 0 })
-	close(stop)
-	wg.Wait()
+	f.eventually("the end of all", func() bool { s := f.q.Summary(); return s.Waiting+s.Held == 0 && s.InFlight == 0 && s.Messages == 0 })
+	end()
 	f.empty()
 	e := f.events()
 	if got := e[outbox.Delivered] + e[outbox.Purged] + e[outbox.Bounced]; got != 2*n {
