@@ -9,6 +9,7 @@ import (
 	"github.com/relais-mta/relais/relay/engine"
 	"github.com/relais-mta/relais/relay/schedule"
 	"github.com/relais-mta/relais/shared/lease"
+	"github.com/relais-mta/relais/shared/throttle"
 )
 
 // maxMatched is how many limits of one kind the work of one place usually has at
@@ -34,7 +35,7 @@ func (l *Limits) Connect(now time.Time, p *engine.Place) engine.Hold {
 	at := l.cfg.Clock()
 	for i, lim := range matched {
 		r := l.rightsOf(lim)
-		if r.Open(at) && !l.overused(lim, r.Opened() > lim.Max) {
+		if r.Opened() < lim.Max && r.Open(at) {
 			lim.used++
 			continue
 		}
@@ -92,7 +93,7 @@ func (l *Limits) Begin(now time.Time, p *engine.Place) engine.Hold {
 			l.wake()
 			return hold(lim, now, wait)
 		}
-		if ok, wait := lim.whole.Peek(wall(at), 1); l.overused(lim, !ok) {
+		if ok, wait := l.within(lim, at); !ok {
 			return hold(lim, now, wait)
 		}
 	}
@@ -108,13 +109,35 @@ func (l *Limits) Begin(now time.Time, p *engine.Place) engine.Hold {
 // Done is of no interest: what was begun counts, whatever became of it.
 func (*Limits) Done(time.Time, *engine.Place, []relay.Outcome) {}
 
-// overused notes that the books allow what the whole limit does not. l.mu is held.
-func (l *Limits) overused(lim *limit, over bool) bool {
-	if over {
-		l.overuse.Inc()
-		l.log.Error("the rights under a shared limit allow more than the limit; the work is refused", "limit", lim.Name, "counts", lim.Counts(), "number", uint64(lim.ID))
+// within asks the whole limit, which allows what the books do unless these are
+// wrong, or were made by another revision of the limit than that of the view. l.mu is
+// held.
+func (l *Limits) within(lim *limit, at lease.Instant) (bool, time.Duration) {
+	if lim.apart && lim.fits(at) {
+		lim.apart, lim.whole = false, throttle.NewBucket(lim.rate())
 	}
-	return over
+	ok, wait := lim.whole.Peek(wall(at), 1)
+	if !ok && !lim.apart {
+		l.overuse.Inc()
+		l.log.Error("the rights under a shared limit allow more than the limit; the work is refused", "limit", lim.Name, "number", uint64(lim.ID))
+	}
+	return ok, wait
+}
+
+// fits reports whether what was lent is a part of the limit that the view knows.
+func (lim *limit) fits(at lease.Instant) bool {
+	return lim.rights == nil || lim.usable(at) == lim.rights.Usable(at)
+}
+
+// usable is what the relay may use of a limit. It is a part of the limit that the
+// view knows, although the grant of one that was changed may come before the view,
+// or after it.
+func (lim *limit) usable(at lease.Instant) lease.Share {
+	if lim.rights == nil {
+		return lease.Share{}
+	}
+	share := lim.rights.Usable(at)
+	return lease.Share{Amount: min(share.Amount, lim.Max), Burst: min(share.Burst, lim.Burst)}
 }
 
 // rightsOf returns the rights under a limit. l.mu is held.

@@ -92,8 +92,11 @@ type limit struct {
 	set    bool          // it knows it
 
 	// The whole limit, which this relay can in no case exceed alone: an independent
-	// check of the books.
+	// check of the books. While the last grant and the view speak of different
+	// revisions of the limit the view's holds, and that the books allow more is no
+	// error of theirs; the check begins anew when they agree.
 	whole throttle.Bucket
+	apart bool
 
 	behind     []*limit // of a rate: limits of connections that count all that it counts
 	blocked    bool     // one of those leaves the relay none
@@ -182,6 +185,7 @@ func (l *Limits) Changed() {
 		if lim.rights == nil && l.holder.Known(lim.ID) {
 			lim.rights = l.holder.Rights(lim.ID, lim.Kind, lim.Per)
 		}
+		lim.apart = lim.apart || !lim.fits(now)
 	}
 	for _, lim := range old.limits {
 		if t.byNumber[lim.ID] == nil { // its number is never used again
@@ -214,14 +218,11 @@ func newTable(d *policy.Directory, old *table, now lease.Instant) *table {
 		lim := &limit{SharedLimit: shared[i], scope: scope(d, &shared[i])}
 		if had := old.byNumber[lim.ID]; had != nil {
 			*lim = limit{SharedLimit: shared[i], scope: lim.scope, rights: had.rights, gate: had.gate, set: had.set, whole: had.whole,
+				apart: had.apart || had.Max != shared[i].Max || had.Burst != shared[i].Burst,
 				begun: had.begun, waiting: had.waiting, arrivals: had.arrivals, roomy: had.roomy, roomyBegun: had.roomyBegun, used: had.used, denied: had.denied}
 		}
 		if lim.Kind == lease.Rate {
-			// One event more, for the other bucket rounds differently.
-			r, err := throttle.NewRate(1, spacing(lim.Max, lim.Per), int(lim.Burst)+1)
-			if err == nil {
-				lim.whole.Set(r, wall(now))
-			}
+			lim.whole.Set(lim.rate(), wall(now))
 		}
 		t.limits = append(t.limits, lim)
 		t.byNumber[lim.ID] = lim
@@ -304,11 +305,17 @@ func (l *Limits) Grant(m *wire.LeaseGrant) {
 		return
 	}
 	l.mu.Lock()
-	l.holder.Grant(l.cfg.Clock(), g)
+	now := l.cfg.Clock()
+	l.holder.Grant(now, g)
 	for i := range g.Lines {
-		if lim := l.table.Load().byNumber[g.Lines[i].Limit]; lim != nil && lim.rights == nil {
+		lim := l.table.Load().byNumber[g.Lines[i].Limit]
+		if lim == nil {
+			continue
+		}
+		if lim.rights == nil {
 			lim.rights = l.holder.Rights(lim.ID, lim.Kind, lim.Per)
 		}
+		lim.apart = lim.apart || !lim.fits(now)
 	}
 	l.mu.Unlock()
 	l.wake()

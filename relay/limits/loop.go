@@ -11,6 +11,7 @@ import (
 
 	"github.com/relais-mta/relais/relay/schedule"
 	"github.com/relais-mta/relais/shared/lease"
+	"github.com/relais-mta/relais/shared/throttle"
 	"github.com/relais-mta/relais/shared/wire"
 )
 
@@ -129,21 +130,37 @@ func (lim *limit) gateAt(now lease.Instant) schedule.Gate {
 		Match: schedule.Match{Provider: lim.Provider, Pool: lim.Pool, Tenant: lim.Tenant, Domain: lim.Domain},
 		Slots: lim.Kind == lease.Slots, Reason: Reason,
 	}
-	var share lease.Share
-	if lim.rights != nil {
-		share = lim.rights.Usable(now)
-	}
+	share := lim.usable(now)
 	switch {
 	case lim.Kind == lease.Slots && share.Amount > 0:
 		g.Sessions = int(share.Amount)
 	case lim.Kind == lease.Slots:
 		g.NoSessions = true
 	case share.Amount > 0 && share.Burst > 0:
-		g.Messages = schedule.Rate{Max: 1, Per: spacing(share.Amount, lim.Per), Burst: int(share.Burst)}
+		g.Messages = schedule.Rate{Max: 1, Per: spacing(share.Amount, lim.Per), Burst: burstOf(share, lim.Per)}
 	default:
 		g.NoMessages = true
 	}
 	return g
+}
+
+// maxSaved bounds what a burst is worth, in nanoseconds of its rate: 36 years. More
+// is never saved, and a bucket does not know it.
+const maxSaved = 1 << 60
+
+// burstOf is the burst of a share, of as much as can be saved.
+func burstOf(share lease.Share, per time.Duration) int {
+	return int(min(share.Burst, maxSaved/int64(spacing(share.Amount, per))))
+}
+
+// rate is the whole limit, and one event more, for the bucket of the rights rounds
+// differently.
+func (lim *limit) rate() throttle.Rate {
+	r, err := throttle.NewRate(1, spacing(lim.Max, lim.Per), burstOf(lease.Share{Amount: lim.Max, Burst: lim.Burst}, lim.Per)+1)
+	if err != nil { // a limit that is checked is within the bounds of a rate; one must fail closed
+		r, _ = throttle.NewRate(1, throttle.MaxPer, 1)
+	}
+	return r
 }
 
 // spacing is the time from one event to the next of an amount: thousandths of an

@@ -60,16 +60,16 @@ func (l *Limits) words(lim *limit, now time.Time, at lease.Instant) string {
 		fmt.Fprintf(&b, " in %s", policy.Duration(lim.Per))
 	}
 	fmt.Fprintf(&b, " for %s; ", lim.scope)
-	if lim.rights == nil || lim.rights.Stamp() == (lease.Stamp{}) && lim.rights.Usable(at).Amount == 0 {
+	usable := lim.usable(at)
+	if lim.rights == nil || lim.rights.Stamp() == (lease.Stamp{}) && usable.Amount == 0 {
 		b.WriteString("this relay has no share of it yet")
 	} else {
 		share, until, floor := lim.rights.Lease()
-		usable := lim.rights.Usable(at)
 		fmt.Fprintf(&b, "this relay may use %s", lim.amount(usable.Amount))
 		if lim.Kind == lease.Slots {
 			fmt.Fprintf(&b, " and has %d open", lim.rights.Opened())
 		}
-		if share.Amount > 0 {
+		if share.Amount = min(share.Amount, usable.Amount); share.Amount > 0 {
 			fmt.Fprintf(&b, " (%s of it until %s)", lim.amount(share.Amount), now.Add(until.Sub(at)).UTC().Format(time.TimeOnly))
 		} else if floor.Amount > 0 {
 			b.WriteString(" (its floor)")
@@ -134,9 +134,8 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 		if lim.Kind == lease.Rate {
 			unit = lease.Milli
 		}
-		var usable, floor lease.Share
+		usable, floor := lim.usable(now), lease.Share{}
 		if lim.rights != nil {
-			usable = lim.rights.Usable(now)
 			_, _, floor = lim.rights.Lease()
 		}
 		gauge := func(d *prometheus.Desc, kind prometheus.ValueType, v float64) {
