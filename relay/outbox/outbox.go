@@ -218,8 +218,8 @@ func (o *Outbox) Assign(batches [][]byte, count int, set func(key, value []byte)
 	flush()
 	o.mu.Lock()
 	o.next, o.end = next, end
-	full := o.maxBytes > 0 && int64(end-o.begin) > o.maxBytes && !o.dropping && !o.closed
-	if full {
+	_, full := o.keepFrom()
+	if full = full && !o.dropping && !o.closed; full {
 		o.dropping = true
 		o.idle.Add(1)
 	}
@@ -346,8 +346,13 @@ func (o *Outbox) dropOldest() {
 	o.trimming.Lock()
 	defer o.trimming.Unlock()
 	o.mu.Lock()
-	keepFrom := o.end - uint64(o.maxBytes-o.maxBytes/dropPart)
 	before := o.first
+	keepFrom, full := o.keepFrom()
+	if !full { // the bound was raised, or the oldest were uploaded, since
+		o.dropping = false
+		o.mu.Unlock()
+		return
+	}
 	o.mu.Unlock()
 	err := o.remove(func(run runInfo) bool { return run.before+run.bytes <= keepFrom }, 0)
 	o.mu.Lock()
@@ -360,6 +365,15 @@ func (o *Outbox) dropOldest() {
 	}
 	o.dropped.Add(float64(count))
 	o.log.Warn("outbox full: the oldest events were dropped", "events", count)
+}
+
+// keepFrom reports whether more is stored than the bound allows, and then the
+// place, in bytes stored, from which on events are kept. Call with the lock held.
+func (o *Outbox) keepFrom() (from uint64, full bool) {
+	if o.maxBytes <= 0 || int64(o.end-o.begin) <= o.maxBytes {
+		return 0, false
+	}
+	return o.end - uint64(o.maxBytes-o.maxBytes/dropPart), true
 }
 
 // runInfo is what removal looks at.
@@ -379,6 +393,7 @@ func (o *Outbox) remove(old func(runInfo) bool, atLeast uint64) error {
 		o.mu.Lock()
 		first, begin := o.first, o.begin
 		o.mu.Unlock()
+		atLeast = max(atLeast, first) // a run of which the first events are forgotten stays whole
 		removed, more := 0, false
 		snap := o.st.Snapshot()
 		from, err := firstRun(snap, first)

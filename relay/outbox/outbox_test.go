@@ -219,3 +219,42 @@ func TestAFullOutboxDropsTheOldestAsACountedGap(t *testing.T) {
 	}
 	b.close()
 }
+
+// TestARaisedBoundDropsNothing: the bound is raised while the removal that the
+// lower one began waits for an upload's; so many events have room now.
+func TestARaisedBoundDropsNothing(t *testing.T) {
+	for name, raised := range map[string]int64{"raised": 1 << 30, "lifted": 0} {
+		t.Run(name, func(t *testing.T) {
+			b := &box{t: t, dir: t.TempDir(), max: 20 << 10}
+			b.open()
+			defer b.close()
+			b.ob.trimming.Lock()
+			b.write(200)
+			b.ob.SetMaxBytes(raised)
+			b.ob.trimming.Unlock()
+			b.ob.idle.Wait()
+			if events, gap := b.readAll(0); events != 200 || gap != 0 {
+				t.Errorf("%d events and a gap of %d, want 200 and none", events, gap)
+			}
+		})
+	}
+}
+
+// TestDroppingStaysBehindWhatWasForgotten: the oldest run, part of which was
+// uploaded, is larger than what is to be dropped.
+func TestDroppingStaysBehindWhatWasForgotten(t *testing.T) {
+	b := &box{t: t, dir: t.TempDir()}
+	b.open()
+	defer b.close()
+	b.write(200)
+	b.write(1)
+	if err := b.ob.Trim(150); err != nil {
+		t.Fatal(err)
+	}
+	b.ob.SetMaxBytes(b.ob.Stats().Bytes)
+	b.write(1)
+	b.ob.idle.Wait()
+	if s := b.ob.Stats(); s.First != 151 {
+		t.Errorf("after a removal that found nothing to drop the oldest event is %d, want 151", s.First)
+	}
+}
