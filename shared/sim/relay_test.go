@@ -22,6 +22,7 @@ type relay struct {
 	session  bool            // the leader welcomed it
 	asked    time.Duration
 	answered time.Duration
+	spoke    time.Duration // when the leader heard a report of it
 	demand   map[lease.LimitID]int64
 	sessions map[lease.LimitID][]*session
 	stamps   map[lease.LimitID]lease.Stamp
@@ -218,7 +219,10 @@ func (r *relay) loop(life int) {
 func (r *relay) report() {
 	report, s := r.holder.Report(r.clock(r.w.now)), r.to()
 	r.w.send(&r.machine, &s.machine, func() {
-		s.hears(r, func() { s.grantor.Report(s.clock(s.w.now), &report) })
+		s.hears(r, func() {
+			r.spoke = s.w.now
+			s.grantor.Report(s.clock(s.w.now), &report)
+		})
 	})
 }
 

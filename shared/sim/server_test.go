@@ -68,7 +68,7 @@ func (w *world) electUnheard(s *server, unheard time.Duration) {
 			return
 		}
 		// The barrier is applied: the leader begins from what the log gave.
-		s.leads = true
+		s.leads, w.led = true, w.now
 		s.grantor = lease.NewGrantor(w.cfg, w.log.state.table, 1, term, s.clock(w.now))
 		for _, id := range w.limits {
 			w.checker.aware[id] = w.now

@@ -36,6 +36,7 @@ type world struct {
 	forgetful bool                 // the log is not kept
 	pace      time.Duration        // how many times more seldom relays look around
 	count     int                  // events
+	led       time.Duration        // since when the leader leads
 }
 
 type event struct {
