@@ -285,6 +285,10 @@ func causeOf(a *relay.Attempt) (c reflex.Cause) {
 func (k *Keeper) laneOf(p *engine.Place, now time.Time) *lane {
 	if l := k.lanes[p.Lane]; l != nil {
 		l.bind, l.epoch = p.Source.Bind, p.Source.Epoch
+		if l.pool != p.Key.Pool { // the source was moved: other brakes may be for it
+			l.pool, k.stale = p.Key.Pool, true
+			k.wake()
+		}
 		return l
 	}
 	if len(k.lanes) >= maxLanes && !k.sweep(now) {

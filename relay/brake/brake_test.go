@@ -315,6 +315,39 @@ func TestABrakeOutlivesItsTimeOnARelayThatIsCutOff(t *testing.T) {
 		if len(w.gates) != c.gates {
 			t.Errorf("after %v: %d gates", c.at, len(w.gates))
 		}
+		for id := range w.gates {
+			h, _ := w.k.Explain(id)
+			if !h.Until.IsZero() && !h.Until.After(w.now) {
+				t.Errorf("after %v mail can go at %v, which is over", c.at, h.Until)
+			}
+			for _, part := range []string{"its time ended at 2026-05-04T08:01:00Z", "until control is heard, or until 2026-05-04T09:01:00Z"} {
+				if c.trusted && !strings.Contains(h.Text, part) {
+					t.Errorf("after %v: %q lacks %q", c.at, h.Text, part)
+				}
+			}
+		}
+	}
+}
+
+// A source that is moved to another pool is slowed down by the brakes of that.
+func TestASourceMovesToAnotherPool(t *testing.T) {
+	to := ids.Pool{8}
+	w := newWorld(t, policy.Brake{ID: ids.Brake{7}, Pool: to, Percent: 10, Cause: "x", Owner: "anna", CreatedAt: start})
+	w.session(sourceA, "google", tenant, "gmail.example")
+	if len(w.gates) != 0 {
+		t.Fatalf("mail of another pool is slowed down: %+v", w.gates)
+	}
+	p := &engine.Place{Lane: schedule.Lane{Source: sourceA, Provider: "google"}, Key: schedule.Key{Tenant: tenant, Pool: to, Domain: "gmail.example"}}
+	if h := w.k.Connect(w.now, p); h.Reason != "" {
+		t.Fatal(h)
+	}
+	w.k.look()
+	if g := w.only(); g.Match.Source != sourceA || g.Messages.Max == 0 {
+		t.Errorf("%+v", g)
+	}
+	w.session(sourceA, "google", tenant, "gmail.example")
+	if len(w.gates) != 0 {
+		t.Errorf("it is back, and still slowed down: %+v", w.gates)
 	}
 }
 

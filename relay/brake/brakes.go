@@ -239,11 +239,11 @@ func (k *Keeper) refuses(p *engine.Place, l *lane, begins bool, now time.Time) e
 			continue
 		}
 		if b.Percent == 0 {
-			return holdOf(b, now.Add(mixedWait))
+			return holdOf(b, now, now.Add(mixedWait))
 		}
 		if begins && l != nil {
 			if wait := k.paceOf(b, l, now).take(now); wait > 0 {
-				return holdOf(b, now.Add(wait))
+				return holdOf(b, now, now.Add(wait))
 			}
 		}
 	}
@@ -271,17 +271,34 @@ func (p *pace) take(now time.Time) time.Duration {
 	return wait
 }
 
+// endOf is when a brake ends by itself, if nobody tells more; zero: that is not
+// known.
+func endOf(b *policy.Brake, now time.Time) time.Time {
+	for _, end := range []time.Time{b.Until, b.Until.Add(policy.BrakeGrace)} {
+		if !b.Until.IsZero() && end.After(now) {
+			return end
+		}
+	}
+	return time.Time{}
+}
+
 // holdOf words a brake.
-func holdOf(b *policy.Brake, until time.Time) engine.Hold {
+func holdOf(b *policy.Brake, now, until time.Time) engine.Hold {
 	level := "holds it"
 	if b.Percent > 0 {
 		level = fmt.Sprintf("lets through %d %% of what policy allows", b.Percent)
 	}
 	text := fmt.Sprintf("a brake of %s %s: %s", b.Owner, level, b.Cause)
-	if b.Until.IsZero() {
+	switch end := endOf(b, now); {
+	case b.Until.IsZero():
 		text += "; until it is cancelled"
-	} else {
+	case b.Until.After(now):
 		text += "; until " + b.Until.UTC().Format(time.RFC3339)
+	default: // a relay that is cut off tightens and never relaxes
+		text += "; its time ended at " + b.Until.UTC().Format(time.RFC3339) + ", it stays until control is heard"
+		if !end.IsZero() {
+			text += ", or until " + end.UTC().Format(time.RFC3339)
+		}
 	}
 	return engine.Hold{Reason: ownerBrake, Name: b.ID.String(), Scope: scopeOf(b), Text: text, Until: until}
 }
@@ -317,7 +334,8 @@ func (k *Keeper) Explain(gate schedule.GateID) (engine.Hold, bool) {
 		id := k.byNumber[gate.Number].brake
 		for i := range k.brakes {
 			if k.brakes[i].ID == id {
-				return holdOf(&k.brakes[i], k.brakes[i].Until), true
+				now := k.cfg.Now()
+				return holdOf(&k.brakes[i], now, endOf(&k.brakes[i], now)), true
 			}
 		}
 	}

@@ -68,7 +68,7 @@ func (k *Keeper) tellBrakes(before []policy.Brake, now time.Time) {
 
 func eventOf(kind outbox.Type, b *policy.Brake, now time.Time) outbox.Event {
 	e := outbox.Event{Type: kind, At: now, Brake: b.ID, Source: b.Source, Provider: b.Provider, Pool: b.Pool, Tenant: b.Tenant, Address: string(b.Domain),
-		Class: "hold", Reply: relay.Reply{Text: holdOf(b, b.Until).Text}, Next: b.Until, Actor: b.Owner}
+		Class: "hold", Reply: relay.Reply{Text: holdOf(b, now, b.Until).Text}, Next: b.Until, Actor: b.Owner}
 	if b.Percent > 0 {
 		e.Class = "slow"
 	}
