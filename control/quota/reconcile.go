@@ -133,8 +133,7 @@ func limitCommands(r *state.Reader) ([]*command.LimitsSet, error) {
 	for _, l := range r.SharedLimits() {
 		present[limitKey{l.Name, l.Kind}] = l
 	}
-	var drop []uint64
-	var puts []*command.SharedLimit
+	var changes, drops []limitChange
 	for i := range doc.Limits.Limit {
 		e := &doc.Limits.Limit[i]
 		limits, err := e.Leases()
@@ -145,9 +144,10 @@ func limitCommands(r *state.Reader) ([]*command.LimitsSet, error) {
 			key := limitKey{e.Name, limit.Kind}
 			wanted[key] = true
 			next := control.SharedLimit{Limit: limit, Name: e.Name, Provider: e.Provider, Tenant: e.Tenant, Domain: e.Domain, Pool: e.Pool}
+			change := limitChange{put: command.SharedLimitRecord(&next)}
 			if old := present[key]; old != nil {
 				if old.Per != limit.Per {
-					drop = append(drop, uint64(old.ID)) // what is held of it means nothing under the new one
+					change.drop = old.ID // what is held of it means nothing under the new one
 				} else {
 					same := next
 					same.ID, same.Revision = old.ID, old.Revision
@@ -156,31 +156,45 @@ func limitCommands(r *state.Reader) ([]*command.LimitsSet, error) {
 					}
 				}
 			}
-			puts = append(puts, command.SharedLimitRecord(&next))
+			changes = append(changes, change)
 		}
 	}
 	for _, l := range r.SharedLimits() {
 		if !wanted[limitKey{l.Name, l.Kind}] {
-			drop = append(drop, uint64(l.ID))
+			drops = append(drops, limitChange{drop: l.ID})
 		}
 	}
-	return limitSets(drop, puts, r.Lease().Config, doc.Limits.Lease.Config()), nil
+	return limitSets(append(changes, drops...), r.Lease().Config, doc.Limits.Lease.Config()), nil
 }
 
-// limitSets divides a change among commands: what goes comes first.
-func limitSets(drop []uint64, puts []*command.SharedLimit, before, after lease.Config) []*command.LimitsSet {
+// limitChange is a limit that goes, one that comes or changes, or one that comes in
+// the place of another.
+type limitChange struct {
+	drop lease.LimitID        // 0: none
+	put  *command.SharedLimit // nil: none
+}
+
+// limitSets divides a change among commands, after each of which relays may have a
+// view: mail that is limited before and after it is limited in between. So a limit
+// goes in the command of the one that comes in its place, and for good at last.
+func limitSets(changes []limitChange, before, after lease.Config) []*command.LimitsSet {
 	meta := &command.Meta{Actor: "system", Reason: "section limits of the policy"}
 	var out []*command.LimitsSet
 	if before != after {
 		out = append(out, &command.LimitsSet{Meta: meta, Config: command.LeaseConfigRecord(after)})
 	}
-	for len(drop)+len(puts) > 0 {
-		c := &command.LimitsSet{Meta: meta}
-		n := min(len(drop), command.MaxLimitsInSet)
-		c.Drop, drop = drop[:n], drop[n:]
-		m := min(len(puts), command.MaxLimitsInSet-n)
-		c.Put, puts = puts[:m], puts[m:]
-		out = append(out, c)
+	named := command.MaxLimitsInSet
+	for _, change := range changes {
+		if named+2 > command.MaxLimitsInSet {
+			out, named = append(out, &command.LimitsSet{Meta: meta}), 0
+		}
+		c := out[len(out)-1]
+		if change.drop != 0 {
+			c.Drop, named = append(c.Drop, uint64(change.drop)), named+1
+		}
+		if change.put != nil {
+			c.Put, named = append(c.Put, change.put), named+1
+		}
 	}
 	return out
 }
