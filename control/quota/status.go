@@ -13,10 +13,10 @@ import (
 // requestStatus asks the leader who holds and wants how much of some limits.
 const requestStatus = "quota-status"
 
-const (
-	maxStatusLimits = 200
-	statusTimeout   = 5 * time.Second
-)
+// MaxStatusLimits is how many limits one question is about at most.
+const MaxStatusLimits = 200
+
+const statusTimeout = 5 * time.Second
 
 // HolderStatus is what the leader knows of one relay's part in one limit.
 type HolderStatus struct {
@@ -80,7 +80,7 @@ func (l *Lease) statusHere(ctx context.Context, limits []lease.LimitID) ([]Holde
 // Status returns what the leader knows of who holds and wants how much of some
 // limits, 200 at most. The error is Unavailable while nobody lends.
 func (q *Quota) Status(ctx context.Context, limits []lease.LimitID) ([]HolderStatus, error) {
-	limits = limits[:min(len(limits), maxStatusLimits)]
+	limits = limits[:min(len(limits), MaxStatusLimits)]
 	if _, leads := q.o.Cluster.Term(); leads {
 		return q.leaseStatus(ctx, limits)
 	}
@@ -104,5 +104,5 @@ func (q *Quota) onStatus(ctx context.Context, _ ids.Node, body []byte) (any, err
 	if err := json.Unmarshal(body, &limits); err != nil {
 		return nil, fault.Wrap(err, fault.Invalid, "quota.onStatus", "the request cannot be read")
 	}
-	return q.leaseStatus(ctx, limits[:min(len(limits), maxStatusLimits)])
+	return q.leaseStatus(ctx, limits[:min(len(limits), MaxStatusLimits)])
 }

@@ -2,6 +2,7 @@ package service
 
 import (
 	"context"
+	"fmt"
 	"net/netip"
 	"slices"
 	"strings"
@@ -73,7 +74,6 @@ func (s *Service) limitViews(ctx context.Context, r *state.Reader, wanted func(*
 	for _, l := range r.SharedLimits() {
 		if wanted(l) {
 			out = append(out, LimitView{SharedLimit: *l, NotKept: notKept})
-			numbers = append(numbers, l.ID)
 		}
 	}
 	slices.SortFunc(out, func(x, y LimitView) int {
@@ -82,6 +82,9 @@ func (s *Service) limitViews(ctx context.Context, r *state.Reader, wanted func(*
 		}
 		return int(x.Kind) - int(y.Kind)
 	})
+	for i := range out[:min(len(out), quota.MaxStatusLimits)] {
+		numbers = append(numbers, out[i].ID)
+	}
 	known, problem := map[holderKey]*quota.HolderStatus{}, ""
 	if live && len(numbers) > 0 {
 		known, problem = s.askLender(ctx, numbers)
@@ -92,7 +95,9 @@ func (s *Service) limitViews(ctx context.Context, r *state.Reader, wanted func(*
 	}
 	for i := range out {
 		v := &out[i]
-		v.Problem = problem
+		if v.Problem = problem; live && problem == "" && i >= quota.MaxStatusLimits {
+			v.Problem = fmt.Sprintf("the leader was asked about the first %d limits: select less mail, or name the limit", quota.MaxStatusLimits)
+		}
 		s.fillHolders(r, v, relays, known)
 	}
 	return out
