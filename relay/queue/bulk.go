@@ -18,8 +18,15 @@ const (
 	maxStepMessages    = 4096
 	maxStepRecipients  = 16_384
 	maxBatchRecipients = 1024
-	maxLockedMessages  = 64 // handled without letting go of the queue's lock
+	maxLockedMessages  = 64   // handled without letting go of the queue's lock
+	maxEndBytes        = 3584 // that the end of one recipient writes: keys, state and event, with the longest reply and words
 )
+
+// workLimit is the most recipients that one piece of work may have so that one
+// transaction of the store ends it.
+func workLimit(st *store.Store) int {
+	return int(min(st.Stats().MaxBatchBytes/maxEndBytes, maxBatchRecipients))
+}
 
 // target is a message that an action may concern.
 type target struct {
@@ -420,8 +427,9 @@ func (q *Queue) endAll(ctx context.Context, works []*Work, results func(*Work) [
 	return done, err
 }
 
-// commitEndings is Finish for several works in one transaction, without
-// attempts and without mail that follows. done runs on the commit goroutine.
+// commitEndings is Finish for several works in one transaction, those of one
+// message side by side, without attempts and without mail that follows. done runs
+// on the commit goroutine.
 func (q *Queue) commitEndings(ctx context.Context, ends []*ending, done func(error)) {
 	q.commitEndingsWith(ctx, ends, nil, done)
 }
@@ -451,10 +459,14 @@ func (q *Queue) commitEndingsWith(ctx context.Context, ends []*ending, also func
 		done(err)
 		return
 	}
-	for i, end := range ends {
-		end.w.state = workEnding
-		q.writeStates(b, end, sc)
-		if i%maxLockedMessages == maxLockedMessages-1 {
+	for at, messages := 0, 0; at < len(ends); {
+		next := at + 1
+		for next < len(ends) && ends[next].w.msg == ends[at].w.msg {
+			next++
+		}
+		q.writeEndings(b, ends[at:next], sc)
+		at = next
+		if messages++; messages%maxLockedMessages == 0 {
 			q.mu.Unlock() // for those who deliver meanwhile
 			q.mu.Lock()
 		}

@@ -33,7 +33,7 @@ func (q *Queue) NextDeadline() (time.Time, bool) {
 }
 
 // PopExpired returns work for up to most messages past their deadline (RFC 5321
-// section 4.5.4.1), whatever their state, one piece for each work queue.
+// section 4.5.4.1), whatever their state, a piece for each work queue or several.
 // Recipients in callers' hands are left out: the engine gives them no further
 // attempt, and what comes back waiting is found here again. The caller ends the
 // work with Finish and StateExpired. Nothing expires while the clock is not
@@ -113,7 +113,9 @@ func (q *Queue) expire(m *message, deadline item) []*Work {
 }
 
 // takeOpen moves all recipients that nobody owns, that are not final and that
-// are wanted (nil: all) into the caller's hands. Call with the lock held.
+// are wanted (nil: all) into the caller's hands. A piece of work holds as many as
+// one transaction can end, however long the replies are that they got. Call with
+// the lock held.
 func (q *Queue) takeOpen(m *message, read readMessage, wanted func(index uint16, s *relay.RecipientState) bool) []*Work {
 	var out []*Work
 	var byQueue map[*workQueue]*Work
@@ -140,7 +142,10 @@ func (q *Queue) takeOpen(m *message, read readMessage, wanted func(index uint16,
 		var w *Work
 		if n := len(out); n > 0 && out[n-1].wq == wq {
 			w = out[n-1] // recipients of one domain stand together
-		} else if w = byQueue[wq]; w == nil {
+		} else {
+			w = byQueue[wq]
+		}
+		if w == nil || len(w.Recipients) == q.workLimit {
 			w = &Work{Queue: wq.number, Key: wq.key, Env: m.env, msg: m, wq: wq}
 			out = append(out, w)
 			if m.total > 1 {

@@ -50,7 +50,7 @@ type ending struct {
 	at      []int // position in w.Recipients of each result
 	mails   []*placedMail
 	finals  int
-	removes bool // the batch removes the whole message
+	removes bool // the batch removes the whole message, of whose ends in it this is the last
 	deleted int  // waiting keys
 }
 
@@ -102,8 +102,8 @@ func (q *Queue) Finish(w *Work, a *relay.Attempt, results []Result, extra []Mail
 		done(err)
 		return
 	}
-	w.state = workEnding
-	q.writeStates(b, end, sc)
+	ends := [1]*ending{end}
+	q.writeEndings(b, ends[:], sc)
 	q.mu.Unlock()
 	scratchPool.Put(sc)
 	q.st.CommitAsync(b, func(err error) {
@@ -190,16 +190,34 @@ func fillAttempt(e *outbox.Event, a *relay.Attempt) {
 	e.StartedAt, e.EndedAt = a.StartedAt, a.EndedAt
 }
 
-// writeStates writes what Finish changes about the recipients and decides
-// whether the message goes with it. Call with the lock held.
-func (q *Queue) writeStates(b *store.Batch, end *ending, sc *scratch) {
+// writeEndings writes what the ends of works of one message change about its
+// recipients, all of them in one transaction, and decides whether the message
+// goes with them. Call with the lock held.
+func (q *Queue) writeEndings(b *store.Batch, ends []*ending, sc *scratch) {
+	last := ends[len(ends)-1]
+	m := last.w.msg
+	last.removes = q.lastOnes(m, ends)
+	for _, end := range ends {
+		end.w.state = workEnding
+		q.writeStates(b, end, last.removes, sc)
+	}
+	if last.removes {
+		m.removing = true
+		stored := m.total > 1 || last.w.held[0].stored
+		q.writeRemoval(b, m.env, stored, sc)
+	}
+	q.storeFloor(b, q.deadlines, sc)
+}
+
+// writeStates writes what one end changes about its recipients; removed says that
+// the whole message goes. Call with the lock held.
+func (q *Queue) writeStates(b *store.Batch, end *ending, removed bool, sc *scratch) {
 	w, m := end.w, end.w.msg
 	id := m.id
 	if w.journaled {
 		sc.key = store.AppendAttemptKey(sc.key[:0], id, w.Recipients[0].Index)
 		b.Delete(sc.key)
 	}
-	end.removes = end.finals > 0 && q.lastOnes(m, end)
 	for i := range end.results {
 		r, h := &end.results[i], w.held[end.at[i]]
 		if h.waits {
@@ -208,7 +226,7 @@ func (q *Queue) writeStates(b *store.Batch, end *ending, sc *scratch) {
 			end.deleted++
 		}
 		q.writeHeld(b, id, r, h.hold, sc)
-		if !end.removes {
+		if !removed {
 			sc.key = store.AppendStateKey(sc.key[:0], id, r.Index)
 			sc.value = appendState(sc.value[:0], &r.State)
 			b.Set(sc.key, sc.value)
@@ -223,32 +241,32 @@ func (q *Queue) writeStates(b *store.Batch, end *ending, sc *scratch) {
 			b.Set(sc.key, nil)
 		}
 	}
-	if end.removes {
-		m.removing = true
-		stored := m.total > 1 || w.held[0].stored
-		q.writeRemoval(b, m.env, stored, sc)
-	}
 	m.pending++
 	w.wq.pins++
 	w.wq.removed += end.deleted
 	q.storeFloor(b, w.wq, sc)
-	q.storeFloor(b, q.deadlines, sc)
 }
 
-// lastOnes reports whether with these results the whole message is final. Only
-// what is durable counts, so it is left to the later of two commits under way
-// to find out (see finished). Call with the lock held.
-func (q *Queue) lastOnes(m *message, end *ending) bool {
-	if m.total == 1 {
-		return true
+// lastOnes reports whether with these ends the whole message is final. Only what
+// is durable or in the same transaction counts, so it is left to the later of two
+// commits under way to find out (see finished). Call with the lock held.
+func (q *Queue) lastOnes(m *message, ends []*ending) bool {
+	finals := 0
+	for _, end := range ends {
+		finals += end.finals
+	}
+	if finals == 0 || m.total == 1 {
+		return finals > 0
 	}
 	if m.pending > 0 || m.removing || !m.known {
 		return false
 	}
 	left := m.open()
-	for i := range end.results {
-		if end.results[i].State.State.Final() && !m.isFinal(end.results[i].Index) {
-			left--
+	for _, end := range ends {
+		for i := range end.results {
+			if end.results[i].State.State.Final() && !m.isFinal(end.results[i].Index) {
+				left--
+			}
 		}
 	}
 	return left == 0

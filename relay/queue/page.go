@@ -415,6 +415,18 @@ func (q *Queue) dropIdle() {
 	}
 }
 
+// beginCount returns what there is to count at the start, and forgets what was
+// counted of it already: the reports that recovery made are in it. Call with the
+// lock held, and no commit under way.
+func (q *Queue) beginCount() *store.Snapshot {
+	q.waiting, q.counted = 0, false
+	clear(q.heldBy)
+	for _, wq := range q.byNumber {
+		wq.waits = 0
+	}
+	return q.st.Snapshot()
+}
+
 // countWaiting counts what waited at start, in the background.
 func (q *Queue) countWaiting(snap *store.Snapshot) {
 	defer q.done.Done()
@@ -446,7 +458,9 @@ func (q *Queue) countWaiting(snap *store.Snapshot) {
 	}
 	q.mu.Lock()
 	for rule, n := range held {
-		q.heldBy[rule] += n
+		if q.heldBy[rule] += n; q.rules[rule] == nil && q.heldBy[rule] == 0 {
+			delete(q.heldBy, rule) // it was released meanwhile
+		}
 	}
 	for number, n := range waits {
 		if wq := q.byNumber[number]; wq != nil {

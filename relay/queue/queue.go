@@ -196,6 +196,7 @@ type Queue struct {
 	metrics *queueMetrics
 	sizes   sizes
 
+	workLimit  int // see takeOpen
 	operations operations
 
 	mu         sync.Mutex
@@ -307,6 +308,12 @@ func (q *Queue) violation(text string, args ...any) error {
 // reference. Call with the lock held.
 func (q *Queue) messageFor(id ids.Message) *message {
 	m := q.live[id]
+	if m != nil && m.gone {
+		// Somebody still looks at what is gone from disk, and it came anew:
+		// another relay had it and handed it back.
+		q.fresh.remove(m)
+		m = nil
+	}
 	if m == nil {
 		m = &message{id: id}
 		q.live[id] = m
@@ -355,7 +362,7 @@ func Open(ctx context.Context, st *store.Store, ob *outbox.Outbox, cfg Config) (
 		return nil, fault.New(fault.Internal, "queue.Open", "Now and Logger are required")
 	}
 	q := &Queue{
-		st: st, ob: ob, cfg: cfg, log: cfg.Logger, metrics: newMetrics(), sizes: cfg.sizes,
+		st: st, ob: ob, cfg: cfg, log: cfg.Logger, metrics: newMetrics(), sizes: cfg.sizes, workLimit: workLimit(st),
 		policy: cfg.Policy, maxInbound: cfg.MaxInbound,
 		byKey: make(map[Key]*workQueue), byNumber: make(map[Number]*workQueue), nextNumber: 1,
 		deadlines: &workQueue{}, live: make(map[ids.Message]*message), flights: make(map[*Work]struct{}), leaving: make(map[ids.Message]int64),
@@ -391,7 +398,7 @@ func Open(ctx context.Context, st *store.Store, ob *outbox.Outbox, cfg Config) (
 		q.wantPage(wq)
 	}
 	q.wantPage(q.deadlines)
-	count := st.Snapshot()
+	count := q.beginCount()
 	q.mu.Unlock()
 	q.done.Add(3)
 	go q.pageLoop()

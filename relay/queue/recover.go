@@ -73,7 +73,8 @@ func (q *Queue) recover(ctx context.Context) error {
 }
 
 // resolve writes what becomes of one journalled attempt's recipients. It runs
-// before anything is taken, so the disk is all there is.
+// before anything is taken, so the disk is all there is, and what it books stands,
+// because without its commit the queue does not open.
 func (q *Queue) resolve(b *store.Batch, j journalEntry, told *[]*placedMail) (again, unknown int, err error) {
 	read, err := q.readMessage(j.attempt.Message, nil)
 	if fault.Is(err, fault.NotFound) {
@@ -86,6 +87,7 @@ func (q *Queue) resolve(b *store.Batch, j journalEntry, told *[]*placedMail) (ag
 	sc := &scratch{}
 	m := &message{id: j.attempt.Message}
 	q.learn(m, read)
+	wq := q.byNumber[j.queue] // nil: its record is lost, which the check of the queue finds
 	var ended []Result
 	for _, index := range j.indexes {
 		if int(index) >= m.total || m.isFinal(index) {
@@ -96,7 +98,11 @@ func (q *Queue) resolve(b *store.Batch, j journalEntry, told *[]*placedMail) (ag
 			s = relay.RecipientState{State: relay.StateWaiting, Next: time.UnixMilli(m.firstDue)}
 		}
 		if s.State == relay.StateWaiting {
-			b.Delete(store.AppendWaitingKey(nil, uint32(j.queue), store.Milliseconds(s.Next), m.id, index))
+			due := store.Milliseconds(s.Next)
+			b.Delete(store.AppendWaitingKey(nil, uint32(j.queue), due, m.id, index))
+			if wq != nil {
+				q.leave(wq, pos{due, m.id, index})
+			}
 		}
 		q.doubt(&s, now, m.env.ExpiresAt)
 		s.LastAttempt, s.LastMX = j.attempt.StartedAt, j.attempt.MX
@@ -108,8 +114,11 @@ func (q *Queue) resolve(b *store.Batch, j journalEntry, told *[]*placedMail) (ag
 			sc.ev.Next = s.Next
 			due := store.Milliseconds(s.Next)
 			b.Set(store.AppendWaitingKey(nil, uint32(j.queue), due, m.id, index), nil)
-			if wq := q.byNumber[j.queue]; wq != nil {
+			if wq != nil {
+				// Pages are read from the floor on that was there at the start. A
+				// clock that was set back makes it due before that.
 				q.lowerFloor(b, wq, due, sc)
+				q.enqueue(wq, item{pos: pos{due, m.id, index}})
 			}
 		} else {
 			unknown++

@@ -356,7 +356,9 @@ func (q *Queue) forgetRule(r *activeRule) error {
 	}
 	q.mu.Lock()
 	delete(q.rules, r.ID)
-	delete(q.heldBy, r.ID)
+	if q.counted { // otherwise it says how many of those that are being counted were released
+		delete(q.heldBy, r.ID)
+	}
 	q.mu.Unlock()
 	return nil
 }
