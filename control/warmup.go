@@ -13,6 +13,10 @@ import (
 // WarmVersion is the version of the commands that brought warm-up.
 const WarmVersion = 4
 
+// WarmTellVersion is the version of the commands in which relays tell what
+// providers answered, and days are judged by that.
+const WarmTellVersion = 5
+
 // WarmKind says what warms up.
 type WarmKind string
 
@@ -167,6 +171,12 @@ func WarmNode(id ids.Node) warmup.Node { return warmup.Node(binary.BigEndian.Uin
 // WarmOutcome is what a WarmBatch led to, item by item.
 type WarmOutcome struct {
 	Replies []WarmReply
+}
+
+// WarmHeard is what a WarmTell led to: of each item, the attempts that are known now.
+// Below those that were told, it was not taken: the day is over, or nothing warms up.
+type WarmHeard struct {
+	Attempts []int64
 }
 
 // WarmReply is the state of a reservation after an item.

@@ -25,15 +25,28 @@ type WarmUp struct {
 
 // WarmUpClass is where it stands with a class of providers. Counts are of recipients.
 type WarmUpClass struct {
-	Class       string `json:"class"`
-	Stage       int    `json:"stage"`
-	LastStage   int    `json:"last_stage,omitempty" doc:"The first that allows the target; missing if the plan is gone from the policy"`
-	Quota       uint64 `json:"quota" doc:"Of today"`
-	Reserved    uint64 `json:"reserved" doc:"By relays, of today"`
-	Used        uint64 `json:"used" doc:"Of today, as far as relays have told; they do every 10 s"`
-	Yesterday   uint64 `json:"used_yesterday"`
-	PausedUntil string `json:"paused_until,omitempty"`
-	Why         string `json:"why,omitempty" doc:"Of the last judgement"`
+	Class       string      `json:"class"`
+	Stage       int         `json:"stage"`
+	LastStage   int         `json:"last_stage,omitempty" doc:"The first that allows the target; missing if the plan is gone from the policy"`
+	Quota       uint64      `json:"quota" doc:"Of today"`
+	Reserved    uint64      `json:"reserved" doc:"By relays, of today"`
+	Used        uint64      `json:"used" doc:"Of today, as far as relays have told; they do every 10 s"`
+	Yesterday   uint64      `json:"used_yesterday"`
+	Answers     WarmAnswers `json:"answers" doc:"What providers answered today, as far as relays have told"`
+	Before      WarmAnswers `json:"answers_yesterday"`
+	PausedUntil string      `json:"paused_until,omitempty"`
+	Why         string      `json:"why,omitempty" doc:"Of the last judgement"`
+}
+
+// WarmAnswers is what providers answered, in recipients of attempts: one who is
+// deferred and tried again counts at each attempt.
+type WarmAnswers struct {
+	Attempts   int64 `json:"attempts" doc:"That were answered"`
+	Accepted   int64 `json:"accepted"`
+	Deferred   int64 `json:"deferred"`
+	Blocked    int64 `json:"blocked" doc:"Refused for good because of who sends, or of the content"`
+	Hard       int64 `json:"hard" doc:"Refused for good because there is no such recipient"`
+	Signatures int64 `json:"signatures" doc:"Attempts, deferred or refused, whose reply says that the address is blocked"`
 }
 
 // WarmProof is a volume that was shown to be welcome.
@@ -49,7 +62,8 @@ func warmUpOf(v service.WarmUpView) WarmUp {
 		out.Proven = append(out.Proven, WarmProof{Class: p.Class, Volume: p.Volume, Evidence: p.Evidence})
 	}
 	for _, c := range v.Classes {
-		class := WarmUpClass{Class: c.Class, Stage: c.Stage, LastStage: c.LastStage, Quota: c.Quota, Reserved: c.Reserved, Used: c.Used, Yesterday: c.Yesterday, Why: c.Why}
+		class := WarmUpClass{Class: c.Class, Stage: c.Stage, LastStage: c.LastStage, Quota: c.Quota, Reserved: c.Reserved, Used: c.Used, Yesterday: c.Yesterday, Why: c.Why,
+			Answers: WarmAnswers(c.Answers), Before: WarmAnswers(c.Before)}
 		if c.Paused != 0 {
 			class.PausedUntil = c.Paused.String()
 		}

@@ -6,13 +6,14 @@ import "github.com/relais-mta/relais/control"
 // since 1970 or a small number.
 const MaxGeneration = 1 << 40
 
-// firstTypes, secondTypes and thirdTypes are the last type numbers of versions 1, 2
-// and 3 of the commands. What was added later is logged only when every server of the cluster
+// firstTypes to fourthTypes are the last type numbers of versions 1 to 4 of the
+// commands. What was added later is logged only when every server of the cluster
 // knows it.
 const (
 	firstTypes  = 20
 	secondTypes = 59
 	thirdTypes  = 80
+	fourthTypes = 113
 )
 
 // Since returns the first version of the commands that has the type.
@@ -26,7 +27,10 @@ func Since(t Type) uint16 {
 	if t&^IgnorableBit <= thirdTypes {
 		return 3
 	}
-	return 4
+	if t&^IgnorableBit <= fourthTypes {
+		return 4
+	}
+	return 5
 }
 
 // RecoveryRecord returns the record of the row.

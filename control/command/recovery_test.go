@@ -25,6 +25,9 @@ func TestOldServersApplyWhatTheyKnow(t *testing.T) {
 		if TypeOf(c) > TypeCredentialPutScoped && TypeOf(c)&IgnorableBit == 0 {
 			want = 4
 		}
+		if TypeOf(c) >= TypeWarmTell && TypeOf(c)&IgnorableBit == 0 {
+			want = 5
+		}
 		if got := binary.BigEndian.Uint16(b[1:]); got != want {
 			t.Errorf("%s is stamped with version %d, want %d", TypeOf(c), got, want)
 		}

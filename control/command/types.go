@@ -57,6 +57,7 @@ const (
 	TypeWarmRoll  Type = 92
 	TypeWarmJudge Type = 93
 	TypeWarmBatch Type = 94
+	TypeWarmTell  Type = 120
 
 	TypeStateHash Type = 1 | IgnorableBit // says nothing that changes the state
 )
@@ -118,6 +119,7 @@ var registry = []registration{
 	{TypeWarmRoll, "warm-up.roll", func() Command { return new(WarmRoll) }},
 	{TypeWarmJudge, "warm-up.judge", func() Command { return new(WarmJudge) }},
 	{TypeWarmBatch, "warm-up.batch", func() Command { return new(WarmBatch) }},
+	{TypeWarmTell, "warm-up.tell", func() Command { return new(WarmTell) }},
 	{TypeCredentialPutScoped, "credential.put-scoped", func() Command { return new(CredentialPutScoped) }},
 	{TypeBrakeSet, "brake.set", func() Command { return new(BrakeSet) }},
 	{TypeBrakeCancel, "brake.cancel", func() Command { return new(BrakeCancel) }},

@@ -34,6 +34,8 @@ func warmType(c Command) Type {
 		return TypeWarmJudge
 	case *WarmBatch:
 		return TypeWarmBatch
+	case *WarmTell:
+		return TypeWarmTell
 	}
 	return 0
 }

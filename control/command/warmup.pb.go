@@ -1140,6 +1140,184 @@ func (x *WarmItem) GetUsed() uint32 {
 	return 0
 }
 
+// WarmTell is what providers answered to relays, cumulative over the day.
+type WarmTell struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Meta          *Meta                  `protobuf:"bytes,1,opt,name=meta,proto3" json:"meta,omitempty"`
+	Items         []*WarmTold            `protobuf:"bytes,2,rep,name=items,proto3" json:"items,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WarmTell) Reset() {
+	*x = WarmTell{}
+	mi := &file_control_command_warmup_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WarmTell) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WarmTell) ProtoMessage() {}
+
+func (x *WarmTell) ProtoReflect() protoreflect.Message {
+	mi := &file_control_command_warmup_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WarmTell.ProtoReflect.Descriptor instead.
+func (*WarmTell) Descriptor() ([]byte, []int) {
+	return file_control_command_warmup_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *WarmTell) GetMeta() *Meta {
+	if x != nil {
+		return x.Meta
+	}
+	return nil
+}
+
+func (x *WarmTell) GetItems() []*WarmTold {
+	if x != nil {
+		return x.Items
+	}
+	return nil
+}
+
+// WarmTold is a warmup.Told.
+type WarmTold struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Subject       uint64                 `protobuf:"varint,1,opt,name=subject,proto3" json:"subject,omitempty"`
+	Class         uint32                 `protobuf:"varint,2,opt,name=class,proto3" json:"class,omitempty"`
+	Day           int32                  `protobuf:"zigzag32,3,opt,name=day,proto3" json:"day,omitempty"`
+	Node          []byte                 `protobuf:"bytes,4,opt,name=node,proto3" json:"node,omitempty"`
+	Epoch         uint64                 `protobuf:"varint,5,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	Attempts      uint32                 `protobuf:"varint,6,opt,name=attempts,proto3" json:"attempts,omitempty"`
+	Accepted      uint32                 `protobuf:"varint,7,opt,name=accepted,proto3" json:"accepted,omitempty"`
+	Deferred      uint32                 `protobuf:"varint,8,opt,name=deferred,proto3" json:"deferred,omitempty"`
+	Blocked       uint32                 `protobuf:"varint,9,opt,name=blocked,proto3" json:"blocked,omitempty"`
+	Hard          uint32                 `protobuf:"varint,10,opt,name=hard,proto3" json:"hard,omitempty"`
+	Signatures    uint32                 `protobuf:"varint,11,opt,name=signatures,proto3" json:"signatures,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WarmTold) Reset() {
+	*x = WarmTold{}
+	mi := &file_control_command_warmup_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WarmTold) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WarmTold) ProtoMessage() {}
+
+func (x *WarmTold) ProtoReflect() protoreflect.Message {
+	mi := &file_control_command_warmup_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WarmTold.ProtoReflect.Descriptor instead.
+func (*WarmTold) Descriptor() ([]byte, []int) {
+	return file_control_command_warmup_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *WarmTold) GetSubject() uint64 {
+	if x != nil {
+		return x.Subject
+	}
+	return 0
+}
+
+func (x *WarmTold) GetClass() uint32 {
+	if x != nil {
+		return x.Class
+	}
+	return 0
+}
+
+func (x *WarmTold) GetDay() int32 {
+	if x != nil {
+		return x.Day
+	}
+	return 0
+}
+
+func (x *WarmTold) GetNode() []byte {
+	if x != nil {
+		return x.Node
+	}
+	return nil
+}
+
+func (x *WarmTold) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+func (x *WarmTold) GetAttempts() uint32 {
+	if x != nil {
+		return x.Attempts
+	}
+	return 0
+}
+
+func (x *WarmTold) GetAccepted() uint32 {
+	if x != nil {
+		return x.Accepted
+	}
+	return 0
+}
+
+func (x *WarmTold) GetDeferred() uint32 {
+	if x != nil {
+		return x.Deferred
+	}
+	return 0
+}
+
+func (x *WarmTold) GetBlocked() uint32 {
+	if x != nil {
+		return x.Blocked
+	}
+	return 0
+}
+
+func (x *WarmTold) GetHard() uint32 {
+	if x != nil {
+		return x.Hard
+	}
+	return 0
+}
+
+func (x *WarmTold) GetSignatures() uint32 {
+	if x != nil {
+		return x.Signatures
+	}
+	return 0
+}
+
 var File_control_command_warmup_proto protoreflect.FileDescriptor
 
 const file_control_command_warmup_proto_rawDesc = "" +
@@ -1236,7 +1414,25 @@ const file_control_command_warmup_proto_rawDesc = "" +
 	"\x05epoch\x18\x06 \x01(\x04R\x05epoch\x12\x10\n" +
 	"\x03seq\x18\a \x01(\x04R\x03seq\x12\x16\n" +
 	"\x06amount\x18\b \x01(\rR\x06amount\x12\x12\n" +
-	"\x04used\x18\t \x01(\rR\x04usedB.Z,github.com/relais-mta/relais/control/commandb\x06proto3"
+	"\x04used\x18\t \x01(\rR\x04used\"j\n" +
+	"\bWarmTell\x12+\n" +
+	"\x04meta\x18\x01 \x01(\v2\x17.relais.control.v1.MetaR\x04meta\x121\n" +
+	"\x05items\x18\x02 \x03(\v2\x1b.relais.control.v1.WarmToldR\x05items\"\x98\x02\n" +
+	"\bWarmTold\x12\x18\n" +
+	"\asubject\x18\x01 \x01(\x04R\asubject\x12\x14\n" +
+	"\x05class\x18\x02 \x01(\rR\x05class\x12\x10\n" +
+	"\x03day\x18\x03 \x01(\x11R\x03day\x12\x12\n" +
+	"\x04node\x18\x04 \x01(\fR\x04node\x12\x14\n" +
+	"\x05epoch\x18\x05 \x01(\x04R\x05epoch\x12\x1a\n" +
+	"\battempts\x18\x06 \x01(\rR\battempts\x12\x1a\n" +
+	"\baccepted\x18\a \x01(\rR\baccepted\x12\x1a\n" +
+	"\bdeferred\x18\b \x01(\rR\bdeferred\x12\x18\n" +
+	"\ablocked\x18\t \x01(\rR\ablocked\x12\x12\n" +
+	"\x04hard\x18\n" +
+	" \x01(\rR\x04hard\x12\x1e\n" +
+	"\n" +
+	"signatures\x18\v \x01(\rR\n" +
+	"signaturesB.Z,github.com/relais-mta/relais/control/commandb\x06proto3"
 
 var (
 	file_control_command_warmup_proto_rawDescOnce sync.Once
@@ -1250,7 +1446,7 @@ func file_control_command_warmup_proto_rawDescGZIP() []byte {
 	return file_control_command_warmup_proto_rawDescData
 }
 
-var file_control_command_warmup_proto_msgTypes = make([]protoimpl.MessageInfo, 15)
+var file_control_command_warmup_proto_msgTypes = make([]protoimpl.MessageInfo, 17)
 var file_control_command_warmup_proto_goTypes = []any{
 	(*WarmCalendar)(nil),  // 0: relais.control.v1.WarmCalendar
 	(*WarmSubject)(nil),   // 1: relais.control.v1.WarmSubject
@@ -1267,29 +1463,33 @@ var file_control_command_warmup_proto_goTypes = []any{
 	(*WarmJudgement)(nil), // 12: relais.control.v1.WarmJudgement
 	(*WarmBatch)(nil),     // 13: relais.control.v1.WarmBatch
 	(*WarmItem)(nil),      // 14: relais.control.v1.WarmItem
-	(*Meta)(nil),          // 15: relais.control.v1.Meta
+	(*WarmTell)(nil),      // 15: relais.control.v1.WarmTell
+	(*WarmTold)(nil),      // 16: relais.control.v1.WarmTold
+	(*Meta)(nil),          // 17: relais.control.v1.Meta
 }
 var file_control_command_warmup_proto_depIdxs = []int32{
 	2,  // 0: relais.control.v1.WarmSubject.tracks:type_name -> relais.control.v1.WarmTrack
 	3,  // 1: relais.control.v1.WarmSubject.proofs:type_name -> relais.control.v1.WarmProof
 	5,  // 2: relais.control.v1.WarmBlock.lines:type_name -> relais.control.v1.WarmLine
-	15, // 3: relais.control.v1.WarmPut.meta:type_name -> relais.control.v1.Meta
+	17, // 3: relais.control.v1.WarmPut.meta:type_name -> relais.control.v1.Meta
 	6,  // 4: relais.control.v1.WarmPut.steps:type_name -> relais.control.v1.WarmStep
 	7,  // 5: relais.control.v1.WarmPut.quotas:type_name -> relais.control.v1.WarmQuota
 	3,  // 6: relais.control.v1.WarmPut.proofs:type_name -> relais.control.v1.WarmProof
-	15, // 7: relais.control.v1.WarmStop.meta:type_name -> relais.control.v1.Meta
-	15, // 8: relais.control.v1.WarmRoll.meta:type_name -> relais.control.v1.Meta
-	15, // 9: relais.control.v1.WarmJudge.meta:type_name -> relais.control.v1.Meta
+	17, // 7: relais.control.v1.WarmStop.meta:type_name -> relais.control.v1.Meta
+	17, // 8: relais.control.v1.WarmRoll.meta:type_name -> relais.control.v1.Meta
+	17, // 9: relais.control.v1.WarmJudge.meta:type_name -> relais.control.v1.Meta
 	12, // 10: relais.control.v1.WarmJudge.items:type_name -> relais.control.v1.WarmJudgement
 	6,  // 11: relais.control.v1.WarmJudgement.steps:type_name -> relais.control.v1.WarmStep
 	7,  // 12: relais.control.v1.WarmJudgement.quotas:type_name -> relais.control.v1.WarmQuota
-	15, // 13: relais.control.v1.WarmBatch.meta:type_name -> relais.control.v1.Meta
+	17, // 13: relais.control.v1.WarmBatch.meta:type_name -> relais.control.v1.Meta
 	14, // 14: relais.control.v1.WarmBatch.items:type_name -> relais.control.v1.WarmItem
-	15, // [15:15] is the sub-list for method output_type
-	15, // [15:15] is the sub-list for method input_type
-	15, // [15:15] is the sub-list for extension type_name
-	15, // [15:15] is the sub-list for extension extendee
-	0,  // [0:15] is the sub-list for field type_name
+	17, // 15: relais.control.v1.WarmTell.meta:type_name -> relais.control.v1.Meta
+	16, // 16: relais.control.v1.WarmTell.items:type_name -> relais.control.v1.WarmTold
+	17, // [17:17] is the sub-list for method output_type
+	17, // [17:17] is the sub-list for method input_type
+	17, // [17:17] is the sub-list for extension type_name
+	17, // [17:17] is the sub-list for extension extendee
+	0,  // [0:17] is the sub-list for field type_name
 }
 
 func init() { file_control_command_warmup_proto_init() }
@@ -1304,7 +1504,7 @@ func file_control_command_warmup_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_control_command_warmup_proto_rawDesc), len(file_control_command_warmup_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   15,
+			NumMessages:   17,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

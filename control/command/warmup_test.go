@@ -19,6 +19,7 @@ func warmSamples(meta *Meta) []Command {
 		&WarmJudge{Meta: meta, Items: []*WarmJudgement{{Number: 7, Expect: 33, JudgedDay: 19_999, Steps: []*WarmStep{step}, Quotas: []*WarmQuota{quota}}}},
 		&WarmBatch{Meta: meta, Items: []*WarmItem{{Kind: WarmReserve, Subject: 7, Class: 2, Day: 20_000, Node: id(5), Epoch: 34, Seq: 1 << 33, Amount: 90},
 			{Kind: WarmSettle, Subject: 7, Class: 2, Day: 20_000, Node: id(5), Used: 30}, {Kind: WarmCut, Subject: 7, Class: 2, Day: 20_000, Node: id(5), Seq: 1<<33 + 1, Amount: 40, Used: 31}}},
+		&WarmTell{Meta: meta, Items: []*WarmTold{{Subject: 7, Class: 2, Day: 20_000, Node: id(5), Epoch: 34, Attempts: 90, Accepted: 70, Deferred: 9, Blocked: 8, Hard: 2, Signatures: 5}}},
 	}
 }
 
@@ -43,6 +44,12 @@ func TestWarmUpsThatAreRefused(t *testing.T) {
 		{"kind", &WarmBatch{Items: []*WarmItem{{Kind: 5, Node: id(1)}}}},
 		{"items", &WarmBatch{Items: []*WarmItem{{Kind: 1, Class: 64, Node: id(1)}}}},
 		{"node", &WarmBatch{Items: []*WarmItem{{Kind: 1}}}},
+		{"items", &WarmTell{}},
+		{"items", &WarmTell{Items: []*WarmTold{{Class: 64, Node: id(1), Attempts: 1}}}},
+		{"items", &WarmTell{Items: []*WarmTold{{Day: -1, Node: id(1), Attempts: 1}}}},
+		{"items", &WarmTell{Items: []*WarmTold{{Node: id(1)}}}},
+		{"items", &WarmTell{Items: []*WarmTold{{Node: id(1), Attempts: 2, Accepted: 2, Deferred: 1}}}},
+		{"node", &WarmTell{Items: []*WarmTold{{Attempts: 1}}}},
 	} {
 		f, ok := tc.c.Validate().(*fault.Error)
 		if !ok || f.Field != tc.field || strings.TrimSpace(f.Public) == "" {

@@ -49,6 +49,7 @@ type Warm struct {
 	queue []warmItem
 	// Relays that say that they settled all that they spent, and in which generation.
 	declares map[ids.Node]uint64
+	tells    map[tellOf]*command.WarmTold
 	told     string // why no day begins, as it was logged last
 	leads    atomic.Bool
 }
@@ -59,7 +60,9 @@ type warmItem struct {
 }
 
 // NewWarm returns the part. Add it to a Quota.
-func NewWarm(o WarmOptions) *Warm { return &Warm{o: o, declares: make(map[ids.Node]uint64)} }
+func NewWarm(o WarmOptions) *Warm {
+	return &Warm{o: o, declares: make(map[ids.Node]uint64), tells: make(map[tellOf]*command.WarmTold)}
+}
 
 // Takes implements Part.
 func (w *Warm) Takes(m proto.Message) bool {
@@ -71,6 +74,7 @@ func (w *Warm) Takes(m proto.Message) bool {
 func (w *Warm) Lead(ctx context.Context, in <-chan Message) error {
 	w.queue = nil
 	clear(w.declares)
+	clear(w.tells)
 	w.leads.Store(true)
 	defer w.leads.Store(false)
 	tick, look := time.NewTicker(warmTick), time.NewTicker(warmLook)
@@ -88,7 +92,9 @@ func (w *Warm) Lead(ctx context.Context, in <-chan Message) error {
 				err = w.declare(ctx)
 			}
 		case <-look.C:
-			err = w.look(ctx)
+			if err = w.hear(ctx); err == nil {
+				err = w.look(ctx)
+			}
 		}
 		if err != nil && ctx.Err() == nil {
 			return err
@@ -101,6 +107,10 @@ func (w *Warm) take(m Message) {
 	for _, item := range m.Body.(*wire.WarmUp).GetItems() {
 		if item.GetKind() == command.WarmDeclare {
 			w.declares[m.Node] = item.GetEpoch()
+			continue
+		}
+		if item.GetKind() == wire.WarmTell {
+			w.tell(m.Node, item)
 			continue
 		}
 		if len(w.queue) >= maxWarmQueue {
@@ -281,8 +291,8 @@ func (w *Warm) roll(ctx context.Context, cal *control.WarmCalendar, now time.Tim
 
 // Judge returns what is due for a subject: the judgement of days that are over,
 // the quotas of today, and those of tomorrow from two hours before it begins; nil:
-// nothing is. It knows of a day what was settled; harm that shows elsewhere is for
-// an operator to tell (`warmup step-back`).
+// nothing is. It knows of a day what was settled, and what providers answered; harm
+// that shows elsewhere is for an operator to tell (`warmup step-back`).
 func Judge(r *state.Reader, section *policy.Warmup, s *control.WarmSubject, now time.Time) *command.WarmJudgement {
 	cal := r.WarmCalendar()
 	named, ok := section.PlanNamed(s.Plan)
@@ -309,6 +319,9 @@ func Judge(r *state.Reader, section *policy.Warmup, s *control.WarmSubject, now 
 }
 
 func judgeTrack(r *state.Reader, plan *warmup.Plan, t *warmup.Track, s *control.WarmSubject, cal *control.WarmCalendar) *command.WarmStep {
+	// Before all servers know what relays tell, a day is judged by use alone.
+	cluster := r.Cluster()
+	heard := cluster != nil && cluster.FSMVersion >= control.WarmTellVersion
 	at, why := warmup.Progress{Stage: 1}, ""
 	class, known := cal.Class(t.Class)
 	for i := range s.Tracks {
@@ -320,7 +333,10 @@ func judgeTrack(r *state.Reader, plan *warmup.Plan, t *warmup.Track, s *control.
 		results := warmup.Results{Quota: plan.Quota(t.Class, at, day)}
 		if k := r.WarmDay(s, day); k != nil && known {
 			quota, _, used := k.Totals(s.Number, class, day)
-			results = warmup.Results{Quota: int64(quota), Offered: int64(used), Accepted: int64(used), Attempts: int64(used)}
+			results = warmup.Results{Quota: int64(quota), Offered: int64(used), Tally: k.Shown(s.Number, class, day)}
+			if !heard {
+				results.Tally = warmup.Tally{Attempts: results.Offered, Accepted: results.Offered}
+			}
 		}
 		judged := plan.Next(t.Class, at, day, results)
 		if s.Hold != "" {

@@ -49,7 +49,10 @@ type warmLeader struct {
 	sent    []*wire.WarmDown
 }
 
-func newWarmLeader(t *testing.T) *warmLeader {
+func newWarmLeader(t *testing.T) *warmLeader { return newWarmLeaderAt(t, command.FSMVersion) }
+
+// newWarmLeaderAt is of a cluster whose servers know the commands up to a version.
+func newWarmLeaderAt(t *testing.T, version uint16) *warmLeader {
 	w := &warmLeader{t: t, state: state.New(), now: warmNoon, voters: 1}
 	doc, err := policy.Parse(map[string]string{"warmup": warmPlan})
 	if err != nil {
@@ -59,7 +62,7 @@ func newWarmLeader(t *testing.T) *warmLeader {
 		Document: func() (*policy.Document, error) { return &doc, nil },
 		Clocks:   func(context.Context) ([]time.Duration, int, error) { return w.offsets, w.voters, w.silent },
 		Now:      func() time.Time { return w.now }, Logger: slog.New(slog.NewTextHandler(&w.log, nil))})
-	w.must(&command.ClusterInit{Cluster: &command.Cluster{Id: bytesOf(0xc), Generation: 1, FsmVersion: uint32(command.FSMVersion), CaBundle: []byte("pem"), CaSealed: []byte("s"), KekId: "kek", RecoverySealed: []byte("r"), CredentialKeySealed: []byte("c")}})
+	w.must(&command.ClusterInit{Cluster: &command.Cluster{Id: bytesOf(0xc), Generation: 1, FsmVersion: uint32(version), CaBundle: []byte("pem"), CaSealed: []byte("s"), KekId: "kek", RecoverySealed: []byte("r"), CredentialKeySealed: []byte("c")}})
 	w.must(&command.PoolPut{Pool: &command.Pool{Id: bytesOf(1), Name: "news", Kind: "shared"}})
 	node := relayID(0)
 	w.must(&command.TokenCreate{Token: &command.JoinToken{Id: node[:], Role: "relay", SecretHash: append(bytesOf(1), bytesOf(1)...), UsesMax: 1, UsesLeft: 1, NotAfterMs: warmNoon.Add(time.Hour).UnixMilli()}})
@@ -133,7 +136,7 @@ func (w *warmLeader) say(i *wire.WarmItem) *wire.WarmDown {
 	i.Subject, i.Class, i.Day = uint64(w.pool().Number), uint32(class), int32(w.today())
 	w.sent = nil
 	w.part.take(Message{Node: relayID(0), Body: &wire.WarmUp{Items: []*wire.WarmItem{i}}})
-	if err := w.part.commit(w.t.Context()); err != nil {
+	if err := errors.Join(w.part.commit(w.t.Context()), w.part.hear(w.t.Context())); err != nil {
 		w.t.Fatal(err)
 	}
 	if len(w.sent) != 1 || len(w.sent[0].Replies) != 1 {
@@ -218,6 +221,9 @@ func TestADayIsJudgedByWhatWasUsed(t *testing.T) {
 			t.Fatalf("%v", d)
 		}
 		if d := w.say(&wire.WarmItem{Kind: 2, Used: 190}); d.Replies[0].GetUsed() != 190 {
+			t.Fatalf("%v", d)
+		}
+		if d := w.say(&wire.WarmItem{Kind: wire.WarmTell, Attempts: 195, Accepted: 188, Deferred: 5, Hard: 2}); d.Replies[0].GetAttempts() != 195 {
 			t.Fatalf("%v", d)
 		}
 		w.now = (first + 1).Start(time.UTC).Add(-warmAhead - time.Second)

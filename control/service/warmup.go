@@ -35,7 +35,9 @@ type WarmClassView struct {
 	Quota     uint64
 	Reserved  uint64
 	Used      uint64
-	Yesterday uint64 // spent
+	Yesterday uint64       // spent
+	Answers   warmup.Tally // of providers, today
+	Before    warmup.Tally // yesterday
 	Paused    warmup.Day
 	Why       string
 }
@@ -102,6 +104,7 @@ func (s *Service) warmView(r *state.Reader, row *control.WarmSubject) (WarmUpVie
 		}
 		c.Quota, c.Reserved, c.Used = today.Totals(row.Number, t.Class, cal.Today)
 		_, _, c.Yesterday = yesterday.Totals(row.Number, t.Class, cal.Today-1)
+		c.Answers, c.Before = today.Shown(row.Number, t.Class, cal.Today), yesterday.Shown(row.Number, t.Class, cal.Today-1)
 		out.Classes = append(out.Classes, c)
 	}
 	return out, nil

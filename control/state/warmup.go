@@ -70,6 +70,8 @@ func (a *applier) applyWarm(body command.Command) (row any, known bool, err erro
 		row, err = a.warmJudge(c)
 	case *command.WarmBatch:
 		row, err = a.warmBatch(c)
+	case *command.WarmTell:
+		row, err = a.warmTell(c)
 	default:
 		return nil, false, nil
 	}

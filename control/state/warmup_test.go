@@ -269,6 +269,7 @@ func TestWarmLedgerIsSmall(t *testing.T) {
 			t.Fatal(err)
 		}
 		k.Settle(warmup.Settlement{Subject: 1, Class: c, Day: warmDay, Node: 1 << 60, Used: 35_000})
+		k.Tell(warmup.Told{Subject: 1, Class: c, Day: warmDay, Node: 1 << 60, Tally: warmup.Tally{Attempts: 35_000, Accepted: 33_000, Deferred: 1500, Blocked: 100, Hard: 300, Signatures: 50}})
 	}
 	row := k.AppendRow(nil, 1, warmDay)
 	heap := func() uint64 {

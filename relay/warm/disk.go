@@ -33,6 +33,31 @@ type markOnDisk struct {
 	Epoch   uint64         `json:"e,omitempty"`
 	Used    uint32         `json:"u"`
 	Amount  uint32         `json:"a"`
+	Tally   []int64        `json:"t,omitempty"` // attempts, accepted, deferred, blocked, hard, signatures
+}
+
+// row is what the file says of a reservation.
+type row struct {
+	warmup.Mark
+	tally warmup.Tally
+}
+
+func tallyOnDisk(t warmup.Tally) []int64 {
+	if t == (warmup.Tally{}) {
+		return nil
+	}
+	return []int64{t.Attempts, t.Accepted, t.Deferred, t.Blocked, t.Hard, t.Signatures}
+}
+
+// tally reads the counts. Those that cannot be begin anew: they guard nothing.
+func (m *markOnDisk) tally() (t warmup.Tally) {
+	if n := m.Tally; len(n) == 6 {
+		t = warmup.Tally{Attempts: n[0], Accepted: n[1], Deferred: n[2], Blocked: n[3], Hard: n[4], Signatures: n[5]}
+	}
+	if !t.Sound() {
+		return warmup.Tally{}
+	}
+	return t
 }
 
 // load reads the marks and begins a new life, on the disk before it is returned.
@@ -56,9 +81,9 @@ func (k *Keeper) load() error {
 	// Lives rise even if the file was lost.
 	k.life, k.generation = max(file.Life+1, uint32(k.cfg.Now().Unix())), file.Generation
 	for _, m := range file.Marks {
-		s := &slot{key: key{m.Subject, m.Class, m.Day, m.Epoch}, saved: true, probed: true, owed: m.Used, spender: warmup.Resume(warmup.Mark{Used: m.Used, Amount: m.Amount})}
+		s := &slot{key: key{m.Subject, m.Class, m.Day, m.Epoch}, saved: true, probed: true, owed: m.Used, spender: warmup.Resume(warmup.Mark{Used: m.Used, Amount: m.Amount}), tally: m.tally()}
 		k.slots[s.key] = s
-		k.disk[s.key] = warmup.Mark{Used: m.Used, Amount: m.Amount}
+		k.disk[s.key] = row{warmup.Mark{Used: m.Used, Amount: m.Amount}, s.tally}
 	}
 	return k.write()
 }
@@ -68,7 +93,7 @@ func (k *Keeper) load() error {
 func (k *Keeper) write() error {
 	file := onDisk{Format: marksFormat, Life: k.life, Generation: k.generation, Marks: make([]markOnDisk, 0, len(k.disk))}
 	for key, m := range k.disk {
-		file.Marks = append(file.Marks, markOnDisk{key.Subject, key.Class, key.Day, key.Epoch, m.Used, m.Amount})
+		file.Marks = append(file.Marks, markOnDisk{key.Subject, key.Class, key.Day, key.Epoch, m.Used, m.Amount, tallyOnDisk(m.tally)})
 	}
 	text, err := json.Marshal(file)
 	if err != nil {

@@ -21,6 +21,8 @@ func (k *Keeper) Run(ctx context.Context) {
 	for {
 		select {
 		case <-ctx.Done():
+			k.talliedAt = time.Time{}
+			k.saved()
 			k.say(k.cfg.Now(), true)
 			return
 		case <-k.kick:
@@ -36,17 +38,22 @@ func (k *Keeper) Run(ctx context.Context) {
 		}
 		now := k.cfg.Now()
 		k.tidy(now)
-		if err := k.save(); err != nil {
-			// Nothing is spent beyond the marks that are there.
-			k.cfg.Logger.Error("the marks of warm-up cannot be saved", "error", err)
-		}
+		k.saved()
 		k.say(now, false)
 		k.setGates(now)
 		timer.Reset(lookWait)
 	}
 }
 
-// save puts on the disk what changed: new reservations, higher marks, cuts.
+// saved saves, or says why it cannot: nothing is spent beyond the marks that are there.
+func (k *Keeper) saved() {
+	if err := k.save(); err != nil {
+		k.cfg.Logger.Error("the marks of warm-up cannot be saved", "error", err)
+	}
+}
+
+// save puts on the disk what changed: new reservations, higher marks, cuts, and with
+// them, or now and then, what providers answered.
 func (k *Keeper) save() error {
 	type change struct {
 		s *slot
@@ -55,19 +62,23 @@ func (k *Keeper) save() error {
 	}
 	k.mu.Lock()
 	var changes []change
-	dirty := false
+	now := k.cfg.Now()
+	tallies, dirty := now.Sub(k.talliedAt) >= settleEvery, false
 	for _, s := range k.slots {
 		if !s.saved {
 			changes = append(changes, change{s: s})
-			k.disk[s.key], dirty = warmup.Mark{}, true
+			k.disk[s.key], dirty = row{tally: s.tally}, true
 			continue
+		}
+		if on := k.disk[s.key]; tallies && on.tally != s.tally {
+			k.disk[s.key], dirty, k.talliedAt = row{on.Mark, s.tally}, true, now
 		}
 		if !s.mark || s.over {
 			continue
 		}
 		if m, ok := s.spender.Raise(s.step()); ok {
 			changes = append(changes, change{s: s, m: m, c: true})
-			k.disk[s.key], dirty = m, true
+			k.disk[s.key], dirty = row{m, s.tally}, true
 		}
 		s.mark = false
 	}
@@ -99,7 +110,7 @@ func (k *Keeper) save() error {
 // has it before the ledger is told.
 func (k *Keeper) cut(s *slot, amount uint32) error {
 	m := s.spender.CutTo(amount)
-	k.disk[s.key] = m
+	k.disk[s.key] = row{m, s.tally}
 	k.mu.Unlock()
 	err := k.write()
 	k.mu.Lock()
@@ -152,6 +163,7 @@ func (k *Keeper) tidy(now time.Time) {
 		used, amount := s.spender.Peek()
 		if restored {
 			s.settled, s.owed, s.told = 0, used, time.Time{}
+			s.known = 0
 		}
 		if subject == nil {
 			s.owed = 0 // the cluster does not know that it warmed up
@@ -208,10 +220,14 @@ func (k *Keeper) say(now time.Time, last bool) {
 	}
 	up := &wire.WarmUp{}
 	for _, s := range k.slots {
-		if len(up.Items) >= wire.MaxWarmItems {
+		if len(up.Items) >= wire.MaxWarmItems-1 {
 			break // the next look goes on
 		}
 		if i := k.item(s, now, last); i != nil {
+			up.Items = append(up.Items, i)
+		}
+		on := k.disk[s.key]
+		if i := s.tell(now, &on.tally, last); i != nil {
 			up.Items = append(up.Items, i)
 		}
 	}
@@ -248,7 +264,7 @@ func (k *Keeper) declaration(now time.Time) *wire.WarmItem {
 		}
 	}
 	k.declaredAt = now
-	return &wire.WarmItem{Kind: 4, Epoch: generation}
+	return &wire.WarmItem{Kind: wire.WarmDeclare, Epoch: generation}
 }
 
 // item is what is to be said about one reservation; nil: nothing. k.mu is held.
@@ -265,11 +281,11 @@ func (k *Keeper) item(s *slot, now time.Time, last bool) *wire.WarmItem {
 		if waited < askAgain {
 			return nil
 		}
-		i.Kind, i.Seq = 3, s.cutSeq
+		i.Kind, i.Seq = wire.WarmCut, s.cutSeq
 		i.Used, i.Amount = s.spender.Settle()
 	case asks && !last && waited >= askAgain && (!s.full() || waited >= settleEvery):
 		// A quota that is used up may be raised, or given back by others.
-		i.Kind, i.Seq = 1, k.number()
+		i.Kind, i.Seq = wire.WarmReserve, k.number()
 		if s.probed && s.heard {
 			i.Amount = s.upTo()
 		}
@@ -278,7 +294,7 @@ func (k *Keeper) item(s *slot, now time.Time, last bool) *wire.WarmItem {
 		if s.over && now.Sub(s.told) < askAgain {
 			return nil
 		}
-		i.Kind = 2
+		i.Kind = wire.WarmSettle
 		i.Used, _ = s.spender.Settle()
 		s.told = now
 		return i
@@ -301,7 +317,7 @@ func (k *Keeper) read(down *wire.WarmDown) {
 	defer k.mu.Unlock()
 	k.today = max(k.today, warmup.Day(down.GetToday()))
 	for _, r := range down.GetReplies() {
-		if r.GetKind() == 4 {
+		if r.GetKind() == wire.WarmDeclare {
 			k.declared = r.GetEpoch()
 			continue
 		}
@@ -326,13 +342,16 @@ func (k *Keeper) read(down *wire.WarmDown) {
 // reply takes the state of a reservation. k.mu is held.
 func (k *Keeper) reply(s *slot, r *wire.WarmReply) {
 	switch r.GetKind() {
-	case 3:
+	case wire.WarmCut:
 		if r.GetSeq() == s.cutSeq {
 			s.cutSeq, s.settled = 0, r.GetUsed()
 		}
-	case 2:
+	case wire.WarmSettle:
 		s.settled = max(s.settled, r.GetUsed())
-	case 1:
+	case wire.WarmTell:
+		s.known = s.said // what it has not taken, it does not want
+		return
+	case wire.WarmReserve:
 		if !s.spender.Granted(warmup.Reply{Seq: r.GetSeq(), Amount: r.GetAmount(), Used: r.GetUsed()}) {
 			return // of a request that was given up
 		}
@@ -349,7 +368,7 @@ func (k *Keeper) reply(s *slot, r *wire.WarmReply) {
 	if before && !s.full() {
 		k.free(s)
 	}
-	if r.GetKind() == 1 && s.full() && s.spender.Left() == 0 {
+	if r.GetKind() == wire.WarmReserve && s.full() && s.spender.Left() == 0 {
 		s.asked = k.cfg.Now() // ask again, but not at once
 	}
 	k.wake()

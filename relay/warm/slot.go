@@ -49,6 +49,11 @@ type slot struct {
 	percent int // of the quota that may go within one hour
 
 	refusals struct{ day, hour uint64 } // times that mail found no room
+
+	tally    warmup.Tally // what providers answered
+	known    int64        // attempts of it that the leader knows of
+	said     int64        // and that it was told last
+	saidWhen time.Time
 }
 
 // roll counts in the present second and hour.

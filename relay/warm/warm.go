@@ -51,7 +51,7 @@ type Gates interface {
 	Recall(name string)
 }
 
-// Keeper is an engine.Admitter and an engine.Explainer.
+// Keeper is an engine.Admitter, an engine.Explainer and an engine.Observer.
 type Keeper struct {
 	cfg   Config
 	kick  chan struct{}
@@ -59,7 +59,8 @@ type Keeper struct {
 	gates Gates
 
 	// Of Run's goroutine.
-	disk       map[key]warmup.Mark
+	disk       map[key]row
+	talliedAt  time.Time // when tallies were last written for their own sake
 	life       uint32
 	generation uint64
 	declared   uint64    // generation in which the leader knows that it was told all
@@ -109,7 +110,7 @@ func New(cfg Config) (*Keeper, error) {
 		return nil, fault.New(fault.Internal, "warm.New", "all of Config is needed")
 	}
 	k := &Keeper{
-		cfg: cfg, kick: make(chan struct{}, 1), downs: make(chan *wire.WarmDown, maxDowns), disk: make(map[key]warmup.Mark), slots: make(map[key]*slot),
+		cfg: cfg, kick: make(chan struct{}, 1), downs: make(chan *wire.WarmDown, maxDowns), disk: make(map[key]row), slots: make(map[key]*slot),
 		taken: make(map[*engine.Place]grant), held: make(map[gateOf]*heldGate), byGate: make(map[uint64]*heldGate),
 		freed: make(map[string]bool), spills: make(map[spill]spilling), spilled: make(map[overflow]uint64),
 	}
@@ -228,12 +229,14 @@ func (k *Keeper) Done(_ time.Time, p *engine.Place, outcomes []relay.Outcome) {
 		return
 	}
 	delete(k.taken, p)
-	for i := range outcomes {
-		switch outcomes[i].Phase {
-		case relay.PhaseResolve, relay.PhaseConnect, relay.PhaseEHLO, relay.PhaseSTARTTLS:
-		default:
-			return // RCPT may go out with MAIL, before its answer
+	if offered(outcomes) {
+		t := tallyOf(p.Lane.Provider, outcomes)
+		for _, s := range g.slots {
+			if s != nil {
+				s.count(t)
+			}
 		}
+		return
 	}
 	for _, s := range g.slots {
 		if s != nil {

@@ -46,6 +46,7 @@ type leader struct {
 	quota  uint32
 	lost   func() bool // loses a message
 
+	tells    int
 	declared map[warmup.Node]uint64 // generations in which relays had told all
 }
 
@@ -58,6 +59,15 @@ func (l *leader) answer(node warmup.Node, up *wire.WarmUp) *wire.WarmDown {
 			}
 			l.declared[node] = i.GetEpoch()
 			down.Replies = append(down.Replies, &wire.WarmReply{Kind: 4, Epoch: i.GetEpoch()})
+			continue
+		}
+		if i.GetKind() == wire.WarmTell {
+			l.tells++
+			told := warmup.Told{Subject: warmup.Subject(i.GetSubject()), Class: warmup.Class(i.GetClass()), Day: warmup.Day(i.GetDay()), Node: node, Epoch: i.GetEpoch(),
+				Tally: warmup.Tally{Attempts: int64(i.GetAttempts()), Accepted: int64(i.GetAccepted()), Deferred: int64(i.GetDeferred()), Blocked: int64(i.GetBlocked()), Hard: int64(i.GetHard()), Signatures: int64(i.GetSignatures())}}
+			l.ledger.Tell(told)
+			known := l.ledger.ShownBy(told.Subject, told.Class, told.Day, node, told.Epoch).Attempts
+			down.Replies = append(down.Replies, &wire.WarmReply{Kind: wire.WarmTell, Subject: i.GetSubject(), Class: i.GetClass(), Day: i.GetDay(), Epoch: i.GetEpoch(), Attempts: uint32(known)})
 			continue
 		}
 		s := warmup.Settlement{Subject: warmup.Subject(i.GetSubject()), Class: warmup.Class(i.GetClass()), Day: warmup.Day(i.GetDay()), Node: node, Epoch: i.GetEpoch(), Used: i.GetUsed()}

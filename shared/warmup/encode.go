@@ -6,8 +6,12 @@ import (
 	"github.com/relais-mta/relais/shared/fault"
 )
 
-// rowFormat is the first byte of an encoded row. A reader refuses any other.
-const rowFormat = 1
+// The first byte of an encoded row. A reader refuses any other. Rows without
+// tallies keep the format of those who know none.
+const (
+	rowFormat      = 1
+	rowWithTallies = 2
+)
 
 // AppendRow appends what the ledger holds of one subject's day, which SetRow
 // reads; nothing if it holds nothing. Equal rows have equal bytes.
@@ -17,7 +21,11 @@ func (l *Ledger) AppendRow(dst []byte, s Subject, d Day) []byte {
 		return dst
 	}
 	w := p.rows[s]
-	dst = append(dst, rowFormat)
+	format := byte(rowFormat)
+	if len(w.tallies) > 0 {
+		format = rowWithTallies
+	}
+	dst = append(dst, format)
 	dst = binary.AppendUvarint(dst, uint64(len(w.holders)))
 	for _, h := range w.holders {
 		dst = binary.BigEndian.AppendUint64(dst, uint64(h.node))
@@ -33,6 +41,9 @@ func (l *Ledger) AppendRow(dst []byte, s Subject, d Day) []byte {
 				dst = binary.AppendUvarint(dst, uint64(v))
 			}
 		}
+	}
+	if format == rowWithTallies {
+		dst = appendTallies(dst, w.tallies)
 	}
 	return dst
 }
@@ -50,8 +61,9 @@ func (l *Ledger) SetRow(s Subject, d Day, b []byte) error {
 		return nil
 	}
 	r := rowReader{b: b}
-	if r.byte() != rowFormat {
-		return fault.Field(op, "row", "of subject %d has another format than %d", s, rowFormat)
+	format := r.byte()
+	if format != rowFormat && format != rowWithTallies {
+		return fault.Field(op, "row", "of subject %d has format %d, known are up to %d", s, format, rowWithTallies)
 	}
 	w := &row{}
 	if n := r.count(maxHolders); n > 0 {
@@ -62,6 +74,9 @@ func (l *Ledger) SetRow(s Subject, d Day, b []byte) error {
 	}
 	w.cells = r.cells(MaxClasses, len(w.holders))
 	w.more = r.cells(MaxClasses*maxHolders, len(w.holders))
+	if format == rowWithTallies {
+		w.tallies = r.tallies(len(w.holders))
+	}
 	if r.bad || len(r.b) > 0 || !w.ordered() {
 		return fault.Field(op, "row", "of subject %d on %s is damaged", s, d)
 	}

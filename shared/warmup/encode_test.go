@@ -31,6 +31,7 @@ func TestRowsAreKeptWhole(t *testing.T) {
 				case 1, 2:
 					_, _ = l.Reserve(Request{Subject: 1, Class: class, Day: day, Node: node, Seq: uint64(step), UpTo: uint32(step % 90)}) // likewise
 				case 3:
+					l.Tell(Told{Subject: 1, Class: class, Day: day, Node: node, Tally: Tally{Attempts: int64(settlement.Used), Accepted: int64(settlement.Used) / 2}})
 					l.Cut(Cut{Settlement: settlement, Seq: uint64(step), Amount: settlement.Used + 5})
 				}
 			}
@@ -64,10 +65,39 @@ func TestRowsThatAreRefused(t *testing.T) {
 	if err := l.SetRow(1, 102, good); !fault.Is(err, fault.Invalid) {
 		t.Errorf("a day that is not open: %v", err)
 	}
-	for _, b := range [][]byte{{2}, good[:len(good)-1], append(bytes.Clone(good), 0), {1, 0, 1, 70, 0, 1, 0, 0, 0}, {1, 0, 1, 2, 1, 9, 0, 0, 0}, {1, 0, 2, 2, 0, 9, 0, 0, 2, 0, 9, 0, 0, 0}} {
+	for _, b := range [][]byte{{2}, {3}, good[:len(good)-1], append(bytes.Clone(good), 0), {1, 0, 1, 70, 0, 1, 0, 0, 0}, {1, 0, 1, 2, 1, 9, 0, 0, 0}, {1, 0, 2, 2, 0, 9, 0, 0, 2, 0, 9, 0, 0, 0}} {
 		if err := l.SetRow(1, 100, b); !fault.Is(err, fault.Invalid) {
 			t.Errorf("%x: %v", b, err)
 		}
+	}
+	// Tallies: none at all, of an unknown holder, of no attempt, more than the attempts,
+	// out of order, cut off.
+	head := append([]byte{rowWithTallies}, good[1:]...)
+	l.Tell(Told{Subject: 1, Class: 2, Day: 100, Node: 7, Tally: Tally{Attempts: 3, Accepted: 2, Hard: 1}})
+	told := l.AppendRow(nil, 1, 100)
+	for _, b := range [][]byte{append(bytes.Clone(head), 0), append(bytes.Clone(head), 1, 2, 3, 0, 0, 0, 1, 0), told[:len(told)-1]} {
+		if err := l.SetRow(1, 100, b); !fault.Is(err, fault.Invalid) {
+			t.Errorf("%x: %v", b, err)
+		}
+	}
+	// The last seven octets are class and holder, and six counts.
+	own := told[len(told)-7:]
+	for name, change := range map[string]func(b []byte){
+		"no attempt": func(b []byte) { b[1] = 0 }, "too many": func(b []byte) { b[2] = 3 }, "holder": func(b []byte) { b[0] |= MaxClasses }, "signatures": func(b []byte) { b[6] = 4 },
+	} {
+		bad := bytes.Clone(told)
+		change(bad[len(bad)-7:])
+		if err := l.SetRow(1, 100, bad); !fault.Is(err, fault.Invalid) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	twice := append(bytes.Clone(told[:len(told)-8]), 2)
+	twice = append(append(twice, own...), own...)
+	if err := l.SetRow(1, 100, twice); !fault.Is(err, fault.Invalid) {
+		t.Errorf("a tally twice: %v", err)
+	}
+	if err := l.SetRow(1, 100, told); err != nil || l.Shown(1, 2, 100) != (Tally{Attempts: 3, Accepted: 2, Hard: 1}) {
+		t.Errorf("%x: %v, %+v", told, err, l.Shown(1, 2, 100))
 	}
 	if quota, _, _ := l.Totals(1, 2, 100); quota != 50 {
 		t.Errorf("a row that was refused changed the quota to %d", quota)
@@ -84,6 +114,8 @@ func FuzzRows(f *testing.F) {
 	_, _ = l.Reserve(Request{Subject: 1, Class: 2, Day: 100, Node: 1 << 60, Seq: 1 << 33, UpTo: 1 << 20}) // likewise
 	_, _ = l.Reserve(Request{Subject: 1, Class: 2, Day: 100, Node: 2, Seq: 1, UpTo: 1})
 	f.Add(l.AppendRow(nil, 1, 100))
+	l.Tell(Told{Subject: 1, Class: 2, Day: 100, Node: 2, Tally: Tally{Attempts: 300, Accepted: 200, Deferred: 10}})
+	f.Add(l.AppendRow(nil, 1, 100))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		l := NewLedger(100)
 		if err := l.SetRow(1, 100, b); err != nil || len(b) == 0 {
@@ -96,5 +128,7 @@ func FuzzRows(f *testing.F) {
 		}
 		l.Settle(Settlement{Subject: 1, Class: 2, Day: 100, Node: 1, Used: 3})
 		l.Recalls(1, 2, 100)
+		l.Tell(Told{Subject: 1, Class: 2, Day: 100, Node: 1, Tally: Tally{Attempts: 1}})
+		l.Shown(1, 2, 100)
 	})
 }

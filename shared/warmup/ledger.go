@@ -83,6 +83,7 @@ type row struct {
 	cells   []cell // in the order of classes
 	more    []cell // in the order of classes, then of holders
 	holders []holder
+	tallies []tally // in the order of classes, then of holders
 }
 
 type cell struct {

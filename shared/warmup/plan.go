@@ -54,11 +54,11 @@ type Growth struct {
 // Gate says what a day must have shown for the next stage, in thousandths, and
 // what sets a subject back.
 type Gate struct {
-	MinSample     int64 // recipients offered, or as many as the quota asks for
+	MinSample     int64 // attempts that were answered, or as many as the quota asks for
 	MinUsed       int64 // of the quota
-	MinAccepted   int64 // of the recipients offered
+	MinAccepted   int64 // of the recipients accepted or refused for good
 	MaxDeferred   int64 // of the attempts
-	MaxBlocked    int64 // of the recipients offered
+	MaxBlocked    int64 // of the recipients accepted or refused for good; so many signatures of the attempts are a set-back
 	MaxHard       int64
 	MaxComplaints int64 // of the recipients accepted, where complaints are reported
 	BadComplaints int64 // this many are a set-back; in thousandths

@@ -82,7 +82,7 @@ func TestPlansThatAreRefused(t *testing.T) {
 
 func TestDaysAreJudged(t *testing.T) {
 	p := Standard()
-	good := Results{Quota: 1000, Offered: 900, Accepted: 890, Attempts: 910, Deferred: 20, Hard: 10, Feed: true}
+	good := Results{Quota: 1000, Offered: 920, Tally: Tally{Attempts: 920, Accepted: 890, Deferred: 20, Hard: 10}, Feed: true}
 	change := func(f func(*Results)) Results {
 		r := good
 		f(&r)
@@ -98,14 +98,20 @@ func TestDaysAreJudged(t *testing.T) {
 	}{
 		{"good", good, 4, false, "passed"},
 		{"too little", change(func(r *Results) { r.Offered = 699 }), 3, false, "700 are needed"},
-		{"accepted", change(func(r *Results) { r.Accepted = 809 }), 3, false, "accepted 89.8 %"},
-		{"deferred", change(func(r *Results) { r.Deferred = 182 }), 3, false, "deferred 20.0 %"},
+		{"accepted", change(func(r *Results) { r.Accepted = 809 }), 3, false, "accepted 89.8 % of 900"},
+		{"deferred mail comes again", change(func(r *Results) { r.Deferred, r.Accepted = 183, 727 }), 4, false, "passed"},
+		{"deferred", change(func(r *Results) { r.Deferred, r.Accepted = 184, 726 }), 3, false, "deferred 20.0 % of 920"},
+		{"deferred all", change(func(r *Results) { r.Tally = Tally{Attempts: 920, Deferred: 920} }), 3, false, "deferred 100.0 %"},
+		{"nothing is known", change(func(r *Results) { r.Tally = Tally{} }), 3, false, "0 of 920 offered were answered, 50 are needed"},
+		{"little is known", change(func(r *Results) { r.Tally = Tally{Attempts: 49, Accepted: 49} }), 3, false, "49 of 920"},
 		{"blocked", change(func(r *Results) { r.Blocked = 9 }), 3, false, "blocked 1.0 %"},
 		{"hard", change(func(r *Results) { r.Hard = 18 }), 3, false, "failed for good 2.0 %"},
 		{"complaint", change(func(r *Results) { r.Complaints = 1 }), 3, false, "complaints of 0.1 %"},
 		{"complaints", change(func(r *Results) { r.Complaints = 3 }), 1, true, "pause"},
 		{"complaints without a feed", change(func(r *Results) { r.Complaints, r.Feed = 3, false }), 4, false, "passed"},
-		{"signature", change(func(r *Results) { r.Signature = true }), 2, false, "blocked the source"},
+		{"few signatures", change(func(r *Results) { r.Signatures = 9 }), 4, false, "passed"},
+		{"signatures", change(func(r *Results) { r.Signatures = 10 }), 2, false, "blocked in 1.0 % of 920 attempts"},
+		{"blocked before a recipient was named", Results{Quota: 1000, Tally: Tally{Attempts: 5, Deferred: 5, Signatures: 5}}, 2, false, "blocked in 100.0 % of 5 attempts"},
 		{"listed", change(func(r *Results) { r.Listed = true }), 1, true, "blocklist"},
 		{"listed without mail", Results{Quota: 1000, Listed: true}, 1, true, "blocklist"},
 		{"no mail", Results{Quota: 1000}, 3, false, "nothing was offered"},
@@ -119,8 +125,15 @@ func TestDaysAreJudged(t *testing.T) {
 		}
 	}
 	// A quota of 50 asks for 35, not for a sample of 50.
-	if j := p.Next("apple", Progress{Stage: 1}, day, Results{Quota: 50, Offered: 35, Accepted: 35, Attempts: 35}); j.Stage != 2 {
+	if j := p.Next("apple", Progress{Stage: 1}, day, Results{Quota: 50, Offered: 35, Tally: Tally{Accepted: 35, Attempts: 35}}); j.Stage != 2 {
 		t.Errorf("35 of 50: %+v", j)
+	}
+	strict := p
+	strict.Gate.MaxBlocked, strict.Gate.MaxHard = 0, 0
+	for name, r := range map[string]Results{"hard": good, "blocked": change(func(r *Results) { r.Hard, r.Blocked = 0, 1 }), "none": change(func(r *Results) { r.Hard = 0 })} {
+		if j := strict.Next("google", Progress{Stage: 3}, day, r); j.Advanced != (name == "none") {
+			t.Errorf("where none may be refused, %s: %+v", name, j)
+		}
 	}
 	last := p.Track("google").Last()
 	if j := p.Next("google", Progress{Stage: last + 50}, day, good); j.Stage != last || j.Why != "at the target" {

@@ -92,7 +92,7 @@ func (p *Plan) forecast(v Volume, days int) Forecast {
 		}
 		f.Days = append(f.Days, d)
 		at = p.Next(v.Class, at, Day(day), Results{
-			Quota: d.Quota, Offered: d.Offered, Accepted: d.Offered, Attempts: d.Offered,
+			Quota: d.Quota, Offered: d.Offered, Tally: Tally{Attempts: d.Offered, Accepted: d.Offered},
 		}).Progress
 	}
 	return f

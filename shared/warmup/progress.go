@@ -9,20 +9,14 @@ type Progress struct {
 	LastActive  Day // with mail; 0 if there was none yet
 }
 
-// Results are what one day showed, from settled numbers. All counts are of
-// recipients but Attempts and Deferred.
+// Results are what one day showed, from settled numbers, in recipients.
 type Results struct {
-	Quota      int64
-	Offered    int64
-	Accepted   int64
-	Attempts   int64
-	Deferred   int64 // attempts
-	Blocked    int64
-	Hard       int64
+	Quota   int64
+	Offered int64
+	Tally
 	Complaints int64
 	Feed       bool // the provider reports complaints
 	Listed     bool // the address or domain came onto a blocklist that counts
-	Signature  bool // a reply said that the source is blocked
 }
 
 // Judgement says what becomes of a subject after a day, and why in words for
@@ -47,13 +41,15 @@ func (p *Plan) Quota(class string, at Progress, day Day) int64 {
 func (p *Plan) Next(class string, at Progress, day Day, r Results) Judgement {
 	t, g := p.Track(class), &p.Gate
 	at.Stage = min(max(at.Stage, 1), t.Last())
-	if r.Offered == 0 && !r.Listed {
+	// What was refused before a recipient was named was not offered, but answered.
+	blocked := over(r.Signatures, r.Attempts, g.MaxBlocked)
+	if r.Offered == 0 && !r.Listed && !blocked {
 		return p.silent(t, at, day)
 	}
 	if r.Offered > 0 {
 		at.LastActive = day
 	}
-	bad := r.Feed && over(r.Complaints, r.Accepted, g.BadComplaints) && r.Complaints > 0
+	bad := r.Feed && over(r.Complaints, r.Accepted, g.BadComplaints)
 	switch {
 	case r.Listed, bad:
 		why := "complaints of " + share(r.Complaints, r.Accepted)
@@ -62,8 +58,8 @@ func (p *Plan) Next(class string, at Progress, day Day, r Results) Judgement {
 		}
 		at.PausedUntil = day + 1 + Day(g.PauseDays)
 		return t.back(at, g.BadStages, fmt.Sprintf("%s: back and a pause until %s", why, at.PausedUntil))
-	case r.Signature:
-		return t.back(at, g.BlockStages, "the provider blocked the source")
+	case blocked:
+		return t.back(at, g.BlockStages, "the source was said to be blocked in "+share(r.Signatures, r.Attempts)+" attempts")
 	}
 	if why := p.holds(r); why != "" {
 		return Judgement{Progress: at, Why: why}
@@ -84,16 +80,16 @@ func (p *Plan) holds(r Results) string {
 	switch {
 	case r.Offered < asked:
 		return fmt.Sprintf("held: %d of %d offered, %d are needed", r.Offered, r.Quota, asked)
-	case r.Offered < sample:
-		return fmt.Sprintf("held: %d offered, %d are needed to judge", r.Offered, sample)
-	case r.Accepted*1000 < r.Offered*g.MinAccepted:
-		return "held: accepted " + share(r.Accepted, r.Offered)
+	case r.Attempts < sample:
+		return fmt.Sprintf("held: %d of %d offered were answered, %d are needed to judge", r.Attempts, r.Offered, sample)
 	case over(r.Deferred, r.Attempts, g.MaxDeferred):
 		return "held: deferred " + share(r.Deferred, r.Attempts)
-	case over(r.Blocked, r.Offered, g.MaxBlocked):
-		return "held: blocked " + share(r.Blocked, r.Offered)
-	case over(r.Hard, r.Offered, g.MaxHard):
-		return "held: failed for good " + share(r.Hard, r.Offered)
+	case r.Accepted*1000 < r.Settled()*g.MinAccepted:
+		return "held: accepted " + share(r.Accepted, r.Settled())
+	case over(r.Blocked, r.Settled(), g.MaxBlocked):
+		return "held: blocked " + share(r.Blocked, r.Settled())
+	case over(r.Hard, r.Settled(), g.MaxHard):
+		return "held: failed for good " + share(r.Hard, r.Settled())
 	case r.Feed && over(r.Complaints, r.Accepted, g.MaxComplaints):
 		return "held: complaints of " + share(r.Complaints, r.Accepted)
 	}
@@ -124,10 +120,10 @@ func (t *Track) back(at Progress, stages int, why string) Judgement {
 	return s
 }
 
-// over reports whether a part of a whole is at or above a number of thousandths.
-// Of nothing it never is.
+// over reports whether there is a part of a whole, at or above a number of
+// thousandths.
 func over(part, whole, thousandths int64) bool {
-	return whole > 0 && part*1000 >= whole*thousandths
+	return part > 0 && part*1000 >= whole*thousandths
 }
 
 func share(part, whole int64) string {

@@ -8,6 +8,15 @@ import (
 // MaxWarmItems bounds the items of a WarmUp and the replies of a WarmDown.
 const MaxWarmItems = 2_000
 
+// Kinds of a WarmItem and of the reply to it.
+const (
+	WarmReserve uint32 = 1
+	WarmSettle  uint32 = 2
+	WarmCut     uint32 = 3
+	WarmDeclare uint32 = 4
+	WarmTell    uint32 = 5
+)
+
 // encodeWarm encodes what warms up.
 func encodeWarm(out *View, v *policy.View) {
 	out.WarmToday, out.WarmClasses = v.Warm.Today, v.Warm.Classes

@@ -157,15 +157,22 @@ func (x *WarmUp) GetItems() []*WarmItem {
 // WarmItem is a request, a settlement or a cut of shared/warmup. Amounts are
 // cumulative over the day.
 type WarmItem struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Kind          uint32                 `protobuf:"varint,1,opt,name=kind,proto3" json:"kind,omitempty"` // 1 reserve, 2 settle, 3 cut, 4 declare: all that was spent is settled, in the generation `epoch`
-	Subject       uint64                 `protobuf:"varint,2,opt,name=subject,proto3" json:"subject,omitempty"`
-	Class         uint32                 `protobuf:"varint,3,opt,name=class,proto3" json:"class,omitempty"`
-	Day           int32                  `protobuf:"zigzag32,4,opt,name=day,proto3" json:"day,omitempty"`
-	Epoch         uint64                 `protobuf:"varint,5,opt,name=epoch,proto3" json:"epoch,omitempty"`
-	Seq           uint64                 `protobuf:"varint,6,opt,name=seq,proto3" json:"seq,omitempty"`       // of reserve and cut
-	Amount        uint32                 `protobuf:"varint,7,opt,name=amount,proto3" json:"amount,omitempty"` // of reserve: up to; of cut: what stays
-	Used          uint32                 `protobuf:"varint,8,opt,name=used,proto3" json:"used,omitempty"`     // of settle and cut
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Kind    uint32                 `protobuf:"varint,1,opt,name=kind,proto3" json:"kind,omitempty"` // 1 reserve, 2 settle, 3 cut, 4 declare: all that was spent is settled, in the generation `epoch`; 5 tell
+	Subject uint64                 `protobuf:"varint,2,opt,name=subject,proto3" json:"subject,omitempty"`
+	Class   uint32                 `protobuf:"varint,3,opt,name=class,proto3" json:"class,omitempty"`
+	Day     int32                  `protobuf:"zigzag32,4,opt,name=day,proto3" json:"day,omitempty"`
+	Epoch   uint64                 `protobuf:"varint,5,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	Seq     uint64                 `protobuf:"varint,6,opt,name=seq,proto3" json:"seq,omitempty"`       // of reserve and cut
+	Amount  uint32                 `protobuf:"varint,7,opt,name=amount,proto3" json:"amount,omitempty"` // of reserve: up to; of cut: what stays
+	Used    uint32                 `protobuf:"varint,8,opt,name=used,proto3" json:"used,omitempty"`     // of settle and cut
+	// Of tell: a warmup.Tally, of what providers answered.
+	Attempts      uint32 `protobuf:"varint,9,opt,name=attempts,proto3" json:"attempts,omitempty"`
+	Accepted      uint32 `protobuf:"varint,10,opt,name=accepted,proto3" json:"accepted,omitempty"`
+	Deferred      uint32 `protobuf:"varint,11,opt,name=deferred,proto3" json:"deferred,omitempty"`
+	Blocked       uint32 `protobuf:"varint,12,opt,name=blocked,proto3" json:"blocked,omitempty"`
+	Hard          uint32 `protobuf:"varint,13,opt,name=hard,proto3" json:"hard,omitempty"`
+	Signatures    uint32 `protobuf:"varint,14,opt,name=signatures,proto3" json:"signatures,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -256,6 +263,48 @@ func (x *WarmItem) GetUsed() uint32 {
 	return 0
 }
 
+func (x *WarmItem) GetAttempts() uint32 {
+	if x != nil {
+		return x.Attempts
+	}
+	return 0
+}
+
+func (x *WarmItem) GetAccepted() uint32 {
+	if x != nil {
+		return x.Accepted
+	}
+	return 0
+}
+
+func (x *WarmItem) GetDeferred() uint32 {
+	if x != nil {
+		return x.Deferred
+	}
+	return 0
+}
+
+func (x *WarmItem) GetBlocked() uint32 {
+	if x != nil {
+		return x.Blocked
+	}
+	return 0
+}
+
+func (x *WarmItem) GetHard() uint32 {
+	if x != nil {
+		return x.Hard
+	}
+	return 0
+}
+
+func (x *WarmItem) GetSignatures() uint32 {
+	if x != nil {
+		return x.Signatures
+	}
+	return 0
+}
+
 // WarmDown answers a relay.
 type WarmDown struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -331,8 +380,9 @@ type WarmReply struct {
 	Quota         uint32                 `protobuf:"varint,9,opt,name=quota,proto3" json:"quota,omitempty"`
 	Committed     uint32                 `protobuf:"varint,10,opt,name=committed,proto3" json:"committed,omitempty"` // of the quota, by all relays
 	Stage         uint32                 `protobuf:"varint,11,opt,name=stage,proto3" json:"stage,omitempty"`
-	Relays        uint32                 `protobuf:"varint,12,opt,name=relays,proto3" json:"relays,omitempty"`  // that share the subject
-	Refused       string                 `protobuf:"bytes,13,opt,name=refused,proto3" json:"refused,omitempty"` // why nothing can be reserved at all
+	Relays        uint32                 `protobuf:"varint,12,opt,name=relays,proto3" json:"relays,omitempty"`     // that share the subject
+	Refused       string                 `protobuf:"bytes,13,opt,name=refused,proto3" json:"refused,omitempty"`    // why nothing can be reserved at all
+	Attempts      uint32                 `protobuf:"varint,14,opt,name=attempts,proto3" json:"attempts,omitempty"` // of tell: those that the ledger knows of now
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -458,6 +508,13 @@ func (x *WarmReply) GetRefused() string {
 	return ""
 }
 
+func (x *WarmReply) GetAttempts() uint32 {
+	if x != nil {
+		return x.Attempts
+	}
+	return 0
+}
+
 // WarmRecall asks a relay to cut a reservation down to an amount.
 type WarmRecall struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -548,7 +605,7 @@ const file_shared_wire_warm_proto_rawDesc = "" +
 	"\x04plan\x18\x05 \x01(\tR\x04plan\x12\x12\n" +
 	"\x04hold\x18\x06 \x01(\tR\x04hold\"8\n" +
 	"\x06WarmUp\x12.\n" +
-	"\x05items\x18\x01 \x03(\v2\x18.relais.wire.v1.WarmItemR\x05items\"\xb4\x01\n" +
+	"\x05items\x18\x01 \x03(\v2\x18.relais.wire.v1.WarmItemR\x05items\"\xd6\x02\n" +
 	"\bWarmItem\x12\x12\n" +
 	"\x04kind\x18\x01 \x01(\rR\x04kind\x12\x18\n" +
 	"\asubject\x18\x02 \x01(\x04R\asubject\x12\x14\n" +
@@ -557,11 +614,20 @@ const file_shared_wire_warm_proto_rawDesc = "" +
 	"\x05epoch\x18\x05 \x01(\x04R\x05epoch\x12\x10\n" +
 	"\x03seq\x18\x06 \x01(\x04R\x03seq\x12\x16\n" +
 	"\x06amount\x18\a \x01(\rR\x06amount\x12\x12\n" +
-	"\x04used\x18\b \x01(\rR\x04used\"\x8b\x01\n" +
+	"\x04used\x18\b \x01(\rR\x04used\x12\x1a\n" +
+	"\battempts\x18\t \x01(\rR\battempts\x12\x1a\n" +
+	"\baccepted\x18\n" +
+	" \x01(\rR\baccepted\x12\x1a\n" +
+	"\bdeferred\x18\v \x01(\rR\bdeferred\x12\x18\n" +
+	"\ablocked\x18\f \x01(\rR\ablocked\x12\x12\n" +
+	"\x04hard\x18\r \x01(\rR\x04hard\x12\x1e\n" +
+	"\n" +
+	"signatures\x18\x0e \x01(\rR\n" +
+	"signatures\"\x8b\x01\n" +
 	"\bWarmDown\x12\x14\n" +
 	"\x05today\x18\x01 \x01(\x11R\x05today\x123\n" +
 	"\areplies\x18\x02 \x03(\v2\x19.relais.wire.v1.WarmReplyR\areplies\x124\n" +
-	"\arecalls\x18\x03 \x03(\v2\x1a.relais.wire.v1.WarmRecallR\arecalls\"\xb1\x02\n" +
+	"\arecalls\x18\x03 \x03(\v2\x1a.relais.wire.v1.WarmRecallR\arecalls\"\xcd\x02\n" +
 	"\tWarmReply\x12\x12\n" +
 	"\x04kind\x18\x01 \x01(\rR\x04kind\x12\x18\n" +
 	"\asubject\x18\x02 \x01(\x04R\asubject\x12\x14\n" +
@@ -576,7 +642,8 @@ const file_shared_wire_warm_proto_rawDesc = "" +
 	" \x01(\rR\tcommitted\x12\x14\n" +
 	"\x05stage\x18\v \x01(\rR\x05stage\x12\x16\n" +
 	"\x06relays\x18\f \x01(\rR\x06relays\x12\x18\n" +
-	"\arefused\x18\r \x01(\tR\arefused\"|\n" +
+	"\arefused\x18\r \x01(\tR\arefused\x12\x1a\n" +
+	"\battempts\x18\x0e \x01(\rR\battempts\"|\n" +
 	"\n" +
 	"WarmRecall\x12\x18\n" +
 	"\asubject\x18\x01 \x01(\x04R\asubject\x12\x14\n" +

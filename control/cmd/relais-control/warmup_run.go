@@ -96,15 +96,15 @@ func printWarmUp(w io.Writer, v api.WarmUp) error {
 		if c.PausedUntil != "" {
 			why = strings.TrimSuffix("paused until "+c.PausedUntil+": "+why, ": ")
 		}
-		rows = append(rows, []string{c.Class, stage, fmt.Sprint(c.Quota), fmt.Sprint(c.Reserved), fmt.Sprint(c.Used), fmt.Sprint(c.Yesterday), why})
+		rows = append(rows, []string{c.Class, stage, fmt.Sprint(c.Quota), fmt.Sprint(c.Reserved), fmt.Sprint(c.Used), fmt.Sprint(c.Answers.Accepted), fmt.Sprint(c.Answers.Deferred), fmt.Sprint(c.Answers.Blocked), fmt.Sprint(c.Answers.Hard), fmt.Sprint(c.Yesterday), why})
 	}
-	return printTable(w, "CLASS STAGE QUOTA RESERVED USED YESTERDAY WHY", rows)
+	return printTable(w, "CLASS STAGE QUOTA RESERVED USED ACCEPTED DEFERRED BLOCKED HARD YESTERDAY WHY", rows)
 }
 
 func (a *app) warmupShow() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "show", Short: "Show where a warm-up stands with each class of providers", Args: cobra.NoArgs,
-		Long:    warmWhat + " Counts are of recipients. What relays have spent is known every 10 s.",
+		Long:    warmWhat + " Counts are of recipients. What relays have spent, and what providers answered, is known every 10 s; blocked is refused for good because of who sends or of the content, hard because there is no such recipient. A day leads to the next stage if most of its quota was used and the answers pass the plan's gate.",
 		Example: "  relais-control warmup show --ip 198.51.100.7\n  relais-control warmup show --pool news --json",
 	}
 	what := addWarmFlags(cmd)
