@@ -15,6 +15,9 @@ import (
 	"github.com/relais-mta/relais/shared/lab/fleet"
 )
 
+// quarantineSince is the version of the commands that brought `ip quarantine`.
+const quarantineSince = 4
+
 // upgrade is a cluster whose programs are exchanged while mail flows.
 type upgrade struct {
 	*trio
@@ -412,7 +415,7 @@ func (u *upgrade) finish() {
 		out, err := u.Ctl(u.t.Context(), "ip", "quarantine", address, "--reason", "tested")
 		return fmt.Sprint(string(out), err), err
 	}
-	if text, err := quarantine(u.operate(u.servers[0])); err == nil || !strings.Contains(text, fmt.Sprintf("needs version %d of the commands, the cluster works at %d", u.after.commands, old)) {
+	if text, err := quarantine(u.operate(u.servers[0])); err == nil || !strings.Contains(text, fmt.Sprintf("needs version %d of the commands, the cluster works at %d", quarantineSince, old)) {
 		u.t.Errorf("a command of the new release, too early: %s", text)
 	}
 	status("upgrade", "finish", "--reason", "tested")
