@@ -182,3 +182,43 @@ func TestARuleThatIsReleasedDuringTheCount(t *testing.T) {
 		t.Errorf("held %d and waiting %d, want 0 and 2", s.Held, s.Waiting)
 	}
 }
+
+// TestARuleWhoseMailIsInOtherHandsHoldsUpNoOther: what another relay was offered
+// cannot be released before that relay has answered. Other rules hold and release
+// meanwhile.
+func TestARuleWhoseMailIsInOtherHandsHoldsUpNoOther(t *testing.T) {
+	w := newWay(t)
+	f := w.giver
+	offered := f.put(Match{Domain: "one.example"})
+	f.accept("a@one.example")
+	w.claim()
+	w.offer()
+	if err := f.q.RemoveHold(offered, "ada"); err != nil {
+		t.Fatal(err)
+	}
+	f.eventually("the rule to be looked at", func() bool {
+		f.q.mu.Lock()
+		defer f.q.mu.Unlock()
+		return f.q.rules[offered].use.pause > 0
+	})
+	f.accept("b@two.example")
+	other, err := f.q.PutHold(HoldRule{Match: Match{Domain: "two.example"}, Cause: "a test", Owner: "operator"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.eventually("what waited to be held", func() bool { return f.index(other) == 1 })
+	if err := f.q.RemoveHold(other, "ada"); err != nil {
+		t.Fatal(err)
+	}
+	f.eventually("it to be released", func() bool { return len(f.q.Holds()) == 1 })
+	if h := f.q.Holds(); h[0].ID != offered || !h[0].Ending || h[0].Held != 1 {
+		t.Errorf("the rule whose mail was offered: %+v", h)
+	}
+	if err := f.q.TakeBack(w.parcels); err != nil {
+		t.Fatal(err)
+	}
+	f.swept()
+	if got := f.states(); got[relay.StateWaiting] != 2 || got[relay.StateHeld] != 0 {
+		t.Errorf("in the end %v", got)
+	}
+}

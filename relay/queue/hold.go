@@ -84,11 +84,7 @@ func (r *activeRule) pin() bool {
 
 // unpin ends pin. Call with the queue's lock held.
 func (r *activeRule) unpin() {
-	u := r.use
-	if u.pending--; u.pending == 0 && u.idle != nil {
-		close(u.idle)
-		u.idle = nil
-	}
+	r.use.pending--
 }
 
 // heldAtOnce names the rule that holds each recipient of mail that arrives; nil

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"net/netip"
+	"slices"
 	"testing"
 	"time"
 
@@ -31,7 +32,8 @@ func (f *fixture) swept() {
 	f.t.Helper()
 	limit := time.Now().Add(30 * time.Second)
 	for {
-		if task, _, _ := f.q.nextRule(); task == ruleNothing {
+		task, _, _ := f.q.nextRule()
+		if task == ruleNothing && !slices.ContainsFunc(f.q.Holds(), func(h HoldInfo) bool { return h.Ending }) {
 			return
 		}
 		if time.Now().After(limit) {

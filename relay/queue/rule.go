@@ -78,11 +78,14 @@ type activeRule struct {
 
 // ruleUse is what becomes of a rule. A rule whose words are replaced keeps it.
 type ruleUse struct {
-	pending int           // commits under way that hold mail by it
-	idle    chan struct{} // closed when pending becomes 0; nil: nobody waits
-	swept   bool          // what waited when it came is held
-	ended   bool          // what it held is being released
+	pending int  // commits under way that hold mail by it
+	swept   bool // what waited when it came is held
+	ended   bool // what it held is being released
 	endedBy string
+
+	// Of ruleLoop, once it has ended.
+	rests time.Time     // it is left alone until then
+	pause time.Duration // for how long, last
 }
 
 // ruleSet is what arriving and departing mail is compared with, oldest rule

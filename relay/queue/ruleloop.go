@@ -13,11 +13,13 @@ import (
 
 // Times of the work that rules make.
 const (
-	maxRuleWait    = time.Minute // the clock may have been set
-	ruleRetryWait  = readRetryMS * time.Millisecond
-	releasePause   = 100 * time.Millisecond // when all that is left is in other hands
-	endedByItself  = "the rule's end"
-	maxReleaseKeys = maxStepRecipients
+	maxRuleWait   = time.Minute // the clock may have been set
+	ruleRetryWait = readRetryMS * time.Millisecond
+	// Between two looks at an ended rule of which all that is left is in other hands.
+	minReleasePause = 100 * time.Millisecond
+	maxReleasePause = 5 * time.Second
+	endedByItself   = "the rule's end"
+	maxReleaseKeys  = maxStepRecipients
 )
 
 // wakeRules tells the loop that a rule changed.
@@ -57,14 +59,10 @@ func (q *Queue) ruleLoop() {
 
 // serveRules does all that is to be done and returns when to look again.
 func (q *Queue) serveRules(ctx context.Context) time.Duration {
-	wait := maxRuleWait
 	for ctx.Err() == nil {
-		task, rule, ends := q.nextRule()
+		task, rule, wait := q.nextRule()
 		switch task {
 		case ruleNothing:
-			if !ends.IsZero() {
-				wait = min(wait, max(0, ends.Sub(q.cfg.Now())))
-			}
 			return wait
 		case ruleRelease:
 			if err := q.releaseRule(ctx, rule); err != nil {
@@ -80,7 +78,7 @@ func (q *Queue) serveRules(ctx context.Context) time.Duration {
 			}
 		}
 	}
-	return wait
+	return maxRuleWait
 }
 
 func (q *Queue) ruleFailed(ctx context.Context, r *activeRule, err error) time.Duration {
@@ -100,26 +98,30 @@ const (
 	ruleSweep            // hold what waited when it came
 )
 
-// nextRule returns a rule with something to do, or when the next one ends by
-// itself.
-func (q *Queue) nextRule() (task ruleTask, next *activeRule, ends time.Time) {
+// nextRule returns a rule with something to do, or how long there is nothing.
+func (q *Queue) nextRule() (task ruleTask, next *activeRule, wait time.Duration) {
 	now, trusted := q.cfg.Now(), q.clockTrusted()
+	wait = maxRuleWait
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	for _, r := range q.rules {
+		if left := time.Until(r.use.rests); r.use.ended && left > 0 {
+			wait = min(wait, left)
+			continue
+		}
 		switch {
 		case r.use.ended:
-			return ruleRelease, r, ends
+			return ruleRelease, r, 0
 		case trusted && !r.Until.IsZero() && !r.Until.After(now):
-			return ruleEnd, r, ends
+			return ruleEnd, r, 0
 		case !r.use.swept:
-			return ruleSweep, r, ends
+			return ruleSweep, r, 0
 		}
-		if trusted && !r.Until.IsZero() && (ends.IsZero() || r.Until.Before(ends)) {
-			ends = r.Until
+		if trusted && !r.Until.IsZero() {
+			wait = min(wait, r.Until.Sub(now))
 		}
 	}
-	return ruleNothing, nil, ends
+	return ruleNothing, nil, wait
 }
 
 // sweepRule holds what waited when the rule came.
@@ -193,33 +195,30 @@ func (q *Queue) swept(r *activeRule) error {
 func (q *Queue) releaseRule(ctx context.Context, r *activeRule) error {
 	for {
 		q.mu.Lock()
-		var idle chan struct{}
-		if r.use.pending > 0 {
-			if r.use.idle == nil {
-				r.use.idle = make(chan struct{})
-			}
-			idle = r.use.idle
-		}
+		busy := r.use.pending > 0
 		q.mu.Unlock()
 		seen, released, err := q.releasePass(ctx, r)
 		switch {
 		case err != nil:
 			return err
-		case seen == 0 && idle == nil:
+		case seen == 0 && !busy:
 			return q.forgetRule(r)
-		case released > 0:
-			continue
+		case released == 0:
+			q.rest(r)
+			return nil
 		}
-		pause := time.NewTimer(releasePause)
-		select {
-		case <-ctx.Done():
-			pause.Stop()
-			return ctx.Err()
-		case <-idle: // nil if nothing is under way
-		case <-pause.C:
-		}
-		pause.Stop()
 	}
+}
+
+// rest has an ended rule looked at again after a moment, longer each time: all
+// that is left is in other hands, for as long as another relay does not say
+// whether it took it. Other rules must not wait for that.
+func (q *Queue) rest(r *activeRule) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	u := r.use
+	u.pause = min(max(2*u.pause, minReleasePause), maxReleasePause)
+	u.rests = time.Now().Add(u.pause)
 }
 
 // releasePass goes once through what the index has under a rule.
