@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -28,7 +29,12 @@ func (f *fixture) export() ([]byte, ExportCount) {
 }
 
 func (f *fixture) importFrom(b []byte) (ImportCount, error) {
-	return f.q.Import(context.Background(), bytes.NewReader(b), filepath.Join(f.dir, "..", filepath.Base(f.dir)+"-imports"), func(ImportCount) {})
+	return f.q.Import(context.Background(), bytes.NewReader(b), f.ledgers(), func(ImportCount) {})
+}
+
+// ledgers is the folder that remembers imports.
+func (f *fixture) ledgers() string {
+	return filepath.Join(f.dir, "..", filepath.Base(f.dir)+"-imports")
 }
 
 // content is what the queue holds of a message, body included.
@@ -172,6 +178,44 @@ func TestImportGoesOn(t *testing.T) {
 	}
 	if s := to.q.Summary(); s.Waiting != 9 {
 		t.Errorf("%d wait, want 9", s.Waiting)
+	}
+}
+
+// TestImportGoesOnWithoutItsLedger: a power cut took what the ledger had not on
+// stable storage; what was imported and delivered by then is known all the same.
+func TestImportGoesOnWithoutItsLedger(t *testing.T) {
+	from := newFixture(t).open()
+	for i := range 4 {
+		from.accept(fmt.Sprintf("u%d@one.example", i))
+	}
+	b, _ := from.export()
+	to := newFixture(t).open()
+	if got, err := to.importFrom(b); err != nil || got.Imported != 4 {
+		t.Fatalf("%+v, %v", got, err)
+	}
+	for range 3 {
+		w := to.take(1)
+		to.delivered(w, to.begin(w))
+	}
+	if err := os.RemoveAll(to.ledgers()); err != nil {
+		t.Fatal(err)
+	}
+	to.reopen()
+	if got, err := to.importFrom(b); err != nil || got.Imported != 0 || got.Known != 4 {
+		t.Errorf("without the ledger: %+v, %v", got, err)
+	}
+	to.eventually("the count", func() bool { return to.q.Summary().Counted })
+	if s := to.q.Summary(); s.Waiting != 1 {
+		t.Errorf("%d wait, want 1", s.Waiting)
+	}
+	to.clock.Add(24*time.Hour + takenMargin + time.Second)
+	if err := to.q.ForgetOverdue(to.clock.Now()); err != nil {
+		t.Fatal(err)
+	}
+	to.q.transfers.mu.Lock()
+	defer to.q.transfers.mu.Unlock()
+	if n := to.q.transfers.taken[exportedFrom.Node]; n != 0 {
+		t.Errorf("%d messages are remembered a day after their deadline", n)
 	}
 }
 

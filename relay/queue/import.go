@@ -59,7 +59,7 @@ func (q *Queue) Import(ctx context.Context, r io.Reader, ledgers string, progres
 		if known {
 			err = e.body(m.env.Body, io.Discard)
 			count.Known++
-		} else if err = q.importOne(ctx, e, m); err == nil {
+		} else if err = q.importOne(ctx, e, m, h.Node); err == nil {
 			count.Imported++
 			count.Bytes += m.env.Body.Length
 		}
@@ -93,7 +93,9 @@ func (q *Queue) knows(env *relay.Envelope, from ids.Node) (bool, error) {
 	return err == nil && taken[0], err
 }
 
-func (q *Queue) importOne(ctx context.Context, e *exportReader, m *exported) error {
+// importOne takes one message over with the memory of where it came from: unlike
+// the ledger it is on stable storage when the message is.
+func (q *Queue) importOne(ctx context.Context, e *exportReader, m *exported, from ids.Node) error {
 	ref := m.env.Body
 	if err := q.st.Admit(ref.Length); err != nil {
 		return err
@@ -122,8 +124,13 @@ func (q *Queue) importOne(ctx context.Context, e *exportReader, m *exported) err
 		discard(body)
 		return err
 	}
+	b.Set(store.AppendTransferKey(nil, store.SpaceTaken, from, m.env.ID, m.env.Hops+1), appendTaken(nil, m.env.ExpiresAt))
+	q.transfers.count(from, 1)
 	wait := make(chan error, 1)
 	q.st.Submit(ctx, b, func(err error) { // the books are kept here, as in Accept
+		if err != nil {
+			q.transfers.count(from, -1)
+		}
 		q.imported(mail, err)
 		q.pending.Done()
 		wait <- err
