@@ -287,7 +287,7 @@ func (s *Service) noteReflexes(ctx context.Context, node ids.Node, reflexes []Re
 		switch {
 		case b != nil && b.InForce() && b.Until.After(at.Add(reflexTTL-reflexRefresh)):
 			continue
-		case b != nil && !b.InForce() && !x.CauseAt.After(b.EndedAt):
+		case b != nil && !b.InForce() && b.EndedBy != "" && b.EndedBy != control.BrakeReflex && !x.CauseAt.After(b.EndedAt):
 			continue // a person ended it and nothing has happened since
 		}
 		_, err := s.log.Propose(ctx, &command.BrakeSet{Meta: Change{}.meta(System), Brake: command.BrakeRecord(x.brake(node, at))})

@@ -124,6 +124,16 @@ func TestReflexesOfRelaysAreShownAsBrakes(t *testing.T) {
 	if list := inForce(); len(list) != 0 {
 		t.Errorf("the lane is free again: %+v", list)
 	}
+	// It was out of the report for a while, and nobody has said that it is well: its
+	// relay was cut off, or tells of lanes that were slowed down before.
+	again := []Reflex{{Source: src.ID, Provider: "yahoo", Phase: "slowed", Class: "throttled", CauseAt: at.Add(-time.Minute), Since: at.Add(-time.Minute)}}
+	for range 2 {
+		note(again)
+		if list := inForce(); len(list) != 1 || list[0].Scope.Provider != "yahoo" {
+			t.Errorf("a lane that is slowed down is not shown: %+v", list)
+		}
+		note(nil)
+	}
 	if long := oneLine(strings.Repeat("é", command.MaxEvidenceBytes), command.MaxEvidenceBytes); len(long) > command.MaxEvidenceBytes {
 		t.Error(len(long))
 	}
