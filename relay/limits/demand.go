@@ -75,6 +75,9 @@ func (l *Limits) sample() {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if l.table.Load() != t {
+		return // the view changed meanwhile; who changed it has the loop look again
+	}
 	for _, lim := range t.limits {
 		s := byNumber[uint64(lim.ID)]
 		if s == nil {

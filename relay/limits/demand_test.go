@@ -7,6 +7,7 @@ import (
 	"github.com/relais-mta/relais/relay/schedule"
 	"github.com/relais-mta/relais/shared/lease"
 	"github.com/relais-mta/relais/shared/policy"
+	"github.com/relais-mta/relais/shared/wire"
 )
 
 // A relay that has no connection under one limit leaves the rate of another to
@@ -103,5 +104,29 @@ func TestAHostThatIsSlowWantsNoMoreThanItTakes(t *testing.T) {
 	}
 	if got := sample(true, 0, time.Millisecond); got != all {
 		t.Errorf("the limit holds the mail again, %d is wanted", got)
+	}
+}
+
+// A limit that goes while the scheduler is asked what waits for it is not wanted:
+// its number is never used again, and would be in every report.
+func TestALimitThatIsGoneIsNotWanted(t *testing.T) {
+	w := newWorld(t, slotLimit(1, 2), rateLimit(2, nil))
+	w.wants(100, 0)
+	w.pass(2 * time.Second)
+	w.see(slotLimit(1, 2), rateLimit(2, nil), slotLimit(3, 5))
+	w.wants(100, 0)
+	w.meanwhile = func() {
+		w.table.DropLimit(3)
+		w.grantor.DropLimit(3)
+		w.see(slotLimit(1, 2), rateLimit(2, nil))
+	}
+	w.pass(5 * time.Second)
+	report := last[*wire.LeaseReport](w)
+	decoded, err := wire.DecodeLeaseReport(self, report)
+	if err != nil || w.meanwhile != nil {
+		t.Fatal("the view did not change meanwhile", err)
+	}
+	if len(decoded.Lines) != 2 {
+		t.Errorf("the report lists %+v", decoded.Lines)
 	}
 }

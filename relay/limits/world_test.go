@@ -33,9 +33,10 @@ type world struct {
 	said    []proto.Message
 	life    uint64
 
-	mu     sync.Mutex
-	gates  map[uint64]schedule.Gate
-	states []schedule.GateState
+	mu        sync.Mutex
+	gates     map[uint64]schedule.Gate
+	states    []schedule.GateState
+	meanwhile func() // called once, while the scheduler is asked what is due
 }
 
 var (
@@ -133,6 +134,10 @@ func (w *world) KeepGates(_ string, numbers map[uint64]bool) {
 }
 
 func (w *world) GateStates(_ string, dst []schedule.GateState) []schedule.GateState {
+	if meanwhile := w.meanwhile; meanwhile != nil {
+		w.meanwhile = nil
+		meanwhile()
+	}
 	return append(dst, w.states...)
 }
 
