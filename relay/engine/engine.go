@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -69,6 +70,9 @@ type Engine struct {
 	notify  notifier
 	kick    chan struct{} // something for the loop, capacity 1
 	overdue chan struct{} // the earliest deadline may have changed, capacity 1
+
+	pinnedWork atomic.Int64 // pieces in pinned; changed under mu
+
 	workers sync.WaitGroup
 	lookups sync.WaitGroup
 

@@ -34,7 +34,7 @@ type pinnedQueue struct {
 // the given and still usable; the work is loaded. e.mu is held.
 func (e *Engine) pin(w *queue.Work, lane schedule.Lane, now time.Time) bool {
 	sticky := w.Recipients[0].State.Sticky
-	if !sticky.IsValid() {
+	if !sticky.IsValid() || !now.Before(w.Env.ExpiresAt) {
 		return false
 	}
 	id, ok := e.sourceAt(sticky, w)
@@ -57,6 +57,7 @@ func (e *Engine) pin(w *queue.Work, lane schedule.Lane, now time.Time) bool {
 		return false
 	}
 	p.work = append(p.work, w)
+	e.pinnedWork.Add(1)
 	e.setPinnedHead(n, p, now)
 	return true
 }
@@ -82,6 +83,7 @@ func (e *Engine) takePinned(n schedule.Queue, p *pinnedQueue, now time.Time) *qu
 	w := p.work[0]
 	p.work[0] = nil
 	p.work = p.work[1:]
+	e.pinnedWork.Add(-1)
 	e.setPinnedHead(n, p, now)
 	return w
 }
@@ -106,5 +108,35 @@ func (e *Engine) unpinAll(now time.Time) []*queue.Work {
 		p.work = nil
 		e.setPinnedHead(n, p, now)
 	}
+	e.pinnedWork.Store(0)
 	return back
+}
+
+// unpinOverdue gives pinned work back whose deadline has passed, so that it ends:
+// what holds its lane may last. It takes the lock only if anything is pinned.
+func (e *Engine) unpinOverdue(now time.Time) {
+	if e.pinnedWork.Load() == 0 || !e.cfg.ClockTrusted() {
+		return
+	}
+	var back []*queue.Work
+	e.mu.Lock()
+	for n, p := range e.pinned {
+		var left []*queue.Work
+		for _, w := range p.work {
+			if now.Before(w.Env.ExpiresAt) {
+				left = append(left, w)
+			} else {
+				back = append(back, w)
+			}
+		}
+		if len(left) < len(p.work) {
+			p.work = left
+			e.setPinnedHead(n, p, now)
+		}
+	}
+	e.pinnedWork.Add(int64(-len(back)))
+	e.mu.Unlock()
+	for _, w := range back {
+		e.queue.Return(w)
+	}
 }

@@ -32,7 +32,9 @@ func (w *worker) send(ctx context.Context, work *queue.Work) {
 	dir := e.cfg.Directory()
 	if !now.Before(work.Env.ExpiresAt) && e.cfg.ClockTrusted() {
 		// No attempt starts at or after the deadline, whoever was slow.
-		e.expireWork([]*queue.Work{work}, now, dir)
+		done := make(chan error, 1)
+		e.expireThen([]*queue.Work{work}, now, dir, func(err error) { done <- err })
+		<-done
 		return
 	}
 	w.attempt(ctx, work, dir, now)
@@ -69,7 +71,7 @@ func (w *worker) attempt(ctx context.Context, work *queue.Work, dir *policy.Dire
 		e.log.Error("a message could not be prepared for sending", "message", work.Env.ID, "error", err)
 		a.EndedAt = e.cfg.Now()
 		a.Outcomes = localFailure(work, err)
-		e.settle(work, a, nil)
+		e.settleAndWait(work, a)
 		return
 	}
 	if h := w.admit(ctx, work); h.Reason != "" {

@@ -178,7 +178,8 @@ func (e *Engine) settleWithout(w *queue.Work, f *resolve.Failure, now time.Time)
 }
 
 // settleAndWait is settle for who would go on to other work at once: hosts may
-// refuse sessions faster than the disk takes down that they did.
+// refuse sessions, and mail turn out not to be sendable, faster than the disk takes
+// down that they did.
 func (e *Engine) settleAndWait(w *queue.Work, a *relay.Attempt) {
 	done := make(chan error, 1)
 	e.settle(w, a, func(err error) { done <- err })
@@ -248,6 +249,7 @@ func (e *Engine) expire(now time.Time) {
 	if dir == nil {
 		return
 	}
+	e.unpinOverdue(now)
 	under := make(chan struct{}, maxExpireUnderWay)
 	for {
 		works := e.queue.PopExpired(now, maxExpirePerRound)
@@ -267,14 +269,10 @@ func (e *Engine) expire(now time.Time) {
 	}
 }
 
-// expireWork ends work of one message for good, with the last remote reply as
+// expireThen ends work of one message for good, with the last remote reply as
 // the reason if there is one, else with what kept it from being tried. The
-// sender gets one notification for all of it.
-func (e *Engine) expireWork(works []*queue.Work, now time.Time, dir *policy.Directory) {
-	e.expireThen(works, now, dir, nil)
-}
-
-// expireThen is expireWork that tells when the ends are stored, or are not.
+// sender gets one notification for all of it. done is told when the ends are
+// stored, or are not.
 func (e *Engine) expireThen(works []*queue.Work, now time.Time, dir *policy.Directory, done func(error)) {
 	settlements := make([]*settlement, len(works))
 	for i, w := range works {
