@@ -25,6 +25,9 @@ func TestWarmUpListensToProviders(t *testing.T) {
 		}
 		return err == nil
 	})
+	if err := f.WaitApplied(t.Context()); err != nil {
+		t.Fatal(err)
+	}
 	var last answers
 	shown := func(want answers) {
 		t.Helper()
