@@ -20,6 +20,7 @@ type Batch struct {
 	drops      []relay.BodyRef // bodies that die with this batch
 	events     []byte          // each with its length in front
 	eventCount int
+	largest    int // of the values, in bytes
 
 	refusable bool
 
@@ -66,6 +67,7 @@ func (b *Batch) Set(key, value []byte) {
 	v := uint32(len(b.data))
 	b.data = append(b.data, value...)
 	b.ops = append(b.ops, op{key: at, value: v, end: uint32(len(b.data))})
+	b.largest = max(b.largest, len(value))
 }
 
 // Delete removes key. It is copied.
@@ -131,6 +133,9 @@ func (s *Store) checkSize(b *Batch) error {
 	if b.indexBytes() > s.maxGroupBytes || len(b.ops) > s.maxGroupEntries {
 		return fault.New(fault.TooLarge, "store.Commit", "one change writes %d keys and %d bytes, the most are %d and %d: split the message over fewer recipients",
 			len(b.ops), b.indexBytes(), s.maxGroupEntries, s.maxGroupBytes)
+	}
+	if b.largest > maxValueBytes { // it would go into the value log, which nothing gives back
+		return fault.New(fault.TooLarge, "store.Commit", "one record has %d bytes, the most are %d: split the message over fewer recipients", b.largest, maxValueBytes)
 	}
 	return nil
 }

@@ -515,6 +515,32 @@ func TestABatchTooLargeIsRefused(t *testing.T) {
 	}
 }
 
+// TestARecordTooLargeIsRefused: it would go into Badger's value log, of which
+// nothing comes back.
+func TestARecordTooLargeIsRefused(t *testing.T) {
+	cfg := testConfig(t.TempDir())
+	cfg.MemTableBytes = defaultMemTableBytes
+	s := openTest(t, cfg)
+	log := filepath.Join(s.indexDir, "000001.vlog")
+	before, err := os.Stat(log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := s.NewBatch()
+	b.Set([]byte("z"), make([]byte, maxValueBytes+1))
+	if err := s.Commit(context.Background(), b); !fault.Is(err, fault.TooLarge) {
+		t.Errorf("a record of %d bytes: %v", maxValueBytes+1, err)
+	}
+	b = s.NewBatch()
+	b.Set([]byte("z"), make([]byte, maxValueBytes))
+	if err := s.Commit(context.Background(), b); err != nil {
+		t.Errorf("the largest record: %v", err)
+	}
+	if after, err := os.Stat(log); err != nil || after.Size() != before.Size() {
+		t.Errorf("the value log went from %d to %d bytes: %v", before.Size(), after.Size(), err)
+	}
+}
+
 func TestCommitAfterCloseIsRefused(t *testing.T) {
 	s, err := Open(context.Background(), testConfig(t.TempDir()))
 	if err != nil {
