@@ -149,7 +149,7 @@ type Config struct {
 	FloorTTL time.Duration // likewise a floor
 	Guard    time.Duration // a relay stops starting work this long before a ceiling ends
 	Linger   time.Duration // slots in use may stay so this long after a ceiling ended
-	Hold     time.Duration // a seat of a limit too small for all is given up after this, if others wait
+	Hold     time.Duration // a seat of a limit too small for all is given up after this or a little less, if others wait
 	FloorGap time.Duration // floors are divided anew this often at most
 }
 

@@ -3,13 +3,26 @@ package lease
 import (
 	"cmp"
 	"slices"
+	"time"
 )
+
+// hold is how long a relay may keep a seat that others wait for: three quarters of
+// Config.Hold to all of it, another part for each limit and each turn. Turns of one
+// length would keep step: of two relays with mail that two limits count, each would
+// have the seat of the one while the other has that of the other, for good.
+func (e *entry) hold(cfg Config) time.Duration {
+	// The finalizer of SplitMix64: any mixture that spreads neighbours will do.
+	x := uint64(e.since) ^ uint64(e.l.ID)*0x9e3779b97f4a7c15
+	x = (x ^ x>>30) * 0xbf58476d1ce4e5b9
+	x = (x ^ x>>27) * 0x94d049bb133111eb
+	return cfg.Hold - time.Duration((x^x>>31)%256)*(cfg.Hold/1024)
+}
 
 // seat decides who may have a ceiling. When a limit has room for all who want
 // some, they all do. When it has fewer seats than that, a seat is held for
-// Config.Hold and then goes to who has waited longest, if anybody waits: with n
-// relays that want k seats each waits n/k holds at most, and the time it takes a
-// relay to give its seat back.
+// Config.Hold at most and then goes to who has waited longest, if anybody waits:
+// with n relays that want k seats each waits n/k holds at most, and the time it
+// takes a relay to give its seat back.
 func (g *Grantor) seat(now Instant, l *limitState, seats int64) {
 	wanting, seated := int64(0), int64(0)
 	for _, e := range l.entries {
@@ -31,7 +44,7 @@ func (g *Grantor) seat(now Instant, l *limitState, seats int64) {
 	waiting := wanting - seated
 	for short := waiting - max(0, seats-seated); short > 0; short-- {
 		e := l.oldest(func(e *entry) bool {
-			return e.seated && e.sent.usable(l.Kind) && now >= e.since.Add(g.cfg.Hold)
+			return e.seated && e.sent.usable(l.Kind) && now >= e.since.Add(e.hold(g.cfg))
 		})
 		if e == nil {
 			break
@@ -50,10 +63,11 @@ func (g *Grantor) seat(now Instant, l *limitState, seats int64) {
 		}
 		e.seated, e.waits, e.since = true, false, now
 	}
-	if e := l.oldest(func(e *entry) bool { return e.seated }); e != nil {
-		l.due = e.since.Add(g.cfg.Hold)
-	} else {
-		l.due = now.Add(g.cfg.Hold)
+	l.due = now.Add(g.cfg.Hold)
+	for _, e := range l.entries {
+		if e.seated {
+			l.due = min(l.due, e.since.Add(e.hold(g.cfg)))
+		}
 	}
 }
 

@@ -54,7 +54,7 @@ type Lease struct {
 	TTL      Duration `toml:"ttl"`       // a relay that hears nothing keeps its share this long
 	FloorTTL Duration `toml:"floor_ttl"` // and its floor this long
 	Linger   Duration `toml:"linger"`    // a connection in use may stay so long after its right ended
-	Hold     Duration `toml:"hold"`      // where there are fewer rights than relays that want one, each keeps it this long
+	Hold     Duration `toml:"hold"`      // where there are fewer rights than relays that want one, each keeps it this long at most
 }
 
 // Config returns the lengths of time as package lease knows them.
