@@ -401,6 +401,7 @@ func TestOperationEndsInFrontOfAStepThatFails(t *testing.T) {
 	const n = 55
 	var failing ids.Message
 	for i := range n {
+		f.clock.Add(time.Millisecond) // or their ids were in any order
 		if env := f.accept(fmt.Sprintf("u%d@one.example", i)); i == 34 {
 			failing = env.ID
 		}

@@ -17,6 +17,7 @@ import (
 	"github.com/relais-mta/relais/relay/engine"
 	"github.com/relais-mta/relais/relay/queue"
 	"github.com/relais-mta/relais/relay/resolve"
+	"github.com/relais-mta/relais/relay/store"
 	"github.com/relais-mta/relais/relay/tlspolicy"
 	"github.com/relais-mta/relais/shared/buildinfo"
 	"github.com/relais-mta/relais/shared/fault"
@@ -112,12 +113,8 @@ func (n *node) load() agent.Load {
 	if n.queue == nil {
 		return agent.Load{}
 	}
-	s, disk := n.queue.Summary(), n.store.Stats()
-	l := agent.Load{WaitingRecipients: uint64(max(0, s.Waiting)), InFlightRecipients: uint64(max(0, s.InFlight)),
-		QueueBytes: uint64(max(0, disk.LiveBodyBytes)), FreeBytes: uint64(max(0, disk.FreeBytes)), Handover: n.handoverReport()}
-	if !s.Counted {
-		l.WaitingRecipients = max(1, l.WaitingRecipients) // a queue that is still being counted is not known to be empty
-	}
+	l := loadOf(n.queue.Summary(), n.store.Stats())
+	l.Handover = n.handoverReport()
 	checks, _ := n.health.Checks()
 	for _, c := range checks {
 		if c.Severity != telemetry.OK && len(l.Problems) < 16 {
@@ -132,6 +129,17 @@ func (n *node) load() agent.Load {
 	for _, r := range n.brakes.Long(wire.MaxLaneReflexes) {
 		l.Reflexes = append(l.Reflexes, &wire.LaneReflex{SourceId: wire.EncodeID(r.Source), Provider: r.Provider, Phase: r.Phase, PerHour: r.PerHour, Connections: uint32(r.Connections),
 			Class: r.Class, Reply: r.Reply, CauseMs: r.CauseAt.UnixMilli(), SinceMs: r.Since.UnixMilli()})
+	}
+	return l
+}
+
+// loadOf says what queue and disk hold. A relay that drains is done when it holds
+// nothing.
+func loadOf(s queue.Summary, disk store.Stats) agent.Load {
+	l := agent.Load{WaitingRecipients: uint64(max(0, s.Waiting)), InFlightRecipients: uint64(max(0, s.InFlight)), HeldRecipients: uint64(max(0, s.Held)),
+		QueueBytes: uint64(max(0, disk.LiveBodyBytes)), FreeBytes: uint64(max(0, disk.FreeBytes))}
+	if !s.Counted {
+		l.WaitingRecipients = max(1, l.WaitingRecipients) // a queue that is still being counted is not known to be empty
 	}
 	return l
 }
