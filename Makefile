@@ -73,12 +73,12 @@ SEEDS ?= 2000
 sim:
 	$(GO) test $(TESTFLAGS) -timeout 60m -v -run 'TestSeeds$$' ./shared/sim -seeds $(SEEDS) -seed $(or $(SEED),1)
 
-# A thousand relays for a day of their time: make sim-soak [SPAN=24h] [RELAYS=1000] [PACE=4]
+# A thousand relays for a day of their time: make sim-soak [SPAN=24h] [RELAYS=1000] [PACE=4] [SEED=1]
 SPAN ?= 24h
 RELAYS ?= 1000
 PACE ?= 4
 sim-soak:
-	$(GO) test $(TESTFLAGS) -timeout 24h -v -run 'Test34Soak$$' ./shared/sim -soak $(SPAN) -soak-relays $(RELAYS) -soak-pace $(PACE)
+	$(GO) test $(TESTFLAGS) -timeout 24h -v -run 'Test34Soak$$' ./shared/sim -soak $(SPAN) -soak-relays $(RELAYS) -soak-pace $(PACE) -soak-seed $(or $(SEED),1)
 
 # One broken rule at a time, which the scenarios and random worlds must notice.
 sim-mutants:

@@ -17,6 +17,7 @@ type checker struct {
 	opened  int                             // connections from addresses
 	changed map[lease.LimitID]bool          // the limit was lowered or raised
 	aware   map[lease.LimitID]time.Duration // since when the leader knows of that
+	put     map[lease.Node]time.Duration    // out: since when the leader knows of that
 }
 
 type claimID struct {
@@ -41,6 +42,7 @@ func (c *checker) init() {
 	c.claims = make(map[claimID]uint32)
 	c.changed = make(map[lease.LimitID]bool)
 	c.aware = make(map[lease.LimitID]time.Duration)
+	c.put = make(map[lease.Node]time.Duration)
 }
 
 // check holds the world against I1, I2, I4 and A1 to A4 after an event. What a relay
@@ -62,6 +64,9 @@ func (w *world) check(m *machine) {
 
 // changed has the relays of a tick looked at, or all.
 func (w *world) changed(result any) {
+	if _, ledger := result.(ledgerResult); ledger {
+		return // it changes nobody's shares
+	}
 	res, ok := result.(tickResult)
 	if !ok || len(w.all) <= 16 {
 		w.stale = true
@@ -78,10 +83,8 @@ func (w *world) checkRelay(r *relay) {
 	}
 	now := r.clock(w.now)
 	w.checkAddresses(r, now)
-	if len(w.all) > len(w.relays) {
-		for _, c := range w.all[len(w.relays):] {
-			w.checkCopy(c)
-		}
+	for _, c := range w.copies {
+		w.checkCopy(c)
 	}
 	for i, id := range w.limits {
 		rights := r.under(i)
@@ -89,6 +92,8 @@ func (w *world) checkRelay(r *relay) {
 		if has.Amount == 0 && has.Burst == 0 && open == 0 {
 			continue
 		}
+		w.tally.held[i2]++
+		w.checkEnded(r, id, rights, now)
 		h := w.log.state.table.Holding(id, r.node)
 		may := lease.Share{Amount: h.Ceiling.Amount + h.Floor.Amount, Burst: h.Ceiling.Burst + h.Floor.Burst}
 		if has.Amount > may.Amount || has.Burst > may.Burst {
@@ -99,6 +104,21 @@ func (w *world) checkRelay(r *relay) {
 		if open > may.Amount && r.until == 0 {
 			w.fail("I2: %s has %d slots of limit %d open, the table says %v and %v", r.name, open, id, h.Ceiling, h.Floor)
 		}
+	}
+}
+
+// checkEnded holds a relay against I4, by the reports that were answered, of whatever
+// limit: a lease ends a TTL after the last of them was sent, a floor a day.
+func (w *world) checkEnded(r *relay, id lease.LimitID, rights *lease.Rights, now lease.Instant) {
+	share, until, floor := rights.Lease()
+	if now >= r.earned.Add(w.cfg.TTL-w.cfg.Guard) {
+		w.tally.held[i4]++
+		if share.Amount > 0 {
+			w.fail("I4: %s uses %v of limit %d until %v and has earned nothing since %v", r.name, share, id, until, r.earned)
+		}
+	}
+	if floor.Amount > 0 && now >= r.earnedFloors.Add(w.cfg.FloorTTL) {
+		w.fail("I4: %s uses a floor %v of limit %d and has earned none since %v", r.name, floor, id, r.earnedFloors)
 	}
 }
 
@@ -133,6 +153,7 @@ func (c *checker) started(w *world, id lease.LimitID) {
 func (c *checker) offered(w *world, id accountID, n uint32) {
 	k := quotaKey{id.subject, id.day}
 	c.offers[k] += n
+	w.tally.held[w2]++
 	if quota := w.log.state.history[k]; c.offers[k] > quota {
 		w.fail("W2: %d recipients were offered for subject %d on %v, the quota was never above %d", c.offers[k], id.subject, id.day, quota)
 	}
@@ -141,8 +162,12 @@ func (c *checker) offered(w *world, id accountID, n uint32) {
 // marked holds what a relay spent against what its disk says, as if it crashed now: W2.
 func (c *checker) marked(w *world, r *relay, id accountID) {
 	used, _ := r.accounts[id].spender.Peek()
-	if mark := r.disk.marks[id].Used; used > mark {
+	w.tally.held[w3]++
+	switch mark := r.disk.marks[id].Used; {
+	case used > mark:
 		w.fail("W2: %s has spent %d of %v and its disk says %d", r.name, used, id, mark)
+	case mark > used+markStep:
+		w.fail("W3: a crash of %s now would waste %d of %v", r.name, mark-used, id)
 	}
 }
 
@@ -198,10 +223,16 @@ func (c *checker) committed(w *world, before totals, result any) {
 			continue
 		}
 		if l != before.limits[i] {
+			if l.Max < before.limits[i].Max {
+				w.tally.met[limitFalls]++
+			} else {
+				w.tally.met[limitRises]++
+			}
 			c.changed[id] = true
 			delete(c.aware, id)
 		}
 		sum := st.table.Sum(id)
+		w.tally.held[i1]++
 		if sum.Amount > max(l.Max, before.sums[i].Amount) || sum.Burst > max(l.Burst, before.sums[i].Burst) {
 			w.fail("I1: of limit %d with %d and %d are held %v", id, l.Max, l.Burst, sum)
 		}
@@ -209,6 +240,12 @@ func (c *checker) committed(w *world, before totals, result any) {
 	for i, was := range before.quotas {
 		subject, day := warmup.Subject(i%2+1), before.today+warmup.Day(i/2)
 		quota, reserved, used := st.ledger.Totals(subject, 0, day)
+		if reserved > 0 {
+			w.tally.held[w1]++
+		}
+		if used > 0 {
+			w.tally.held[w5]++
+		}
 		if reserved > max(quota, was) {
 			w.fail("W1: of %d for subject %d on %v are reserved %d", quota, subject, day, reserved)
 		}
@@ -224,6 +261,9 @@ func (c *checker) committed(w *world, before totals, result any) {
 			w.fail("W5: %d are settled for subject %d on %v, relays said %d", used, subject, day, claimed)
 		}
 	}
+	if st.ledger.Today() > before.today {
+		w.tally.met[days]++
+	}
 	for _, r := range w.relays {
 		c.reserved(w, r)
 	}
@@ -238,11 +278,17 @@ func (c *checker) committed(w *world, before totals, result any) {
 				aware, told := c.aware[r.Change.Limit]
 				crossed = !told || res.at <= aware
 			}
+			if r.Why == "the relay was put out" && (r.Change == nil || res.at <= c.put[r.Change.Node]) {
+				continue
+			}
 			if r.Why != "another incarnation" && r.Why != "a later incarnation is known" && !crossed {
 				w.fail("I1: the leader proposed %+v, which the table refused: %s", r.Change, r.Why)
 			}
 		}
 	case ledgerResult:
+		if res.id.epoch != st.epochs[res.id.subject] {
+			w.tally.held[w4]++
+		}
 		if res.stale {
 			w.fail("W4: an owner that is none any more acquired of %v", res.id)
 		}

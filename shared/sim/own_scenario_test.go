@@ -4,7 +4,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/relais-mta/relais/shared/lease"
 	"github.com/relais-mta/relais/shared/ownership"
 )
 
@@ -294,10 +293,12 @@ func (w *world) evict(r *relay) {
 	s := w.log.leader
 	w.propose(s, func(st *state) any {
 		st.table.Evict(r.node)
+		w.checker.put[r.node] = 1 << 62 // until the leader is told
 		return nil
 	}, func(any) {
 		if s.grantor != nil {
 			s.grantor.Evict(r.node)
+			w.checker.put[r.node] = w.now
 		}
 	})
 	for ip, row := range w.log.state.ips {
@@ -352,7 +353,7 @@ func Test18AddressIsDedicatedMeanwhile(t *testing.T) {
 	}
 }
 
-// copyOf starts a copy of a machine's disk as it is now.
+// copyOf starts a copy of a machine's disk as it is now, but for floors.
 func (w *world) copyOf(of *relay) *relay {
 	r := w.newRelay(of.node, len(w.all))
 	r.copy, r.server, r.steady = true, of.server, true
@@ -361,11 +362,10 @@ func (w *world) copyOf(of *relay) *relay {
 	for id, m := range of.disk.marks {
 		r.disk.marks[id] = m
 	}
-	r.disk.floors = append([]lease.Floor(nil), of.disk.floors...)
 	for id, d := range of.demand {
 		r.demand[id] = d
 	}
-	w.all = append(w.all, r)
+	w.all, w.copies = append(w.all, r), append(w.copies, r)
 	r.boot()
 	return r
 }

@@ -324,10 +324,14 @@ func (w *world) checkAddresses(r *relay, now lease.Instant) {
 			continue
 		}
 		row := &w.log.state.ips[ip]
+		w.tally.held[a1]++
 		if row.Owner != nodeID(r.node) {
 			w.fail("A1: %s sends from address %d under epoch %d with %d connections, it is %s of %x", r.name, ip, u.Epoch(), open, row.State, row.Owner[0])
 		}
 		for _, c := range r.mail[ip][:open] {
+			if !row.Tenant.IsZero() {
+				w.tally.held[a3]++
+			}
 			if !row.Carries(c.tenant) {
 				w.fail("A3: from address %d, which is for tenant %x, goes mail of tenant %x", ip, row.Tenant[0], c.tenant[0])
 			}
@@ -339,6 +343,10 @@ func (w *world) checkAddresses(r *relay, now lease.Instant) {
 // as if every relay crashed now.
 func (c *checker) committedIP(w *world, res ipResult) {
 	after := w.log.state.ips[res.ip].Address
+	w.tally.held[a2]++
+	if after.Owner != res.before.Owner && !after.Owner.IsZero() {
+		w.tally.met[moves]++
+	}
 	if after.Epoch < res.before.Epoch || after.Owner != res.before.Owner && !after.Owner.IsZero() && after.Epoch == res.before.Epoch {
 		w.fail("A2: address %d went from epoch %d to %d", res.ip, res.before.Epoch, after.Epoch)
 	}
@@ -350,12 +358,14 @@ func (c *checker) committedIP(w *world, res ipResult) {
 	}
 }
 
-// checkCopy holds two machines with one key against A4.
+// checkCopy holds two machines with one key against A4: that only one of them uses
+// anything.
 func (w *world) checkCopy(second *relay) {
 	first := w.relays[second.node-1]
 	if first.down || second.down {
 		return
 	}
+	w.tally.held[a4]++
 	for _, id := range w.limits {
 		if a, b := w.usable(first, id), w.usable(second, id); a.Amount > 0 && b.Amount > 0 {
 			w.fail("A4: two machines with one key use %v and %v of limit %d", a, b, id)

@@ -16,34 +16,37 @@ type relay struct {
 	node lease.Node
 	disk disk
 
-	holder   *lease.Holder
-	known    []*lease.Rights // in the order of the world's limits
-	server   int             // whom it takes for the leader
-	session  bool            // the leader welcomed it
-	asked    time.Duration
-	answered time.Duration
-	spoke    time.Duration // when the leader heard a report of it
-	demand   map[lease.LimitID]int64
-	sessions map[lease.LimitID][]*session
-	stamps   map[lease.LimitID]lease.Stamp
-	steady   bool // demands do not change by themselves
-	saving   bool // of floors
-	saved    time.Duration
-	today    warmup.Day
-	owned    map[warmup.Subject]owning
-	accounts map[accountID]*account
-	order    []accountID
-	seq      uint64
-	uses     []ownership.Use
-	mail     [][]*ipSession
-	closing  []lease.Instant // when connections from an address are looked at
-	ipAsked  time.Duration
-	ipAcked  time.Duration
-	offUntil time.Duration
-	hangs    time.Duration // the disk does, until then
-	drags    time.Duration // the disk takes its time, until then
-	copy     bool          // the machine is one of another's disk
-	appetite int           // recipients a quarter of a second, of each subject
+	holder       *lease.Holder
+	known        []*lease.Rights // in the order of the world's limits
+	server       int             // whom it takes for the leader
+	session      bool            // the leader welcomed it
+	asked        time.Duration
+	answered     time.Duration
+	spoke        time.Duration // when the leader heard a report of it
+	sent         [64]sentReport
+	earned       lease.Instant // when the last of this process's reports that were answered was sent
+	earnedFloors lease.Instant // likewise, of any process's
+	demand       map[lease.LimitID]int64
+	sessions     map[lease.LimitID][]*session
+	stamps       map[lease.LimitID]lease.Stamp
+	steady       bool // demands do not change by themselves
+	saving       bool // of floors
+	saved        time.Duration
+	today        warmup.Day
+	owned        map[warmup.Subject]owning
+	accounts     map[accountID]*account
+	order        []accountID
+	seq          uint64
+	uses         []ownership.Use
+	mail         [][]*ipSession
+	closing      []lease.Instant // when connections from an address are looked at
+	ipAsked      time.Duration
+	ipAcked      time.Duration
+	offUntil     time.Duration
+	hangs        time.Duration // the disk does, until then
+	drags        time.Duration // the disk takes its time, until then
+	copy         bool          // the machine is one of another's disk
+	appetite     int           // recipients a quarter of a second, of each subject
 }
 
 // disk is what survives a crash: what was synced, and perhaps what was written.
@@ -103,6 +106,7 @@ func (r *relay) boot() {
 	r.sessions = make(map[lease.LimitID][]*session)
 	r.stamps = make(map[lease.LimitID]lease.Stamp)
 	r.session, r.saving = false, false
+	r.sent, r.earned = [64]sentReport{}, 0
 	r.answered = r.w.now
 	r.seq = 0
 	r.accounts, r.order = make(map[accountID]*account), nil
@@ -123,6 +127,7 @@ func (r *relay) crash(down time.Duration) {
 	}
 	r.lose(r.w.rng.IntN(len(r.disk.writes) + 1))
 	r.w.note("%s crashes", r.name)
+	r.w.tally.met[crashes]++
 	r.w.checker.crashed(r.w, r)
 	r.endIPs()
 	r.down, r.holder, r.until = true, nil, 0
@@ -132,6 +137,9 @@ func (r *relay) crash(down time.Duration) {
 
 // lose leaves on the disk the first of what was written and not synced.
 func (r *relay) lose(kept int) {
+	if kept < len(r.disk.writes) {
+		r.w.tally.met[unsynced]++
+	}
 	for _, wr := range r.disk.writes[:kept] {
 		wr.apply()
 	}
@@ -180,6 +188,15 @@ func (r *relay) synced() {
 
 func (r *relay) to() *server { return r.w.servers[r.server] }
 
+// nextServer tries another one of those that are members, which the relay knows.
+func (r *relay) nextServer() {
+	for range r.w.servers {
+		if r.server = (r.server + 1) % len(r.w.servers); !r.w.servers[r.server].left {
+			return
+		}
+	}
+}
+
 // loop is the relay's work, a few times a second.
 func (r *relay) loop(life int) {
 	if r.life != life || r.down {
@@ -191,7 +208,8 @@ func (r *relay) loop(life int) {
 	case !r.session && w.now >= r.asked+time.Second:
 		r.asked = w.now
 		if w.now > r.answered+3*time.Second {
-			r.server, r.answered = (r.server+1)%len(w.servers), w.now
+			r.nextServer()
+			r.answered = w.now
 		}
 		hello, s := r.holder.Hello(), r.to()
 		w.send(&r.machine, &s.machine, func() {
@@ -199,7 +217,7 @@ func (r *relay) loop(life int) {
 		})
 	case r.session && w.now > r.answered+r.w.cfg.TTL/2:
 		r.session, r.answered = false, w.now
-		r.server = (r.server + 1) % len(w.servers)
+		r.nextServer()
 	case r.session && now >= r.holder.ReportAt(w.rng.IntN(1000)):
 		r.report()
 	}
@@ -216,8 +234,16 @@ func (r *relay) loop(life int) {
 	w.on(&r.machine, r.span(w.pace*w.between(150*time.Millisecond, 300*time.Millisecond)), func() { r.loop(life) })
 }
 
+// sentReport is when a report was sent.
+type sentReport struct {
+	nonce uint64
+	at    lease.Instant
+}
+
 func (r *relay) report() {
-	report, s := r.holder.Report(r.clock(r.w.now)), r.to()
+	now, s := r.clock(r.w.now), r.to()
+	report := r.holder.Report(now)
+	r.sent[report.Nonce%uint64(len(r.sent))] = sentReport{report.Nonce, now}
 	r.w.send(&r.machine, &s.machine, func() {
 		s.hears(r, func() {
 			r.spoke = s.w.now
@@ -275,13 +301,12 @@ func (r *relay) under(i int) *lease.Rights {
 
 // work starts what may start under every limit.
 func (r *relay) work(now lease.Instant) {
-	for _, id := range r.w.limits {
-		l, _ := r.w.log.state.table.Limit(id)
-		rights := r.rights(id)
-		r.holder.SetDemand(rights, r.demand[id])
-		if l.Kind == lease.Rate {
+	for i, id := range r.w.limits {
+		rights, demand := r.under(i), r.demand[id]
+		r.holder.SetDemand(rights, demand)
+		if r.w.kind(i) == lease.Rate {
 			for range 20 {
-				if r.demand[id] == 0 {
+				if demand == 0 {
 					break
 				}
 				if ok, _ := rights.Take(now, 1); !ok {
@@ -292,7 +317,7 @@ func (r *relay) work(now lease.Instant) {
 			continue
 		}
 		r.closeSoon(id, rights, now)
-		for rights.Opened() < r.demand[id] && rights.Open(now) {
+		for rights.Opened() < demand && rights.Open(now) {
 			r.openSession(id, rights)
 		}
 	}
@@ -336,11 +361,11 @@ func (r *relay) hardClose() {
 		return
 	}
 	now := r.clock(r.w.now)
-	for _, id := range r.w.limits {
-		if l, _ := r.w.log.state.table.Limit(id); l.Kind != lease.Slots {
+	for i, id := range r.w.limits {
+		if r.w.kind(i) != lease.Slots {
 			continue
 		}
-		rights := r.rights(id)
+		rights := r.under(i)
 		for _, atOnce := rights.Excess(now); atOnce > 0; atOnce-- {
 			r.closeSession(id, rights, r.sessions[id][0])
 		}
@@ -393,7 +418,7 @@ func (r *relay) redirected(s *server) {
 	if slices.Index(r.w.servers, s) != r.server || r.holder == nil {
 		return
 	}
-	r.server = r.w.rng.IntN(len(r.w.servers))
+	r.server = slices.Index(r.w.servers, r.w.member(nil))
 	if l := r.w.log.leader; l != nil && r.w.chance(80) {
 		r.server = slices.Index(r.w.servers, l)
 	}
@@ -411,11 +436,17 @@ func (r *relay) granted(s *server, g *lease.Grant, today warmup.Day) {
 		return
 	}
 	r.holder.Grant(r.clock(r.w.now), g)
+	if sent := r.sent[g.Nonce%uint64(len(r.sent))]; g.Incarnation == r.disk.incarnation && g.Nonce > 0 && sent.nonce == g.Nonce {
+		r.earned, r.earnedFloors = max(r.earned, sent.at), max(r.earnedFloors, sent.at)
+	}
 	if slices.Index(r.w.servers, s) == r.server {
 		r.answered = r.w.now
 	}
 	r.today = max(r.today, today)
 	for _, id := range r.w.limits {
+		if r.stamps[id] != (lease.Stamp{}) {
+			r.w.tally.held[i3]++
+		}
 		if stamp := r.rights(id).Stamp(); stamp.Compare(r.stamps[id]) < 0 {
 			r.w.fail("I3: %s went from stamp %v of limit %d back to %v", r.name, r.stamps[id], id, stamp)
 		} else {

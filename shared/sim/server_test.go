@@ -1,6 +1,7 @@
 package sim
 
 import (
+	"slices"
 	"time"
 
 	"github.com/relais-mta/relais/shared/lease"
@@ -12,6 +13,7 @@ import (
 type server struct {
 	machine
 	w       *world
+	left    bool // it is no member any more
 	leads   bool
 	term    uint64
 	grantor *lease.Grantor
@@ -44,21 +46,30 @@ func (w *world) elect(s *server) { w.electUnheard(s, 0) }
 
 // electUnheard does so, and the former one does not hear of it for a while.
 func (w *world) electUnheard(s *server, unheard time.Duration) {
+	if s.left {
+		s = w.member(nil)
+	}
 	old := w.log.leader
 	pending := w.log.pending
 	w.log.pending = nil
 	for _, p := range pending {
 		if w.chance(50) {
 			w.commit(p)
+		} else {
+			w.tally.met[lostEntries]++
 		}
 	}
 	w.log.term++
 	w.log.leader = s
+	w.tally.met[leaders]++
 	term := w.log.term
 	w.note("%s leads term %d", s.name, term)
 	if old != nil && old != s && !w.unaware {
 		// If it is stopped, then when it goes on, and not first of all.
 		hears := max(old.until, w.now+unheard) - w.now + w.between(0, 10*time.Second)
+		if hears > time.Second {
+			w.tally.met[unaware]++
+		}
 		w.on(&old.machine, hears, func() { old.depose(term) })
 	}
 	s.leads, s.grantor = false, nil
@@ -73,7 +84,10 @@ func (w *world) electUnheard(s *server, unheard time.Duration) {
 		for _, id := range w.limits {
 			w.checker.aware[id] = w.now
 		}
-		s.keeper, s.asked, s.places = ownership.NewKeeper(ipConfig(), s.clock(w.now)), nil, nil
+		for n := range w.checker.put {
+			w.checker.put[n] = w.now
+		}
+		s.keeper, s.asked, s.places = ownership.NewKeeper(ipConfig(), s.clock(w.now)), nil, slices.Clone(w.places)
 		s.tick(term)
 	})
 }
@@ -157,10 +171,10 @@ func (s *server) welcome(m lease.Welcome) {
 	s.w.send(&s.machine, &r.machine, func() { r.welcomed(s, m) })
 }
 
-// place is who has the one session of a relay.
+// place is who has the one session of a relay, and when it was heard last.
 type place struct {
 	r     *relay
-	heard lease.Instant
+	heard time.Duration
 }
 
 // admits decides whether a machine has its relay's session (A4): a second one with
@@ -170,16 +184,24 @@ func (s *server) admits(r *relay) bool {
 	if _, gone := s.w.log.state.table.Session(r.node); gone {
 		return false
 	}
-	for len(s.places) < int(r.node) {
-		s.places = append(s.places, place{})
-	}
-	p, now := &s.places[r.node-1], s.clock(s.w.now)
-	if p.r != nil && p.r != r && now < p.heard.Add(lease.Outlast(max(s.w.cfg.TTL, ipConfig().TTL))) {
-		s.w.send(&s.machine, &r.machine, func() { r.session = false })
+	w := s.w
+	p := placeOf(&s.places, r.node)
+	if p.r != nil && p.r != r && s.clock(w.now).Sub(s.clock(p.heard)) < lease.Outlast(max(w.cfg.TTL, ipConfig().TTL)) {
+		w.send(&s.machine, &r.machine, func() { r.session = false })
 		return false
 	}
-	*p = place{r, now}
+	*p = place{r, w.now}
+	if s.term == w.log.term { // servers tell each other, but for one that is alone
+		*placeOf(&w.places, r.node) = *p
+	}
 	return true
+}
+
+func placeOf(places *[]place, n lease.Node) *place {
+	for len(*places) < int(n) {
+		*places = append(*places, place{})
+	}
+	return &(*places)[n-1]
 }
 
 // at returns the machine that has a relay's session.
@@ -262,6 +284,7 @@ func (w *world) setQuota(subject warmup.Subject, ahead warmup.Day, quota uint32)
 		}
 		return recallResult{}
 	}, func(result any) {
+		w.tally.met[quotas]++
 		res := result.(recallResult)
 		for _, c := range res.recalls {
 			r := w.relays[c.Node-1]

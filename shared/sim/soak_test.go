@@ -2,12 +2,14 @@ package sim
 
 import (
 	"flag"
+	"maps"
 	"runtime"
 	"slices"
 	"testing"
 	"time"
 
 	"github.com/relais-mta/relais/shared/lease"
+	"github.com/relais-mta/relais/shared/warmup"
 )
 
 var (
@@ -24,6 +26,9 @@ const (
 	soakLent  = 0.90 // of a limit without its reserve, that relays may use
 )
 
+// soakWarm is how many of its relays warm up an address and a domain.
+const soakWarm = 12
+
 // soaked is what was measured in an hour of the soak, of each limit.
 type soaked struct {
 	samples           int
@@ -38,6 +43,7 @@ func Test34Soak(t *testing.T) {
 	w := soakWorld(*soakSeed, *soakRelays, time.Duration(*soakPace))
 	w.run(time.Minute)
 	w.after(0, w.soakDemands)
+	w.after(0, w.soakDays)
 	w.after(0, w.misfortune)
 	w.after(0, w.operators)
 	w.after(0, w.elections)
@@ -63,7 +69,9 @@ func Test34Soak(t *testing.T) {
 	if end > half*5/4+2<<20 {
 		t.Errorf("the heap grew from %d to %d bytes", half, end)
 	}
-	runtime.KeepAlive(w)
+	var all tallies
+	all.add(&w.tally)
+	all.print(t)
 }
 
 // soakWorld is a cluster at work, as it is set up by default.
@@ -93,7 +101,37 @@ func soakWorld(seed uint64, relays int, pace time.Duration) *world {
 	for ip := range addresses {
 		w.assignIP(ip, w.relays[ip], false)
 	}
+	for i, r := range w.relays[:soakWarm] {
+		r.appetite = i%3 + 1
+	}
 	return w
+}
+
+// soakDays begins a day every twenty minutes, gives the address that warms up to
+// another relay, and forgets the days that are over for everybody. Some relays are
+// replaced by others: what they held must not be missing for good.
+func (w *world) soakDays() {
+	for range max(len(w.relays)/300, 1) {
+		w.turnover(w.somebody())
+	}
+	w.roll(w.tomorrow())
+	w.assign(address, w.relays[w.rng.IntN(soakWarm)])
+	for ahead := range warmup.Day(2) {
+		w.setQuota(address, ahead, 2000)
+		w.setQuota(domain, ahead, 5000)
+	}
+	for _, r := range w.relays {
+		over := func(id accountID) bool { return id.day < r.today-2 }
+		r.order = slices.DeleteFunc(r.order, over)
+		maps.DeleteFunc(r.accounts, func(id accountID, _ *account) bool { return over(id) })
+		maps.DeleteFunc(r.disk.marks, func(id accountID, _ warmup.Mark) bool { return over(id) })
+	}
+	// Nobody is cut off, stopped or down for so many days.
+	over := func(day warmup.Day) bool { return day < w.log.state.ledger.Today()-6 }
+	maps.DeleteFunc(w.checker.offers, func(k quotaKey, _ uint32) bool { return over(k.day) })
+	maps.DeleteFunc(w.log.state.history, func(k quotaKey, _ uint32) bool { return over(k.day) })
+	maps.DeleteFunc(w.checker.claims, func(k claimID, _ uint32) bool { return over(k.id.day) })
+	w.after(20*time.Minute, w.soakDays)
 }
 
 // elections replace a leader that stands still, in the time that Raft takes. Random
@@ -102,7 +140,7 @@ func soakWorld(seed uint64, relays int, pace time.Duration) *world {
 func (w *world) elections() {
 	if l := w.log.leader; l.until > w.now {
 		for _, s := range w.servers {
-			if s.until <= w.now {
+			if s.until <= w.now && !s.left {
 				w.elect(s)
 				break
 			}
@@ -176,7 +214,8 @@ func (w *world) hour(t *testing.T, h *soaked, ran, took time.Duration) {
 
 // shares compares what relays may use of a limit with an ideal division among those
 // that are heard. It returns what they lack of it and what all may use, as parts of
-// the limit without its reserve, and the part of relays that is heard.
+// the limit without its reserve and the floors of relays that are gone, and the part
+// of relays that is heard.
 //
 // What can be divided is what the limit leaves beside the shares of relays that are
 // not heard just now: a report or its answer was lost, they are stopped, cut off or
@@ -189,7 +228,7 @@ func (w *world) shares(at int) (lack, lent, heard float64) {
 		wait += w.cfg.Linger
 	}
 	whole := l.Max * int64(100-l.ReservePercent) / 100
-	room, used := whole, int64(0)
+	room, used, gone, members := whole, int64(0), int64(0), 0
 	var wants []int64
 	var present []*relay
 	for _, r := range w.relays {
@@ -198,6 +237,11 @@ func (w *world) shares(at int) (lack, lent, heard float64) {
 		}
 		h := w.log.state.table.Holding(l.ID, r.node)
 		room -= h.Floor.Amount // it is there for a day
+		if w.evicted(r) {
+			gone += h.Floor.Amount
+		} else {
+			members++
+		}
 		switch {
 		case r.holder != nil && r.session && r.until == 0 && w.now-r.answered < w.cfg.TTL/2:
 			present = append(present, r)
@@ -211,7 +255,7 @@ func (w *world) shares(at int) (lack, lent, heard float64) {
 		floor := w.log.state.table.Holding(l.ID, r.node).Floor.Amount
 		missing += max(0, min(wants[i], level)+min(floor, r.demand[l.ID])-r.under(at).Usable(r.clock(w.now)).Amount)
 	}
-	return float64(missing) / float64(whole), float64(used) / float64(whole), float64(len(present)) / float64(len(w.relays))
+	return float64(missing) / float64(whole), float64(used) / float64(whole-gone), float64(len(present)) / float64(members)
 }
 
 // waterLevel returns the level at which what is wanted, each no more than the

@@ -201,7 +201,10 @@ func (r *relay) settle(a *account, used uint32) {
 	s, m := r.to(), r.settlement(a.id, used)
 	r.w.send(&r.machine, &s.machine, func() {
 		s.hears(r, func() {
-			s.w.dutifulBy(s, func(st *state) any { st.ledger.Settle(m); return nil })
+			s.w.dutifulBy(s, func(st *state) any {
+				st.ledger.Settle(m)
+				return ledgerResult{id: a.id}
+			})
 		})
 	})
 }

@@ -23,7 +23,10 @@ type world struct {
 	servers   []*server
 	relays    []*relay
 	all       []*relay // with copies of their machines
+	copies    []*relay // of machines
+	places    []place  // of relays, by node, as servers told each other
 	limits    []lease.LimitID
+	kinds     []lease.Kind
 	checker   checker
 	reign     bool                 // the leader stays
 	unaware   bool                 // a former leader never hears that it is none any more
@@ -36,7 +39,8 @@ type world struct {
 	forgetful bool                 // the log is not kept
 	pace      time.Duration        // how many times more seldom relays look around
 	count     int                  // events
-	led       time.Duration        // since when the leader leads
+	tally     tally
+	led       time.Duration // since when the leader leads
 }
 
 type event struct {
@@ -120,9 +124,18 @@ func (m *machine) span(d time.Duration) time.Duration {
 func newWorld(seed uint64, cfg lease.Config) *world {
 	w := &world{seed: seed, rng: rand.New(rand.NewPCG(seed, 0x5eed)), cfg: cfg, pace: 1}
 	w.log.state = newState()
-	w.net.blocked = make(map[[2]*machine]time.Duration)
+	w.net.ways = make(map[[2]*machine]*way)
 	w.checker.init()
 	return w
+}
+
+// kind returns what a limit counts, by its place in the list: that never changes.
+func (w *world) kind(i int) lease.Kind {
+	for len(w.kinds) <= i {
+		l, _ := w.log.state.table.Limit(w.limits[len(w.kinds)])
+		w.kinds = append(w.kinds, l.Kind)
+	}
+	return w.kinds[i]
 }
 
 // between returns a time from a to b.
@@ -201,26 +214,57 @@ func (w *world) run(d time.Duration) {
 // stop stops a machine as SIGSTOP does.
 func (w *world) stop(m *machine, d time.Duration) {
 	w.note("%s stops for %v", m.name, d)
+	if m.runs != nil {
+		w.tally.met[relayStops]++
+	} else {
+		w.tally.met[serverStops]++
+	}
 	m.until = max(m.until, w.now+d)
 	w.push(event{at: m.until, on: m, life: m.life, do: func() {}}) // so that it goes on by itself
 }
 
 // network carries messages between machines.
 type network struct {
-	blocked         map[[2]*machine]time.Duration // one way, until
-	loss, dup, tail int                           // percent
+	ways            map[[2]*machine]*way
+	loss, dup, tail int // percent
 	hold            func(from, to *machine) time.Duration
+}
+
+// way is from one machine to another.
+type way struct {
+	cut  time.Duration // until then
+	last time.Duration // when the last message of those that were sent arrives
+}
+
+func (n *network) way(from, to *machine) *way {
+	v := n.ways[[2]*machine{from, to}]
+	if v == nil {
+		v = &way{}
+		n.ways[[2]*machine{from, to}] = v
+	}
+	return v
 }
 
 // send carries a message, perhaps: it may be lost, come twice, or late by up to 45
 // seconds.
 func (w *world) send(from, to *machine, deliver func()) {
-	if w.net.blocked[[2]*machine{from, to}] > w.now || w.chance(w.net.loss) {
+	way := w.net.way(from, to)
+	if way.cut > w.now {
+		if w.net.way(to, from).cut > w.now {
+			w.tally.met[cutOff]++
+		} else {
+			w.tally.met[oneWay]++
+		}
+		return
+	}
+	if w.chance(w.net.loss) {
+		w.tally.met[lost]++
 		return
 	}
 	copies := 1
 	if w.chance(w.net.dup) {
 		copies = 2
+		w.tally.met[repeated]++
 	}
 	for range copies {
 		delay := w.between(time.Millisecond, 40*time.Millisecond)
@@ -233,13 +277,22 @@ func (w *world) send(from, to *machine, deliver func()) {
 		if w.net.hold != nil {
 			delay += w.net.hold(from, to)
 		}
+		if delay > time.Second {
+			w.tally.met[late]++
+		}
+		if at := w.now + delay; at < way.last {
+			w.tally.met[overtaken]++
+		} else {
+			way.last = at
+		}
 		w.push(event{at: w.now + delay, on: to, do: deliver})
 	}
 }
 
 // block cuts one way for a while.
 func (w *world) block(from, to *machine, d time.Duration) {
-	w.net.blocked[[2]*machine{from, to}] = max(w.net.blocked[[2]*machine{from, to}], w.now+d)
+	v := w.net.way(from, to)
+	v.cut = max(v.cut, w.now+d)
 }
 
 func (w *world) blockBoth(a, b *machine, d time.Duration) {
@@ -287,6 +340,7 @@ type raftLog struct {
 	leader  *server
 	pending []*proposal
 	slow    func() time.Duration // how long a commit takes; nil: as usual
+	stalls  time.Duration        // nothing is committed until then
 }
 
 type proposal struct {
@@ -309,7 +363,7 @@ func (w *world) propose(s *server, cmd command, done func(any)) {
 	if w.log.slow != nil {
 		delay = w.log.slow()
 	}
-	w.after(delay, func() { w.commitUpTo(p) })
+	w.after(max(delay, w.log.stalls-w.now+time.Millisecond), func() { w.commitUpTo(p) })
 }
 
 // commitUpTo commits what was proposed up to p, in order.
