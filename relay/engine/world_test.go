@@ -209,6 +209,21 @@ func (w *world) restart(grace time.Duration) {
 // waits until a session got there.
 func (w *world) holdAt(provider string, phase lab.Phase, delay time.Duration) (reached func()) {
 	w.t.Helper()
+	there := w.held(provider, phase, delay)
+	return func() {
+		w.t.Helper()
+		select {
+		case <-there:
+		case <-time.After(patience):
+			w.t.Fatal("in vain: a session at the held phase")
+		}
+	}
+}
+
+// held makes a provider wait before it answers at a phase; the channel closes when
+// a session got there.
+func (w *world) held(provider string, phase lab.Phase, delay time.Duration) <-chan struct{} {
+	w.t.Helper()
 	there := make(chan struct{})
 	var once sync.Once
 	err := w.lab.SetBehaviour(provider, lab.Behaviour{Answer: func(e lab.Event) lab.Answer {
@@ -221,14 +236,7 @@ func (w *world) holdAt(provider string, phase lab.Phase, delay time.Duration) (r
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	return func() {
-		w.t.Helper()
-		select {
-		case <-there:
-		case <-time.After(patience):
-			w.t.Fatal("in vain: a session at the held phase")
-		}
-	}
+	return there
 }
 
 // at returns the i-th address of a provider that gets an outcome.
