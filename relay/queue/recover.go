@@ -19,8 +19,8 @@ const classInDoubt = "in-doubt"
 // recover resolves the attempts that were journalled and never ended: the
 // remote side may have taken the mail. Each recipient is tried again after the
 // policy's delay; one that is in doubt more often than the policy retries ends
-// as unknown. Every entry is resolved and removed in one transaction, so a
-// crash here changes nothing.
+// as unknown. Every entry is resolved and removed in one transaction, which it may
+// share with others, so a crash here changes nothing.
 func (q *Queue) recover(ctx context.Context) error {
 	type entry struct {
 		id    ids.Message
@@ -39,49 +39,101 @@ func (q *Queue) recover(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	doubted, lost := 0, 0
-	var told []*placedMail
+	r := &recovery{q: q, met: make(map[ids.Message]struct{})}
 	for _, e := range entries {
 		j, err := parseAttempt(e.id, e.value)
-		if err != nil {
-			return err
-		}
-		b := q.st.NewBatch()
-		b.Delete(store.AppendAttemptKey(nil, e.id, e.index))
-		told = told[:0]
-		again, unknown, err := q.resolve(b, j, &told)
-		if err != nil {
-			b.Abandon()
-		} else {
-			err = q.st.Commit(ctx, b)
-		}
-		for _, mail := range told {
-			q.accepted(mail, err)
-			q.pending.Done()
+		if err == nil {
+			err = r.add(ctx, j, e.index)
 		}
 		if err != nil {
-			return err
+			return r.end(err)
 		}
-		doubted += again
-		lost += unknown
+	}
+	if err := r.commit(ctx); err != nil {
+		return err
 	}
 	if len(entries) > 0 {
-		q.metrics.inDoubt.Add(float64(doubted + lost))
-		q.log.Warn("attempts whose end the last run did not see", "attempts", len(entries), "retried", doubted, "unknown", lost)
+		q.metrics.inDoubt.Add(float64(r.doubted + r.lost))
+		q.log.Warn("attempts whose end the last run did not see", "attempts", len(entries), "retried", r.doubted, "unknown", r.lost)
 	}
 	return nil
 }
 
-// resolve writes what becomes of one journalled attempt's recipients. It runs
+// recovery resolves attempts of different messages in one transaction: a crash
+// leaves as many as there were sessions, and nothing is accepted before the last
+// of them is resolved.
+type recovery struct {
+	q             *Queue
+	b             *store.Batch // nil: nothing is in it
+	met           map[ids.Message]struct{}
+	size          int // about how many recipients' ends it is worth
+	told          []*placedMail
+	doubted, lost int
+}
+
+// add resolves one attempt, after a commit if that needs what the batch writes, or
+// more room than it has.
+func (r *recovery) add(ctx context.Context, j journalEntry, first uint16) error {
+	id := j.attempt.Message
+	size := len(j.indexes) + 2 // the report is worth two
+	if _, again := r.met[id]; again || r.size+size > r.q.workLimit {
+		if err := r.commit(ctx); err != nil {
+			return err
+		}
+	}
+	if r.b == nil {
+		r.b = r.q.st.NewBatch()
+	}
+	r.met[id] = struct{}{}
+	r.size += size
+	r.b.Delete(store.AppendAttemptKey(nil, id, first))
+	again, unknown, removed, err := r.q.resolve(r.b, j, &r.told)
+	r.doubted += again
+	r.lost += unknown
+	r.size += removed / removedPerEnd
+	return err
+}
+
+// removedPerEnd is how many of a message's keys may go for the end of a recipient,
+// by the number of keys that a transaction takes.
+const removedPerEnd = 16
+
+func (r *recovery) commit(ctx context.Context) error {
+	if r.b == nil {
+		return nil
+	}
+	b := r.b
+	r.b = nil
+	return r.end(r.q.st.Commit(ctx, b))
+}
+
+// end books a commit that ended, or will not be made.
+func (r *recovery) end(err error) error {
+	if r.b != nil {
+		r.b.Abandon()
+		r.b = nil
+	}
+	for _, mail := range r.told {
+		r.q.accepted(mail, err)
+		r.q.pending.Done()
+	}
+	r.told, r.size = r.told[:0], 0
+	clear(r.met)
+	return err
+}
+
+// resolve writes what becomes of one journalled attempt's recipients, and returns
+// how many are tried again, how many are not, and of how many recipients the whole
+// message is removed. It runs
 // before anything is taken, so the disk is all there is, and what it books stands,
 // because without its commit the queue does not open.
-func (q *Queue) resolve(b *store.Batch, j journalEntry, told *[]*placedMail) (again, unknown int, err error) {
+func (q *Queue) resolve(b *store.Batch, j journalEntry, told *[]*placedMail) (again, unknown, removed int, err error) {
 	read, err := q.readMessage(j.attempt.Message, nil)
 	if fault.Is(err, fault.NotFound) {
-		return 0, 0, nil // its Finish was durable and only the journal was left
+		return 0, 0, 0, nil // its Finish was durable and only the journal was left
 	}
 	if err != nil {
-		return 0, 0, err
+		return 0, 0, 0, err
 	}
 	now := q.cfg.Now()
 	sc := &scratch{}
@@ -130,12 +182,13 @@ func (q *Queue) resolve(b *store.Batch, j journalEntry, told *[]*placedMail) (ag
 		sc.event = q.ob.Add(b, &sc.ev, sc.event)
 	}
 	if err := q.tellUnconfirmed(b, m.env, ended, now, told, sc); err != nil {
-		return 0, 0, err
+		return 0, 0, 0, err
 	}
 	if unknown > 0 && (m.total == 1 || m.open() == 0) {
 		q.writeRemoval(b, m.env, true, sc)
+		removed = m.total
 	}
-	return again, unknown, nil
+	return again, unknown, removed, nil
 }
 
 // Unconfirmed makes the reports about recipients that end as unknown, and may

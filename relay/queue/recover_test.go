@@ -1,7 +1,9 @@
 package queue
 
 import (
+	"fmt"
 	"testing"
+	"time"
 
 	"github.com/relais-mta/relais/relay"
 	"github.com/relais-mta/relais/relay/outbox"
@@ -51,4 +53,63 @@ func TestAStartReportsWhatItEndsAsUnknown(t *testing.T) {
 	if n[outbox.Unknown] != 2 || n[outbox.Untold] != 1 || n[outbox.DSN] != 1 {
 		t.Errorf("events %v", n)
 	}
+}
+
+// TestAStartResolvesManyAttemptsAtOnce: the disk is not asked once for each, and of
+// two attempts of one message the second knows the end of the first.
+func TestAStartResolvesManyAttemptsAtOnce(t *testing.T) {
+	const messages = 300
+	f := newFixture(t)
+	f.policy.InDoubtRetries = 0
+	f.tell = func(env *relay.Envelope, _ []Result) []Mail {
+		report := f.envelope("sender@example.com")
+		report.Internal = true
+		return []Mail{{Env: report, Body: f.body("report on " + env.ID.String())}}
+	}
+	f.open()
+	for range messages {
+		f.accept("a@one.example", "b@two.example")
+	}
+	for range 2 * messages {
+		f.begin(f.take(1))
+	}
+	f.reopen()
+	if n := f.st.Stats().Transactions; n > messages*5/4 {
+		t.Errorf("%d attempts took %d transactions", 2*messages, n)
+	}
+	f.eventually("the count", func() bool { return f.q.Summary().Counted })
+	if s := f.q.Summary(); s.Waiting != 2*messages {
+		t.Errorf("%d recipients wait, want those of %d reports", s.Waiting, 2*messages)
+	}
+	for range 2 * messages {
+		w := f.takeFrom("example.com")
+		f.delivered(w, nil)
+	}
+	f.empty()
+}
+
+// TestAStartSharesTransactionsBetweenMessages: of different messages many attempts
+// are resolved at once.
+func TestAStartSharesTransactionsBetweenMessages(t *testing.T) {
+	const messages = 300
+	f := newFixture(t).open()
+	for i := range messages {
+		f.accept(fmt.Sprintf("u%d@one.example", i))
+	}
+	for range messages {
+		f.begin(f.take(1))
+	}
+	f.reopen()
+	if n := f.st.Stats().Transactions; n > messages/10 {
+		t.Errorf("%d attempts took %d transactions", messages, n)
+	}
+	f.clock.Add(2 * time.Hour)
+	for range messages {
+		w := f.take(1)
+		if w.Recipients[0].State.InDoubt != 1 {
+			t.Fatalf("tried again: %+v", w.Recipients)
+		}
+		f.delivered(w, f.begin(w))
+	}
+	f.empty()
 }
