@@ -86,20 +86,22 @@ func (l *Limits) Begin(now time.Time, p *engine.Place) engine.Hold {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	at := l.cfg.Clock()
-	for _, lim := range matched {
+	when := wall(at)
+	for i, lim := range matched {
 		if ok, _ := l.rightsOf(lim).Peek(at, 1); !ok {
+			untake(matched[:i], when)
 			_, wait := lim.rights.Take(at, 1) // it counts the refusal
 			lim.denied++
 			l.wake()
 			return hold(lim, now, wait)
 		}
-		if ok, wait := l.within(lim, at); !ok {
+		if ok, wait := l.within(lim, at, when); !ok {
+			untake(matched[:i], when)
 			return hold(lim, now, wait)
 		}
 	}
 	for _, lim := range matched {
-		lim.rights.Take(at, 1)
-		lim.whole.Take(wall(at), 1)
+		lim.rights.Start(at, 1)
 		lim.used++
 		lim.begun++
 	}
@@ -109,19 +111,26 @@ func (l *Limits) Begin(now time.Time, p *engine.Place) engine.Hold {
 // Done is of no interest: what was begun counts, whatever became of it.
 func (*Limits) Done(time.Time, *engine.Place, []relay.Outcome) {}
 
-// within asks the whole limit, which allows what the books do unless these are
-// wrong, or were made by another revision of the limit than that of the view. l.mu is
-// held.
-func (l *Limits) within(lim *limit, at lease.Instant) (bool, time.Duration) {
+// within takes a message of the whole limit, which allows what the books do unless
+// these are wrong, or were made by another revision of the limit than that of the view. l.mu is
+// held; when is at as a time.
+func (l *Limits) within(lim *limit, at lease.Instant, when time.Time) (bool, time.Duration) {
 	if lim.apart && lim.fits(at) {
 		lim.apart, lim.whole = false, throttle.NewBucket(lim.rate())
 	}
-	ok, wait := lim.whole.Peek(wall(at), 1)
+	ok, wait := lim.whole.Take(when, 1)
 	if !ok && !lim.apart {
 		l.overuse.Inc()
 		l.log.Error("the rights under a shared limit allow more than the limit; the work is refused", "limit", lim.Name, "number", uint64(lim.ID))
 	}
 	return ok, wait
+}
+
+// untake gives back what within took, for another limit refused.
+func untake(taken []*limit, when time.Time) {
+	for _, lim := range taken {
+		lim.whole.Untake(when, 1)
+	}
 }
 
 // fits reports whether what was lent is a part of the limit that the view knows.

@@ -156,3 +156,25 @@ func TestABurstOfYears(t *testing.T) {
 		t.Error("nothing is held against the whole limit")
 	}
 }
+
+// What one limit refuses takes nothing of the whole of another that was asked before.
+func TestARefusalTakesNothingOfAnother(t *testing.T) {
+	w := newWorld(t, rateLimit(1, nil))
+	defects := w.defects()
+	w.wants(1000, 0)
+	w.pass(5 * time.Second)
+	w.seeBefore(rateLimit(1, nil), rateLimit(2, nil)) // of the second nothing is lent
+	for range 50 {
+		if h := w.begin(); h.Reason == "" || h.Gate.Number != 2 {
+			t.Fatalf("%+v", h)
+		}
+	}
+	w.seeBefore(rateLimit(1, nil))
+	begun := 0
+	for w.begin().Reason == "" {
+		begun++
+	}
+	if begun < 8 || defects.Len() > 0 {
+		t.Errorf("%d begun of a burst of 9\n%s", begun, defects)
+	}
+}

@@ -87,6 +87,7 @@ type Limits struct {
 type limit struct {
 	policy.SharedLimit
 	scope  string
+	picky  bool          // it counts not all that the table finds it by
 	rights *lease.Rights // nil: never wanted anything, so there is none
 	gate   schedule.Gate // as the scheduler knows it
 	set    bool          // it knows it
@@ -227,6 +228,7 @@ func newTable(d *policy.Directory, old *table, now lease.Instant) *table {
 		t.limits = append(t.limits, lim)
 		t.byNumber[lim.ID] = lim
 		t.kinds[lim.Kind] = true
+		lim.picky = !lim.Pool.IsZero() || lim.Provider != "" && lim.Domain != "" || !lim.Tenant.IsZero() && (lim.Provider != "" || lim.Domain != "")
 		switch {
 		case !lim.Tenant.IsZero():
 			t.tenants[lim.Tenant] = append(t.tenants[lim.Tenant], lim)
@@ -252,7 +254,7 @@ func (t *table) match(k lease.Kind, p *engine.Place, dst []*limit) []*limit {
 	key := &p.Key
 	for _, list := range [...][]*limit{t.domains[key.Domain], t.tenants[key.Tenant], t.provider[p.Lane.Provider], t.wide} {
 		for _, lim := range list {
-			if lim.Kind == k && lim.Matches(p.Lane.Provider, key.Tenant, key.Domain, key.Pool) {
+			if lim.Kind == k && (!lim.picky || lim.Matches(p.Lane.Provider, key.Tenant, key.Domain, key.Pool)) {
 				dst = append(dst, lim)
 			}
 		}

@@ -64,19 +64,31 @@ func (b *bucket) set(at Instant, s Share, per time.Duration) {
 	b.next = at + Instant(burst*interval-saved)
 }
 
-// take starts n events if they may start now; otherwise it returns how long to
-// wait, negative if they never may. Nothing always may.
+// take starts n events if they may start now; otherwise it answers as peek does.
 func (b *bucket) take(now Instant, n int64) (bool, time.Duration) {
+	ok, wait := b.peek(now, n)
+	if ok && n > 0 {
+		b.start(now, n)
+	}
+	return ok, wait
+}
+
+// start starts n events that may start now.
+func (b *bucket) start(now Instant, n int64) {
+	b.next = max(b.next, now) + Instant(n*b.interval)
+}
+
+// peek tells whether n events may start now, and if not how long to wait, negative
+// if they never may. Nothing always may.
+func (b *bucket) peek(now Instant, n int64) (bool, time.Duration) {
 	if n < 1 {
 		return true, 0
 	}
 	if b.interval == 0 || n > b.burst {
 		return false, -1
 	}
-	next := max(b.next, now)
-	if early := int64(next-now) + n*b.interval - b.burst*b.interval; early > 0 {
+	if early := int64(max(b.next, now)-now) + (n-b.burst)*b.interval; early > 0 {
 		return false, time.Duration(early)
 	}
-	b.next = next + Instant(n*b.interval)
 	return true, 0
 }

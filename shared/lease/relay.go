@@ -4,9 +4,15 @@ import "time"
 
 // Peek answers as Take does, and takes and counts nothing.
 func (r *Rights) Peek(now Instant, n int64) (bool, time.Duration) {
-	r.settle(now)
-	b := r.bucket
-	return b.take(now, n)
+	r.expire(now)
+	return r.bucket.peek(now, n)
+}
+
+// Start starts n events that Peek has just allowed at the same instant: who needs
+// rights under several limits asks all of them first, and takes then.
+func (r *Rights) Start(now Instant, n int64) {
+	r.bucket.start(now, n)
+	r.used += n
 }
 
 // Ends returns the instant at which what may be used becomes less if nothing is

@@ -2,6 +2,14 @@ package lease
 
 import "time"
 
+// expire is settle for who asks at each event, so that a process which was stopped
+// does not go on as if nothing had been: mostly nothing has ended.
+func (r *Rights) expire(now Instant) {
+	if r.leased && now >= r.stop || !r.soft && now >= r.floorUntil {
+		r.settle(now)
+	}
+}
+
 // settle ends what has ended by now, as of the instant at which it ended.
 func (r *Rights) settle(now Instant) {
 	if r.leased && now >= r.stop {
@@ -39,11 +47,7 @@ func (r *Rights) Usable(now Instant) Share {
 // Take starts n events of a rate. If they may not start it returns how long to
 // wait, as things are; negative if only a grant can help.
 func (r *Rights) Take(now Instant, n int64) (bool, time.Duration) {
-	// A ceiling is asked for the time at each event, so that a process which
-	// was stopped does not go on as if nothing had been.
-	if r.leased && now >= r.stop || !r.floor.zero() && !r.soft && now >= r.floorUntil {
-		r.settle(now)
-	}
+	r.expire(now)
 	ok, wait := r.bucket.take(now, n)
 	if ok {
 		r.used += max(n, 0)

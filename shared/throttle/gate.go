@@ -80,7 +80,7 @@ func (r *Refusal) rate(g *Gate, k Kind, b *Bucket, now time.Time, at int64) {
 	if b.rate.interval == 0 {
 		return
 	}
-	if early := b.early(at, 1); early > 0 {
+	if early := b.rate.early(b.due(at), at, 1); early > 0 {
 		r.note(g, k, now.Add(time.Duration(early)))
 	}
 }

@@ -99,13 +99,19 @@ func (b *Bucket) Set(r Rate, now time.Time) {
 // wait. An n below 1 fits and takes nothing. After a clock stepped back the
 // bucket owes its whole burst, and no more.
 func (b *Bucket) Take(now time.Time, n int) (ok bool, wait time.Duration) {
-	ok, wait = b.Peek(now, n)
-	if ok && n > 0 && b.rate.Limited() {
-		b.last = now.UnixNano()
-		b.next = b.due(b.last) + int64(n)*b.rate.interval
-		b.set = true
+	if n < 1 || !b.rate.Limited() {
+		return true, 0
 	}
-	return ok, wait
+	if int64(n) > b.rate.burst {
+		return false, -1
+	}
+	at := now.UnixNano()
+	due := b.due(at)
+	if early := b.rate.early(due, at, n); early > 0 {
+		return false, time.Duration(early)
+	}
+	b.next, b.last, b.set = due+int64(n)*b.rate.interval, at, true
+	return true, 0
 }
 
 // Untake gives back n events that Take took at a time and that did not start: the
@@ -125,16 +131,17 @@ func (b *Bucket) Peek(now time.Time, n int) (ok bool, wait time.Duration) {
 	if int64(n) > b.rate.burst {
 		return false, -1
 	}
-	if early := b.early(now.UnixNano(), n); early > 0 {
+	at := now.UnixNano()
+	if early := b.rate.early(b.due(at), at, n); early > 0 {
 		return false, time.Duration(early)
 	}
 	return true, 0
 }
 
-// early is by how much n events would come too early. The last of them would be
-// due at due + (n-1) intervals; it may come early by slack.
-func (b *Bucket) early(at int64, n int) int64 {
-	return b.due(at) + int64(n-1)*b.rate.interval - b.rate.slack - at
+// early is by how much n events would come too early, the first of which is due at a
+// time. The last would be due (n-1) intervals later; it may come early by slack.
+func (r *Rate) early(due, at int64, n int) int64 {
+	return due + int64(n-1)*r.interval - r.slack - at
 }
 
 // due is when an event at full speed would be due, seen at a time. What was
