@@ -39,6 +39,7 @@ type target struct {
 	states  map[uint16]relay.RecipientState
 	match   []uint16 // recipients that match, in order
 	gone    bool
+	damaged bool // a record of it cannot be read
 }
 
 // step is one part of the way through the messages.
@@ -79,7 +80,6 @@ func (q *Queue) readStep(f *Filter, after ids.Message) (s step, err error) {
 		return q.readChosen(snap, f, after)
 	}
 	s.end = true
-	var inner error
 	err = snap.Iterate([]byte{store.SpaceMessage}, store.AppendMessageKey(nil, nextID(after)), false, func(k, v []byte) bool {
 		id, ok := store.ParseMessageKey(k)
 		if !ok {
@@ -89,21 +89,19 @@ func (q *Queue) readStep(f *Filter, after ids.Message) (s step, err error) {
 			s.end = false
 			return false
 		}
-		var env *relay.Envelope
-		var due int64
-		if env, due, inner = parseEnvelope(id, v); inner != nil {
-			return false
-		}
 		s.last = id
+		env, due, err := parseEnvelope(id, v)
+		if err != nil {
+			q.unreadable(id, err)
+			s.looked++
+			return true
+		}
 		s.looked += len(env.Recipients)
 		if f.message(env) {
 			s.targets = append(s.targets, &target{env: env, firstDue: due})
 		}
 		return true
 	})
-	if err == nil {
-		err = inner
-	}
 	return s, err
 }
 
@@ -129,7 +127,7 @@ func (q *Queue) readChosen(snap *store.Snapshot, f *Filter, after ids.Message) (
 			}
 		}
 		s.last = id
-		found, err := t.read(snap, id)
+		found, err := q.readTarget(snap, t, id)
 		if err != nil {
 			return s, err
 		}
@@ -148,16 +146,22 @@ func (q *Queue) readChosen(snap *store.Snapshot, f *Filter, after ids.Message) (
 // wants reports whether the action may concern a recipient.
 func (t *target) wants(index uint16) bool { return t.only == nil || slices.Contains(t.only, index) }
 
-// read gets a target's envelope and reports whether the message exists.
-func (t *target) read(snap *store.Snapshot, id ids.Message) (bool, error) {
+// readTarget gets a target's envelope and reports whether the message is there and
+// can be read.
+func (q *Queue) readTarget(snap *store.Snapshot, t *target, id ids.Message) (bool, error) {
 	value, err := snap.Get(store.AppendMessageKey(nil, id), nil)
 	if fault.Is(err, fault.NotFound) {
 		return false, nil
 	}
-	if err == nil {
-		t.env, t.firstDue, err = parseEnvelope(id, value)
+	if err != nil {
+		return false, err
 	}
-	return err == nil, err
+	if t.env, t.firstDue, err = parseEnvelope(id, value); err != nil {
+		t.damaged = true
+		q.unreadable(id, err)
+		return false, nil
+	}
+	return true, nil
 }
 
 // seize takes those recipients of the targets that match by their states into
@@ -207,7 +211,7 @@ func (q *Queue) seizeRound(f *Filter, targets []*target, works []*Work, inFlight
 		for _, t := range group {
 			m := t.msg
 			switch {
-			case t.gone || m.gone || m.removing || len(t.match) == 0:
+			case t.gone || t.damaged || m.gone || m.removing || len(t.match) == 0:
 				continue
 			case m.version != t.version:
 				again = append(again, t)
@@ -235,7 +239,7 @@ func (q *Queue) readStates(f *Filter, targets []*target) error {
 	snap := q.st.Snapshot()
 	defer snap.Close()
 	for _, t := range targets {
-		t.gone, t.states, t.match = true, nil, t.match[:0]
+		t.gone, t.damaged, t.states, t.match = true, false, nil, t.match[:0]
 	}
 	// Targets that were found one behind the other are read likewise, which is
 	// several times faster than one by one.
@@ -247,7 +251,10 @@ func (q *Queue) readStates(f *Filter, targets []*target) error {
 		return err
 	}
 	for _, t := range targets {
-		if t.gone {
+		if t.damaged {
+			q.unreadable(t.env.ID, errStateDamaged)
+		}
+		if t.gone || t.damaged {
 			continue
 		}
 		for i := range t.env.Recipients {
@@ -283,42 +290,40 @@ func readEach(snap *store.Snapshot, targets []*target) error {
 	return nil
 }
 
-func (t *target) readStates(snap *store.Snapshot) (err error) {
+func (t *target) readStates(snap *store.Snapshot) error {
 	if len(t.env.Recipients) == 1 {
 		value, err := snap.Get(store.AppendStateKey(nil, t.env.ID, 0), nil)
 		if fault.Is(err, fault.NotFound) {
 			return nil
 		}
 		if err == nil {
-			err = t.setState(0, value)
+			t.setState(0, value)
 		}
 		return err
 	}
-	iterErr := snap.Iterate(store.AppendStatePrefix(nil, t.env.ID), nil, false, func(k, v []byte) bool {
+	return snap.Iterate(store.AppendStatePrefix(nil, t.env.ID), nil, false, func(k, v []byte) bool {
 		if _, index, ok := store.ParseStateKey(k); ok {
-			err = t.setState(index, v)
+			t.setState(index, v)
 		}
-		return err == nil
+		return true
 	})
-	if iterErr != nil {
-		return iterErr
-	}
-	return err
 }
 
-func (t *target) setState(index uint16, value []byte) error {
+var errStateDamaged = fault.New(fault.Invalid, "queue.readStates", "the state of a recipient is damaged")
+
+func (t *target) setState(index uint16, value []byte) {
 	if int(index) >= len(t.env.Recipients) {
-		return nil
+		return
 	}
 	s, err := parseState(value)
 	if err != nil {
-		return err
+		t.damaged = true
+		return
 	}
 	if t.states == nil {
 		t.states = make(map[uint16]relay.RecipientState, 1)
 	}
 	t.states[index] = s
-	return nil
 }
 
 // readRange is readEach for targets in the order of their ids between which
@@ -354,22 +359,17 @@ func readRange(snap *store.Snapshot, targets []*target) error {
 		return err
 	}
 	at = 0
-	var inner error
-	err = snap.Iterate([]byte{store.SpaceState}, store.AppendStatePrefix(nil, first), false, func(k, v []byte) bool {
+	return snap.Iterate([]byte{store.SpaceState}, store.AppendStatePrefix(nil, first), false, func(k, v []byte) bool {
 		id, index, ok := store.ParseStateKey(k)
 		if !ok {
 			return true
 		}
 		t, more := find(id)
 		if t != nil {
-			inner = t.setState(index, v)
+			t.setState(index, v)
 		}
-		return more && inner == nil
+		return more
 	})
-	if err == nil {
-		err = inner
-	}
-	return err
 }
 
 func (q *Queue) returnAll(works []*Work) {

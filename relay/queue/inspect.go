@@ -148,7 +148,7 @@ func (q *Queue) List(f Filter, limit int) (found []MessageInfo, next ids.Message
 		s, err = q.readChosen(snap, &f, f.After)
 		candidates, next, end = s.targets, s.last, s.end
 	} else {
-		candidates, next, end, err = listStep(snap, &f, limit)
+		candidates, next, end, err = q.listStep(snap, &f, limit)
 	}
 	snap.Close()
 	if err != nil {
@@ -169,10 +169,9 @@ func (q *Queue) List(f Filter, limit int) (found []MessageInfo, next ids.Message
 	return found, next, nil
 }
 
-func listStep(snap *store.Snapshot, f *Filter, limit int) (found []*target, next ids.Message, end bool, err error) {
+func (q *Queue) listStep(snap *store.Snapshot, f *Filter, limit int) (found []*target, next ids.Message, end bool, err error) {
 	looked := 0
 	end = true
-	var inner error
 	err = snap.Iterate([]byte{store.SpaceMessage}, store.AppendMessageKey(nil, nextID(f.After)), false, func(k, v []byte) bool {
 		id, ok := store.ParseMessageKey(k)
 		if !ok {
@@ -184,18 +183,16 @@ func listStep(snap *store.Snapshot, f *Filter, limit int) (found []*target, next
 		}
 		looked++
 		next = id
-		var env *relay.Envelope
-		if env, _, inner = parseEnvelope(id, v); inner != nil {
-			return false
+		env, _, err := parseEnvelope(id, v)
+		if err != nil {
+			q.unreadable(id, err)
+			return true
 		}
 		if f.message(env) && slices.ContainsFunc(env.Recipients, func(r relay.Recipient) bool { return f.Match.domain(r.Address.Domain) }) {
 			found = append(found, &target{env: env})
 		}
 		return true
 	})
-	if err == nil {
-		err = inner
-	}
 	return found, next, end, err
 }
 

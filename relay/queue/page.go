@@ -305,6 +305,9 @@ func (q *Queue) floorOf(wq *workQueue) int64 {
 	if !wq.complete {
 		earliest = min(earliest, wq.end.due)
 	}
+	if wq.aside > 0 {
+		earliest = min(earliest, wq.aside)
+	}
 	if wq == q.deadlines {
 		for _, due := range q.leaving {
 			earliest = min(earliest, due)
@@ -379,7 +382,7 @@ func (q *Queue) dropIdle() {
 	q.mu.Lock()
 	b := q.st.NewBatch()
 	for n, wq := range q.byNumber {
-		if !wq.complete || wq.win.len() > 0 || wq.inFlight > 0 || wq.pins > 0 {
+		if !wq.complete || wq.win.len() > 0 || wq.inFlight > 0 || wq.pins > 0 || wq.aside > 0 {
 			wq.emptyAt = 0
 			continue
 		}

@@ -101,7 +101,7 @@ func (c *claim) consider(id ids.Message) (more bool, err error) {
 	}
 	c.seen[id] = struct{}{}
 	t := &target{}
-	found, err := t.read(c.snap, id)
+	found, err := c.q.readTarget(c.snap, t, id)
 	if err != nil || !found || !c.fit(t.env) {
 		return true, err
 	}

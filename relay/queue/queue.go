@@ -184,6 +184,7 @@ type workQueue struct {
 	removed   int   // waiting keys deleted since the floor was stored
 	floor     int64 // no waiting key has an earlier due time
 	blockedTo int64 // after a failed read: nothing is taken before
+	aside     int64 // earliest due time of damaged mail, which is in no window; 0: there is none
 	emptyAt   int64 // since when it was found empty
 }
 

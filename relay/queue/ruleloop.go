@@ -309,9 +309,12 @@ func (q *Queue) readHeld(rule ids.Hold, from []byte) (targets []*target, n int, 
 	}
 	for _, e := range entries {
 		t := &target{only: e.indexes}
-		found, err := t.read(snap, e.id)
+		found, err := q.readTarget(snap, t, e.id)
 		if err != nil {
 			return nil, 0, nil, err
+		}
+		if t.damaged {
+			continue // it stays in the index until it is repaired
 		}
 		if !found {
 			t.env, t.gone = &relay.Envelope{ID: e.id}, true
@@ -327,6 +330,9 @@ func (q *Queue) readHeld(rule ids.Hold, from []byte) (targets []*target, n int, 
 func (q *Queue) dropStale(ctx context.Context, rule ids.Hold, targets []*target) (dropped int, err error) {
 	var stale [][]byte
 	for _, t := range targets {
+		if t.damaged {
+			continue
+		}
 		for _, index := range t.only {
 			if _, match := slices.BinarySearch(t.match, index); t.gone || !match {
 				stale = append(stale, store.AppendHeldKey(nil, rule, t.env.ID, index))

@@ -121,8 +121,8 @@ func (m *message) setFlying(index uint16, on bool) bool {
 
 // Load reads from disk what memory did not have about taken work: fresh mail
 // costs no read, other mail costs two. False: the work has ended, because its
-// message does not exist or cannot be read; its queue rests in the latter case,
-// and Notify tells either way.
+// message does not exist, is damaged or cannot be read; its queue rests in the last
+// case, and Notify tells either way.
 func (q *Queue) Load(w *Work) bool {
 	if w.Loaded() {
 		return true
@@ -134,6 +134,11 @@ func (q *Queue) Load(w *Work) bool {
 	read, err := q.readMessage(m.id, env)
 	if fault.Is(err, fault.NotFound) {
 		q.dropOrphans(w)
+		return false
+	}
+	if fault.Is(err, fault.Invalid) {
+		q.unreadable(m.id, err)
+		q.setAside(w)
 		return false
 	}
 	if err != nil {
@@ -227,6 +232,27 @@ func (q *Queue) learn(m *message, r readMessage) {
 		}
 	}
 	m.known = true
+}
+
+// unreadable tells of a message whose records are damaged. A repair moves it aside;
+// until then it is passed over, and nothing else waits for it.
+func (q *Queue) unreadable(id ids.Message, err error) {
+	q.log.Error("a message of the queue is damaged and is passed over: stop the relay and run relais-relay queue fsck --repair", "message", id, "error", err)
+}
+
+// setAside ends work of a damaged message and leaves its recipients in no window,
+// where they would stand before all others. Their keys stay on disk for the repair.
+func (q *Queue) setAside(w *Work) {
+	q.mu.Lock()
+	q.disown(w)
+	for _, h := range w.held {
+		if w.wq.aside == 0 || h.due < w.wq.aside {
+			w.wq.aside = h.due
+		}
+	}
+	q.unref(w.msg, len(w.Recipients))
+	q.mu.Unlock()
+	q.notify(w.Queue)
 }
 
 // dropOrphans removes waiting keys whose message does not exist.
