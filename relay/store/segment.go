@@ -146,10 +146,14 @@ func (s *Store) sealSegment() {
 }
 
 // abandonSegment leaves a segment whose last write or sync failed. What was
-// synced before stays readable.
+// synced before stays readable; what is allocated behind it would be held by the
+// slowest mail in it, one segment for each failure.
 func (s *Store) abandonSegment(cause error) {
 	seg := s.segment
 	s.segment = nil
+	if err := seg.file.Truncate(seg.end); err != nil {
+		s.log.Warn("cannot give back the unused end of a segment that failed; the next start does", "segment", seg.number, "error", err)
+	}
 	_ = seg.file.Close() // the error that counts is the one that brought us here
 	s.ledger.seal(seg.number, seg.end)
 	s.metrics.abandoned.Inc()

@@ -413,6 +413,9 @@ func TestAFailedWriteOrSyncAbandonsTheSegment(t *testing.T) {
 				}
 				tc.fail(disk).Store(nil)
 			}
+			if info, err := os.Stat(s.segmentPath(good.Segment)); err != nil || info.Size() != good.Offset+good.Length {
+				t.Errorf("the segment that failed keeps %d bytes, of which %d are used: %v", info.Size(), good.Offset+good.Length, err)
+			}
 			_, after := mustPut(t, s, []byte("after"))
 			if after.Segment == good.Segment {
 				t.Error("a segment was written to after it failed")
