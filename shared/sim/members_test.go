@@ -51,6 +51,9 @@ func (w *world) turnover(r *relay) {
 		w.tally.met[relayLeaves]++
 		w.evict(r)
 		w.after(w.between(0, time.Minute), func() {
+			if !w.evicted(r) {
+				return // what the leader decided was lost with it
+			}
 			r.crash(100 * 24 * time.Hour)
 			if w.forgetful {
 				r.known, r.sessions, r.stamps, r.uses, r.mail = nil, nil, nil, nil, nil
