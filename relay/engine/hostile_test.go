@@ -19,9 +19,9 @@ func TestHostileHosts(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	w := newWorldOf(t, func(c *lab.Config) { c.Hostile, c.Pace = true, 50*time.Millisecond }, first)
+	w := newWorldOf(t, func(c *lab.Config) { c.Hostile, c.Pace = true, 200*time.Millisecond }, first)
 	w.view(func(d *policy.Document) {
-		const patient = policy.Duration(time.Second)
+		const patient = policy.Duration(4 * time.Second) // a busy machine takes its time, too; a drip takes longer
 		v := &d.Delivery
 		v.GreetingTimeout, v.EHLOTimeout, v.MailTimeout, v.RcptTimeout = patient, patient, patient, patient
 		v.DataTimeout, v.BlockTimeout, v.FinalDotTimeout = patient, patient, patient
