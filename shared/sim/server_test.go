@@ -185,6 +185,9 @@ func (s *server) admits(r *relay) bool {
 		return false
 	}
 	w := s.w
+	if r.copy && r.down {
+		return false // with the machine its connection ended: nobody takes a place by what is left of it
+	}
 	p := placeOf(&s.places, r.node)
 	if p.r != nil && p.r != r && s.clock(w.now).Sub(s.clock(p.heard)) < lease.Outlast(max(w.cfg.TTL, ipConfig().TTL)) {
 		w.send(&s.machine, &r.machine, func() { r.session = false })
