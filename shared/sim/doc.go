@@ -25,7 +25,7 @@
 //
 // plays it again. What went wrong in which part of the worlds, and how often each
 // promise was looked at while there was something to break, is counted and printed; a
-// run of twelve worlds or more fails if a kind of trouble never came, or a promise
+// run of fifty worlds or more fails if a kind of trouble never came, or a promise
 // was never looked at. Raft itself is a log here: an entry is committed or lost, and a
 // leader may not know that it is none any more. A second layer, Test…Raft…, has the
 // real Raft in memory, under testing/synctest.

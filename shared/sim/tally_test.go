@@ -101,7 +101,7 @@ func (s *tallies) add(t *tally) {
 
 // enoughWorlds is from how many on each kind of trouble must have come in one of them,
 // if no promise was broken, which ends a run.
-const enoughWorlds = 12
+const enoughWorlds = 50
 
 // print says what came how often, in which part of the worlds, and how often each
 // promise was looked at; what never came is a gap.
