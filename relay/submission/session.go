@@ -187,6 +187,11 @@ func (s *session) refuseStore(err error) error {
 	if fault.Is(err, fault.NoSpace) {
 		return s.conn.Refuse("no_space", 452, smtp.EnhancedCode{4, 3, 1}, "There is no space for more mail now, try again later")
 	}
+	if fault.Is(err, fault.TooLarge) {
+		// More recipients than one transaction of the store holds: to try again does not
+		// help, RFC 5321 section 4.5.3.1.10 has the client send several messages.
+		return s.conn.Refuse("too_large", 552, smtp.EnhancedCode{5, 3, 4}, "The message and its recipients are too large to be stored at once: send it to fewer recipients at a time")
+	}
 	s.server.opt.Logger.Error("message not stored", "error", err, "client_ip", s.conn.Remote())
 	return s.conn.Refuse("store", 451, smtp.EnhancedCode{4, 3, 0}, "The message could not be stored, try again later")
 }

@@ -321,6 +321,9 @@ func TestStoreFailures(t *testing.T) {
 	p.mail(goodMessage, "452 4.3.1")
 	set(nil, nil, broken)
 	p.mail(goodMessage, "451 4.3.0")
+	// Trying again does not make it smaller.
+	set(nil, nil, fault.New(fault.TooLarge, "test", "one record has 2 MiB"))
+	p.mail(goodMessage, "552 5.3.4 The message and its recipients are too large")
 	set(nil, nil, nil)
 	p.mail(goodMessage, "250")
 }
