@@ -22,7 +22,7 @@ import (
 
 const (
 	maxFailover   = 5 * time.Second // from a fault of the leader to the next change by the command line
-	attemptLimit  = 3 * time.Second // for one run of the command line
+	attemptLimit  = 4 * time.Second // for one run of the command line
 	leaderPause   = 30 * time.Second
 	historyKeys   = 8
 	historyPace   = 40 * time.Millisecond

@@ -16,6 +16,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/pelletier/go-toml/v2"
@@ -27,8 +28,8 @@ import (
 
 const (
 	requestLimit     = 30 * time.Second // for one request to one server
-	connectLimit     = 2 * time.Second
-	handshakeLimit   = 2 * time.Second
+	connectLimit     = 2 * time.Second  // for a connection, and again for its handshake
+	hurriedLimit     = 500 * time.Millisecond
 	leaderWait       = 10 * time.Second // for a cluster that is choosing a leader
 	leaderRetryPause = 250 * time.Millisecond
 	maxAnswerBytes   = 64 << 20
@@ -44,8 +45,9 @@ type cliFile struct {
 
 // client speaks to the management API.
 type client struct {
-	file cliFile
-	http *http.Client
+	file     cliFile
+	http     *http.Client
+	patience atomic.Int64 // nanoseconds, instead of connectLimit
 }
 
 // client reads the file that names the cluster.
@@ -63,6 +65,7 @@ func (a *app) client() (*client, error) {
 		return nil, &fault.Error{Kind: fault.NotFound, Op: op, Field: "cli", Public: path + " cannot be read: name the data directory with --data, or the file with --cli or RELAIS_CLI", Cause: err}
 	}
 	c := &client{}
+	c.patience.Store(int64(connectLimit))
 	if err := toml.NewDecoder(bytes.NewReader(text)).DisallowUnknownFields().Decode(&c.file); err != nil {
 		var unknown *toml.StrictMissingError
 		if errors.As(err, &unknown) && len(unknown.Errors) > 0 {
@@ -80,7 +83,7 @@ func (a *app) client() (*client, error) {
 			return nil, fault.Field(op, "cli", "%s names the endpoint %q: write https://host:port", path, endpoint)
 		}
 	}
-	c.http = &http.Client{Timeout: requestLimit, Transport: &http.Transport{DialTLSContext: dialTLS(trust(pki.Pin(raw))), ForceAttemptHTTP2: true}}
+	c.http = &http.Client{Timeout: requestLimit, Transport: &http.Transport{DialTLSContext: c.dialTLS(trust(pki.Pin(raw))), ForceAttemptHTTP2: true}}
 	return c, nil
 }
 
@@ -144,6 +147,9 @@ func (c *client) tryAll(ctx context.Context, req call, out any) (retry bool, err
 		case oneErr == nil:
 			return false, nil
 		case waits:
+			// One of the others may be what the cluster lost. Who answers here knows
+			// the new leader soon, so a silent one is not waited for.
+			c.patience.Store(int64(hurriedLimit))
 			retry, err = true, oneErr
 			continue
 		case unheard(oneErr), req.method == http.MethodGet && !answered(oneErr) && ctx.Err() == nil:
@@ -175,9 +181,10 @@ func answered(err error) bool {
 var errNoHandshake = errors.New("no TLS handshake in time")
 
 // dialTLS connects with the bounds that trying the next server needs.
-func dialTLS(config *tls.Config) func(context.Context, string, string) (net.Conn, error) {
+func (c *client) dialTLS(config *tls.Config) func(context.Context, string, string) (net.Conn, error) {
 	return func(ctx context.Context, network, addr string) (net.Conn, error) {
-		conn, err := (&net.Dialer{Timeout: connectLimit}).DialContext(ctx, network, addr)
+		patience := time.Duration(c.patience.Load())
+		conn, err := (&net.Dialer{Timeout: patience}).DialContext(ctx, network, addr)
 		if err != nil {
 			return nil, err
 		}
@@ -185,7 +192,7 @@ func dialTLS(config *tls.Config) func(context.Context, string, string) (net.Conn
 		own.NextProtos = []string{"h2", "http/1.1"}
 		own.ServerName, _, _ = net.SplitHostPort(addr) // addr is what was just dialed
 		secured := tls.Client(conn, own)
-		limited, cancel := context.WithTimeout(ctx, handshakeLimit)
+		limited, cancel := context.WithTimeout(ctx, patience)
 		defer cancel()
 		if err := secured.HandshakeContext(limited); err != nil {
 			_ = conn.Close()
