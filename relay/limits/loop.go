@@ -178,7 +178,9 @@ func (l *Limits) Release() {
 	if l.linked && l.welcomed {
 		for _, lim := range l.table.Load().limits {
 			if r := lim.rights; r != nil && r.Stamp() != (lease.Stamp{}) && r.Opened() == 0 {
-				messages = append(messages, wire.EncodeLeaseRelease(l.holder.Release(now, r)))
+				if m, ok := l.holder.Release(now, r); ok {
+					messages = append(messages, wire.EncodeLeaseRelease(m))
+				}
 			}
 		}
 	}

@@ -282,10 +282,16 @@ func (h *Holder) hush(g *Grant) {
 	}
 }
 
-// Release gives up a limit at once and returns the message that says so.
-func (h *Holder) Release(now Instant, r *Rights) Release {
+// Release gives up a limit at once and returns the message that says so. False: not
+// now, for the disk does not know yet of a smaller floor, which the message would
+// confirm with the grant that brought it. After a crash the relay would use the
+// former one, and others have it.
+func (h *Holder) Release(now Instant, r *Rights) (Release, bool) {
 	r.settle(now)
+	if r.pending {
+		return Release{}, false
+	}
 	r.given, r.share, r.leased = r.stamp, Share{}, false
 	r.refill(now)
-	return Release{Node: h.node, Incarnation: h.incarnation, Limit: r.limit, Stamp: r.stamp}
+	return Release{Node: h.node, Incarnation: h.incarnation, Limit: r.limit, Stamp: r.stamp}, true
 }

@@ -387,3 +387,27 @@ func BenchmarkTake(b *testing.B) {
 		r.Take(now, 1)
 	}
 }
+
+// TestAReleaseWaitsForTheDisk (R2): a release confirms the last grant. While the disk
+// does not know of the smaller floor that came with it nothing is released, for after
+// a crash the relay would use the former one. Found by random worlds, seed 51931.
+func TestAReleaseWaitsForTheDisk(t *testing.T) {
+	h, r := grantee()
+	withFloor := grant(1, 1, 1, 10_000, 5)
+	withFloor.Lines[0].Floor = Share{1000, 1}
+	h.Grant(at0, withFloor)
+	_, version := h.SaveFloors()
+	h.FloorsSaved(version)
+	h.Grant(at0, grant(1, 1, 2, 5_000, 5)) // without the floor
+	if m, ok := h.Release(at0, r); ok || r.Usable(at0) != (Share{5_000, 5}) {
+		t.Fatalf("released by %+v, uses %v", m, r.Usable(at0))
+	}
+	_, version = h.SaveFloors()
+	if m, ok := h.Release(at0, r); ok {
+		t.Fatalf("released before it was synced: %+v", m)
+	}
+	h.FloorsSaved(version)
+	if m, ok := h.Release(at0, r); !ok || m.Stamp != (Stamp{1, 1, 2}) || !r.Usable(at0).zero() {
+		t.Errorf("%v, %+v, uses %v", ok, m, r.Usable(at0))
+	}
+}

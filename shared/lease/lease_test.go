@@ -421,7 +421,11 @@ func TestStaleReleaseMeansNothing(t *testing.T) {
 	if got := c.table.Holding(1, 1).Ceiling; got.zero() {
 		t.Fatal("a stale release freed what the relay uses")
 	}
-	c.grantor.Release(c.now, c.relays[0].Release(c.now, r))
+	m, ok := c.relays[0].Release(c.now, r)
+	if !ok {
+		t.Fatal("nothing was released")
+	}
+	c.grantor.Release(c.now, m)
 	if got := r.Usable(c.now); !got.zero() {
 		t.Errorf("released, and still uses %v", got)
 	}

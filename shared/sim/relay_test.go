@@ -278,7 +278,10 @@ func (r *relay) moods() {
 }
 
 func (r *relay) release(id lease.LimitID) {
-	m := r.holder.Release(r.clock(r.w.now), r.rights(id))
+	m, ok := r.holder.Release(r.clock(r.w.now), r.rights(id))
+	if !ok {
+		return
+	}
 	s := r.to()
 	r.w.send(&r.machine, &s.machine, func() {
 		s.hears(r, func() { s.grantor.Release(s.clock(s.w.now), m) })
