@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
@@ -32,14 +33,21 @@ func (f *trio) voters(asked *fleet.ControlServer) int {
 	return n
 }
 
+// startJoin runs the join of a server. The caller waits for its end.
+func (f *trio) startJoin(s *fleet.ControlServer, token string) *exec.Cmd {
+	f.t.Helper()
+	cmd := exec.CommandContext(f.t.Context(), filepath.Join(binaries, "relais-control"), f.JoinArgs(s, token)...)
+	if err := cmd.Start(); err != nil {
+		f.t.Fatal(err)
+	}
+	return cmd
+}
+
 // joinKilled runs the join of a server and kills it after a while, several times.
 func (f *trio) joinKilled(s *fleet.ControlServer, token string, after ...time.Duration) {
 	f.t.Helper()
 	for _, d := range after {
-		cmd := exec.CommandContext(f.t.Context(), filepath.Join(binaries, "relais-control"), f.JoinArgs(s, token)...)
-		if err := cmd.Start(); err != nil {
-			f.t.Fatal(err)
-		}
+		cmd := f.startJoin(s, token)
 		timer := time.AfterFunc(d, func() { _ = cmd.Process.Kill() }) // it may have ended
 		_ = cmd.Wait()                                                // killed, most likely
 		timer.Stop()
@@ -145,11 +153,19 @@ func TestMembershipUnderCrashes(t *testing.T) {
 	follows := time.Now()
 	o.write(second, time.Now())
 
-	// The third: the only voter ends while it joins.
+	// The third: the only voter ends while it joins; it may be in by then.
 	third, token := f.newServer()
 	f.joinKilled(third, token, 30*time.Millisecond)
+	joining := f.startJoin(third, token)
+	eventually(t, time.Minute, "the join to have begun", func() bool {
+		_, err := os.Stat(filepath.Join(third.Dir, "identity"))
+		return err == nil
+	})
 	first.Kill()
-	if out, err := program(t, "relais-control", f.JoinArgs(third, token)...); err == nil || !strings.Contains(out, first.Addr.String()) {
+	_ = joining.Wait() // it failed, unless it was quicker
+	elsewhere := *third
+	elsewhere.Dir = t.TempDir() // nothing of a join that was whole before it was killed
+	if out, err := program(t, "relais-control", f.JoinArgs(&elsewhere, token)...); err == nil || !strings.Contains(out, first.Addr.String()) {
 		t.Errorf("a join without a leader: %v\n%s", err, out)
 	}
 	if err := f.StartServer(within(t, time.Minute), first); err != nil {
