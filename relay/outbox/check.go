@@ -16,7 +16,7 @@ import (
 const maxRunEvents = maxRunBytes / 16
 
 // Damage is a stored run of events, or the outbox's own record, that cannot be
-// used. Without repair Open refuses or Read ends there.
+// used. Without repair Read says that its events are lost.
 type Damage struct {
 	Key, Value []byte // Value is nil where a record is missing
 	Detail     string
@@ -55,7 +55,7 @@ func Check(snap *store.Snapshot, now time.Time, step func() error, f func(Damage
 		first = uint64(now.UnixMilli()) // above any number that was used
 	}
 	return f(Damage{
-		Key: bytes.Clone(store.KeyOutbox), Value: meta, Detail: "the outbox's own record is unreadable: the relay does not start",
+		Key: bytes.Clone(store.KeyOutbox), Value: meta, Detail: "the outbox's own record is unreadable",
 		Instead: binary.BigEndian.AppendUint64([]byte{metaVersion}, first),
 	})
 }

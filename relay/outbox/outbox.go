@@ -9,10 +9,12 @@
 package outbox
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"log/slog"
 	"sync"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 
@@ -62,6 +64,7 @@ type Outbox struct {
 	idle     sync.WaitGroup
 	trimming sync.Mutex // one removal at a time
 	closed   bool
+	damaged  map[uint64]bool // runs that could not be read, by their first number
 }
 
 // Open reads where the stream stands and becomes the store's sequencer.
@@ -88,42 +91,44 @@ func Open(st *store.Store, cfg Config) (*Outbox, error) {
 	return o, nil
 }
 
-// load finds both ends of the stream without reading what lies between.
+// load finds both ends of the stream without reading what lies between. What is
+// damaged of them costs events, never mail: the stream goes on with numbers that were
+// not used, and Read says where some are lost.
 func (o *Outbox) load() error {
 	snap := o.st.Snapshot()
 	defer snap.Close()
 	meta, err := snap.Get(store.KeyOutbox, nil)
+	damaged := false
 	switch {
 	case fault.Is(err, fault.NotFound):
 	case err != nil:
 		return err
 	case len(meta) != metaBytes || meta[0] != metaVersion:
-		return fault.New(fault.Invalid, "outbox.Open", "the outbox record is damaged")
+		o.log.Error("the outbox's own record is damaged; what is stored says where the events begin: " + remedy)
+		damaged = true
 	default:
 		o.first = binary.BigEndian.Uint64(meta[1:])
 		o.next = o.first
 	}
-	prefix := []byte{store.SpaceOutbox}
-	key, value, err := snap.Last(prefix, nil)
+	stored, err := o.loadEnd(snap)
 	if err != nil {
 		return err
 	}
-	if key == nil {
+	if !stored {
+		if damaged { // above any number that was used
+			o.first = uint64(time.Now().UnixMilli())
+			o.next = o.first
+		}
 		return nil
 	}
-	seq, before, count, _, ok := parseRun(key, value)
-	if !ok {
-		return fault.New(fault.Invalid, "outbox.Open", "the newest run of events is damaged")
+	var from []byte
+	if !damaged {
+		if from, err = firstRun(snap, o.first); err != nil {
+			return err
+		}
 	}
-	o.next = max(o.next, seq+uint64(count))
-	o.end = before + uint64(len(value))
-	o.begin = o.end
-	from, err := firstRun(snap, o.first)
-	if err != nil {
-		return err
-	}
-	return snap.Iterate(prefix, from, false, func(k, v []byte) bool {
-		if seq, before, count, _, ok := parseRun(k, v); ok && seq+uint64(count) > o.first {
+	return snap.Iterate([]byte{store.SpaceOutbox}, from, false, func(k, v []byte) bool {
+		if seq, before, count, _, ok := parseRun(k, v); ok && (damaged || seq+uint64(count) > o.first) {
 			o.begin = before
 			o.first = max(o.first, seq)
 			return false
@@ -132,16 +137,61 @@ func (o *Outbox) load() error {
 	})
 }
 
+const remedy = "stop the relay and run relais-relay queue fsck --repair"
+
+// loadEnd finds the newest run, and reports whether there is any. Behind runs that
+// cannot be read so many numbers are given up as the last of them may have held.
+func (o *Outbox) loadEnd(snap *store.Snapshot) (stored bool, err error) {
+	prefix := []byte{store.SpaceOutbox}
+	var upTo []byte
+	for {
+		key, value, err := snap.Last(prefix, upTo)
+		if err != nil || key == nil {
+			o.begin = o.end
+			return stored, err
+		}
+		seq, before, count, _, ok := parseRun(key, value)
+		if ok {
+			o.next = max(o.next, seq+uint64(count))
+			o.end = before + uint64(len(value))
+			o.begin = o.end
+			return true, nil
+		}
+		if at, named := store.ParseOutboxKey(key); named {
+			o.log.Error("the newest events are damaged: "+remedy, "from", at)
+			o.next = max(o.next, at+maxRunEvents)
+			stored = true
+		}
+		upTo = beforeKey(key)
+	}
+}
+
+// beforeKey is a key behind which, up to the one given, there is none but that.
+func beforeKey(key []byte) []byte {
+	b := bytes.Clone(key)
+	last := len(b) - 1
+	if b[last] == 0 {
+		return b[:last]
+	}
+	b[last]--
+	return append(b, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff)
+}
+
 // firstRun returns the key from which the event seq and those after it are
 // found. Reading starts there and not at the beginning, where the index still
 // holds the markers of what was removed.
 func firstRun(snap *store.Snapshot, seq uint64) ([]byte, error) {
 	at := store.AppendOutboxKey(nil, seq)
-	from, _, err := snap.Last([]byte{store.SpaceOutbox}, at)
-	if from == nil {
-		from = at
+	for upTo := at; ; {
+		from, _, err := snap.Last([]byte{store.SpaceOutbox}, upTo)
+		if err != nil || from == nil {
+			return at, err
+		}
+		if _, named := store.ParseOutboxKey(from); named {
+			return from, nil
+		}
+		upTo = beforeKey(from) // no run has such a key
 	}
-	return from, err
 }
 
 // The outbox's own record: version, number of the oldest event kept (u64).
@@ -259,69 +309,6 @@ func (o *Outbox) SetMaxBytes(n int64) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.maxBytes = n
-}
-
-// Read returns the events after seq, in order, up to about maxBytes of stored
-// size and at least one if there is one. A first event of type Gap stands for
-// events that are not here any more.
-func (o *Outbox) Read(after uint64, maxBytes int) ([]Event, error) {
-	snap := o.st.Snapshot()
-	defer snap.Close()
-	o.mu.Lock()
-	first := o.first
-	o.mu.Unlock()
-	var out []Event
-	if after+1 < first {
-		out = append(out, Event{Type: Gap, Seq: first - 1, Count: first - 1 - after})
-		after = first - 1
-	}
-	prefix := []byte{store.SpaceOutbox}
-	from, err := firstRun(snap, after+1)
-	if err != nil {
-		return nil, err
-	}
-	var damaged error
-	size := 0
-	err = snap.Iterate(prefix, from, false, func(k, v []byte) bool {
-		seq, _, count, events, ok := parseRun(k, v)
-		if !ok {
-			damaged = fault.New(fault.Invalid, "outbox.Read", "a run of events is damaged")
-			return false
-		}
-		for ; len(events) > 0; seq++ {
-			event, rest, ok := nextEvent(events)
-			if !ok {
-				damaged = fault.New(fault.Invalid, "outbox.Read", "the events after %d are damaged", seq-1)
-				return false
-			}
-			events = rest
-			last := seq
-			if Type(event[1]) == Gap { // its run stands for events that were lost, see Check
-				last = seq + uint64(count) - 1
-			}
-			if last <= after {
-				continue
-			}
-			if size > 0 && size+len(event) > maxBytes {
-				return false
-			}
-			size += len(event)
-			var e Event
-			if damaged = e.Parse(event); damaged != nil {
-				return false
-			}
-			e.Seq = last
-			if e.Type == Gap {
-				e.Count = last - max(after, seq-1)
-			}
-			out = append(out, e)
-		}
-		return true
-	})
-	if err == nil {
-		err = damaged
-	}
-	return out, err
 }
 
 // Trim forgets the events up to and including seq: control has them. It
