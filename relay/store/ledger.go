@@ -96,20 +96,15 @@ func (l *ledger) forget(ref relay.BodyRef) {
 }
 
 // scannedBody counts a living body that the start-up scan met.
-func (l *ledger) scannedBody(ref relay.BodyRef) (known bool) {
+func (l *ledger) scannedBody(ref relay.BodyRef) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	u := l.files[ref.Segment]
-	if u == nil || u.kind != ref.Kind {
-		return false
-	}
-	if u.old {
+	if u := l.files[ref.Segment]; u != nil && u.old {
 		u.live++
 		u.liveBytes += ref.Length
 		u.maxEnd = max(u.maxEnd, ref.Offset+ref.Length)
 		l.liveBytes += ref.Length
 	}
-	return true
 }
 
 func (l *ledger) drop(refs []relay.BodyRef) {

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/relais-mta/relais/relay"
+	"github.com/relais-mta/relais/shared/fault"
 )
 
 // Reclaim settings. Scanning for holes reads every envelope once, so it has to
@@ -112,8 +113,13 @@ func (s *Store) countBodies(snap *Snapshot) {
 			if ref.Kind == relay.BodyNone {
 				return true
 			}
-			if !s.ledger.scannedBody(ref) {
+			switch err := s.CheckRef(ref); {
+			case fault.Is(err, fault.NotFound):
 				missing++
+			case err != nil:
+				unreadable++
+			default:
+				s.ledger.scannedBody(ref)
 			}
 			return true
 		})
@@ -126,12 +132,15 @@ func (s *Store) countBodies(snap *Snapshot) {
 		return
 	}
 	if missing > 0 {
-		s.log.Error("messages whose body file is missing", "messages", missing)
+		s.log.Error("messages whose body file is missing: no file found at start is removed; see relais-relay queue fsck", "messages", missing)
 		s.metrics.missingBodies.Set(float64(missing))
 	}
 	if unreadable > 0 {
-		// Their bodies may be in any file, and are all that is left of the mail.
 		s.log.Error("records with a damaged body reference: no file found at start is removed; see relais-relay queue fsck", "records", unreadable)
+	}
+	if missing+unreadable > 0 {
+		// Their bodies may be in any file, and are all that is left of the mail: of a
+		// file that is missing, the number may be what is damaged.
 		close(s.scanned)
 		return
 	}
