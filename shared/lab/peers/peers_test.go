@@ -3,6 +3,7 @@ package peers
 import (
 	"context"
 	"crypto/tls"
+	"fmt"
 	"net"
 	"net/netip"
 	"net/smtp"
@@ -13,10 +14,11 @@ import (
 )
 
 // free returns an address that nobody listens on, one of the block that fleets
-// take theirs from, which no interface lists.
-func free(t *testing.T) netip.AddrPort {
+// take theirs from, which no interface lists. Tests that run at once give different
+// numbers: nothing holds a port until a server does.
+func free(t *testing.T, n int) netip.AddrPort {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.30.1.1:0")
+	l, err := net.Listen("tcp", fmt.Sprintf("127.30.1.%d:0", n))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -28,7 +30,7 @@ func free(t *testing.T) netip.AddrPort {
 // and reads a mail that it was given over TLS, where its TLS works.
 func TestServers(t *testing.T) {
 	type start func(context.Context, Config) (*Server, error)
-	for _, tc := range []struct {
+	for n, tc := range []struct {
 		name    string
 		start   start
 		without []string
@@ -42,7 +44,7 @@ func TestServers(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			t.Parallel()
-			s, err := tc.start(t.Context(), Config{Dir: t.TempDir(), Addr: free(t), Host: "mx.peer.test", Domain: "peer.test", Without: tc.without})
+			s, err := tc.start(t.Context(), Config{Dir: t.TempDir(), Addr: free(t, n+1), Host: "mx.peer.test", Domain: "peer.test", Without: tc.without})
 			if err != nil {
 				t.Fatal(err)
 			}
