@@ -17,6 +17,7 @@ type answers struct{ Attempts, Accepted, Deferred, Blocked, Hard, Signatures int
 // of the address included, is what the day will be judged by: all relays' together,
 // and still there when one was killed.
 func TestWarmUpListensToProviders(t *testing.T) {
+	awayFromMidnight(t) // answers are counted by the day
 	f := start(t, fleet.Config{Relays: 2, Open: true, NoDKIM: true})
 	eventually(t, 30*time.Second, "a day to have begun, and the warm-up to start", func() bool {
 		_, err := f.Ctl(t.Context(), "warmup", "start", "--pool", "default", "--plan", "standard", "--proven", lab.Google+"=40000/day", "--evidence", "logs")

@@ -69,7 +69,7 @@ target = 100000
 type offered struct {
 	mu   sync.Mutex
 	to   map[string]int
-	last time.Time
+	last time.Time // the last of them; zero: there was none
 }
 
 func (o *offered) at(provider string) int {
@@ -81,12 +81,12 @@ func (o *offered) at(provider string) int {
 func (o *offered) quiet(d time.Duration) bool {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	return time.Since(o.last) > d
+	return !o.last.IsZero() && time.Since(o.last) > d
 }
 
 func watchOffers(t *testing.T, l *lab.Lab, providers ...string) *offered {
 	t.Helper()
-	o := &offered{to: make(map[string]int), last: time.Now()}
+	o := &offered{to: make(map[string]int)}
 	for _, provider := range providers {
 		if err := l.SetBehaviour(provider, lab.Behaviour{Answer: func(e lab.Event) lab.Answer {
 			if e.Phase == lab.PhaseRcpt {
@@ -106,13 +106,19 @@ func watchOffers(t *testing.T, l *lab.Lab, providers ...string) *offered {
 // warmDay is when the next day begins.
 func warmDay() time.Time { return time.Now().UTC().Truncate(24 * time.Hour).Add(24 * time.Hour) }
 
+// awayFromMidnight waits for the next day if this one ends soon.
+func awayFromMidnight(t *testing.T) {
+	t.Helper()
+	if midnight := warmDay(); time.Until(midnight) < warmMidnight {
+		eventually(t, 2*warmMidnight, "the next day", func() bool { return time.Now().After(midnight) })
+	}
+}
+
 // TestWarmUpOfKilledRelays has two relays with more mail than the pool that they
 // share may send to one provider a day, and than the domain may send to another,
 // and kills them at random while they send it.
 func TestWarmUpOfKilledRelays(t *testing.T) {
-	if midnight := warmDay(); time.Until(midnight) < warmMidnight {
-		eventually(t, 2*warmMidnight, "the next day", func() bool { return time.Now().After(midnight) })
-	}
+	awayFromMidnight(t)
 	f := start(t, fleet.Config{Relays: 2, Open: true, NoDKIM: true, Policy: warmPolicy})
 	for _, what := range [][]string{{"--pool", "default", "--plan", "of-the-pool"}, {"--domain", fleet.Domain, "--plan", "of-the-domain"}} {
 		eventually(t, 30*time.Second, "a day to have begun, and a warm-up to start", func() bool {
@@ -127,12 +133,16 @@ func TestWarmUpOfKilledRelays(t *testing.T) {
 	o := watchOffers(t, f.Lab, lab.Google, lab.Yahoo)
 	releaseHeld(t, f)
 	kills := killAtRandom(t, f, o)
-	eventually(t, 2*time.Minute, "the quotas to be spent", func() bool { return o.quiet(warmQuiet) })
-	for _, r := range f.Relays {
-		for _, provider := range []string{lab.Google, lab.Yahoo} {
-			warmExplained(t, f, r, provider)
+	explained := func() {
+		for _, r := range f.Relays {
+			for _, provider := range []string{lab.Google, lab.Yahoo} {
+				warmExplained(t, f, r, provider)
+			}
 		}
 	}
+	explained() // all is reserved: without that, a silence may be a pause
+	eventually(t, 2*time.Minute, "the quotas to be spent", func() bool { return o.quiet(warmQuiet) })
+	explained()
 	if !o.quiet(warmQuiet) {
 		t.Error("mail goes on while warm-up is given as what it waits for")
 	}
@@ -233,7 +243,7 @@ func warmExplained(t *testing.T, f *fleet.Fleet, r *fleet.Relay, provider string
 		}
 	}()
 	text := fmt.Sprintf("stage 1, %d a day to %s, %d of it reserved by all relays", warmQuota, provider, warmQuota)
-	eventually(t, 30*time.Second, "mail to "+provider+" to say that it waits for warm-up", func() bool {
+	eventually(t, 2*time.Minute, "mail to "+provider+" to say that it waits for warm-up", func() bool {
 		var list []listed
 		if err := json.Unmarshal(relayCommand(t, r, "queue", "list", "--provider", provider, "--limit", "1", "--json"), &list); err != nil || len(list) == 0 {
 			return false

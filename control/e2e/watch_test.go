@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/relais-mta/relais/shared/lab"
 	"github.com/relais-mta/relais/shared/lab/fleet"
 )
 
@@ -123,9 +124,19 @@ func TestTrace(t *testing.T) {
 	headers := watching(t, r, "trace", "--domain", domain, "--headers", "--count", "60", "--for", "1m")
 	mine := watching(t, r, "trace", "--domain", domain, "--json", "--count", "10", "--for", "1m")
 	nothing := watching(t, r, "trace", "--mx", "nowhere.example", "--for", "3s")
-	if _, err := f.Submit(t.Context(), fleet.Stream{Recipients: to, Size: 2000, Connections: 2}); err != nil {
+	submit := func(tag string, to []string) {
+		t.Helper()
+		if _, err := f.Submit(within(t, time.Minute), fleet.Stream{Recipients: to, Size: 2000, Connections: 2, Tag: tag}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// One goes first: the lines of many sessions that begin at once would fill what
+	// is shown before any of them has come to its message.
+	submit("first", to[:1])
+	if err := f.Lab.WaitFor(within(t, time.Minute), func(r lab.Report) bool { return r.Accepted == 1 }); err != nil {
 		t.Fatal(err)
 	}
+	submit("rest", to[1:])
 	in, out, text := incoming(), mine(), headers()
 	verbs := ""
 	for line := range strings.Lines(in) {
