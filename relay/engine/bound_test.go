@@ -67,6 +67,10 @@ func TestPinnedWorkExpires(t *testing.T) {
 	w := newWorld(t, nil, first, second)
 	w.stop() // so that the lane of the source takes nothing
 	env := w.accept(func(e *relay.Envelope) { e.ExpiresAt = e.AcceptedAt.Add(5 * time.Minute) }, w.at(lab.Free, 0, lab.Accept))
+	w.until("the deadline in memory", func() bool { // a page of deadlines may be under way
+		_, ok := w.queue.NextDeadline()
+		return ok
+	})
 	take := func() *queue.Work {
 		t.Helper()
 		var work *queue.Work

@@ -2,6 +2,7 @@ package engine
 
 import (
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -46,13 +47,13 @@ func TestExpiresAtFiveMinutes(t *testing.T) {
 }
 
 // TestDeadlinesDoNotWaitForTheScheduler ends mail while somebody else has the
-// scheduler's lock.
+// scheduler's lock. Its hour passes in no time, once the lock is taken.
 func TestDeadlinesDoNotWaitForTheScheduler(t *testing.T) {
 	w := newWorld(t, nil) // no source: mail stays
-	env := w.accept(func(e *relay.Envelope) { e.ExpiresAt = time.Now().Add(3 * time.Second) }, w.at(lab.Google, 0, lab.Accept))
+	env := w.accept(nil, w.at(lab.Google, 0, lab.Accept))
 	var work *queue.Work
 	w.queue.Queues(func(info queue.QueueInfo) bool {
-		work, _ = w.queue.Take(info.Number, time.Now(), 1)
+		work, _ = w.queue.Take(info.Number, w.now(), 1)
 		return work == nil
 	})
 	if work == nil || !w.queue.Load(work) {
@@ -60,7 +61,7 @@ func TestDeadlinesDoNotWaitForTheScheduler(t *testing.T) {
 	}
 	// The last reply is known, so that nothing has to be asked about the mail.
 	state := work.Recipients[0].State
-	state.Next, state.LastReply = time.Now().Add(time.Hour), relay.Reply{Code: 450, Text: "try again later"}
+	state.Next, state.LastReply = env.ExpiresAt, relay.Reply{Code: 450, Text: "try again later"}
 	stored := make(chan error, 1)
 	w.queue.Finish(work, nil, []queue.Result{{State: state}}, nil, func(err error) { stored <- err })
 	if err := <-stored; err != nil {
@@ -68,6 +69,8 @@ func TestDeadlinesDoNotWaitForTheScheduler(t *testing.T) {
 	}
 	w.engine.mu.Lock()
 	defer w.engine.mu.Unlock()
+	w.skew.Store(int64(2 * time.Hour))
+	w.engine.lookAtDeadlines() // its timer goes by the time that it saw
 	w.until("the end of the message", func() bool {
 		_, err := w.queue.Show(env.ID)
 		return fault.Is(err, fault.NotFound)
@@ -157,17 +160,20 @@ func (w *world) expiresAt(there <-chan struct{}) (*relay.Envelope, outbox.Event)
 func TestAnswerToTheFinalDotIsAwaited(t *testing.T) {
 	w := newWorld(t, nil, first)
 	for i, life := 0, 900*time.Millisecond; life < patience; i, life = i+1, 2*life {
-		expires := time.Now().Add(life)
+		var expires atomic.Pointer[time.Time]
 		err := w.lab.SetBehaviour(lab.Google, lab.Behaviour{Answer: func(e lab.Event) lab.Answer {
 			if e.Phase != lab.PhaseFinalDot {
 				return lab.Answer{}
 			}
-			return lab.Answer{Delay: time.Until(expires) + 100*time.Millisecond}
+			return lab.Answer{Delay: time.Until(*expires.Load()) + 100*time.Millisecond}
 		}})
 		if err != nil {
 			t.Fatal(err)
 		}
-		env := w.accept(func(e *relay.Envelope) { e.ExpiresAt = expires }, w.at(lab.Google, i, lab.Accept))
+		env := w.accept(func(e *relay.Envelope) {
+			e.ExpiresAt = e.AcceptedAt.Add(life)
+			expires.Store(&e.ExpiresAt)
+		}, w.at(lab.Google, i, lab.Accept))
 		w.gone(env)
 		for _, e := range w.events() {
 			if e.Message != env.ID || e.Type != outbox.Delivered {
