@@ -389,8 +389,10 @@ func hurry(p *policy.Delivery, phase string) {
 	switch phase {
 	case "connect":
 		p.GreetingTimeout = soon
-	case "ehlo", "starttls":
-		p.EHLOTimeout = 5 * soon // EHLO before STARTTLS is answered
+	case "ehlo":
+		p.EHLOTimeout = soon
+	case "starttls":
+		p.EHLOTimeout = 15 * soon // EHLO before STARTTLS is answered, and again in clear text
 	case "mail", "rset":
 		p.MailTimeout = soon
 	case "rcpt":

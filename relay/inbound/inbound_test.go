@@ -161,7 +161,7 @@ func newWorld(t *testing.T, change func(*policy.Inbound)) *world {
 	served := make(chan error, 1)
 	go func() { served <- w.server.Serve(l) }()
 	t.Cleanup(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+		ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second) // no client is left
 		defer cancel()
 		_ = w.server.Shutdown(ctx)
 		if err := <-served; err != nil {

@@ -72,7 +72,7 @@ func start(t *testing.T, at netip.AddrPort, ready string, name string, args ...s
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()
 	client := dns.Client{Timeout: time.Second}
-	for limit := time.After(10 * time.Second); ; {
+	for limit := time.After(time.Minute); ; {
 		select {
 		case <-ended:
 			t.Fatalf("%s ended: %s", name, said.String())

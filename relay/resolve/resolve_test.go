@@ -299,7 +299,8 @@ func TestNextServer(t *testing.T) {
 	for name, f := range map[string]func(*dns.Msg, bool) *dns.Msg{"SERVFAIL": rcode(dns.RcodeServerFailure), "refused": rcode(dns.RcodeRefused), "silent": silence} {
 		bad.fault("a.example", f)
 		bad.fault("mx.example", f)
-		r := newResolver(t, func(c *Config) { c.QueryTimeout = 50 * time.Millisecond }, bad, good)
+		// It passes once, for the silent one, and must be enough for the good one.
+		r := newResolver(t, func(c *Config) { c.QueryTimeout = time.Second }, bad, good)
 		if got := show(r.Route(t.Context(), "a.example", IPv4)); got != "mx.example@10=192.0.2.1" {
 			t.Errorf("%s: %s", name, got)
 		}
@@ -317,9 +318,7 @@ func TestUnansweredIsTemporary(t *testing.T) {
 	if got := show(route); got != "deferred 4.4.3" {
 		t.Errorf("%s", got)
 	}
-	if n := z.count("a.example MX"); n != minAttempts {
-		t.Errorf("%d questions, want %d", n, minAttempts)
-	}
+	z.await(t, "a.example MX", minAttempts)
 	if time.Until(route.Expires) > temporaryTTL {
 		t.Error("a temporary failure is kept too long")
 	}

@@ -109,6 +109,24 @@ func (z *zone) count(question string) int {
 	return z.asked[question]
 }
 
+// await waits until a question has come so many times, and no more: one that was
+// given up may be read here after that.
+func (z *zone) await(t *testing.T, question string, times int) {
+	t.Helper()
+	tick := time.NewTicker(2 * time.Millisecond)
+	defer tick.Stop()
+	for limit := time.After(time.Minute); z.count(question) < times; {
+		select {
+		case <-tick.C:
+		case <-limit:
+			t.Fatalf("%d questions %s, want %d", z.count(question), question, times)
+		}
+	}
+	if n := z.count(question); n != times {
+		t.Errorf("%d questions %s, want %d", n, question, times)
+	}
+}
+
 func (z *zone) serve(w dns.ResponseWriter, q *dns.Msg, overUDP bool) {
 	z.mu.Lock()
 	name := strings.ToLower(q.Question[0].Name)

@@ -161,22 +161,22 @@ func TestSessionLimits(t *testing.T) {
 		p.expectEnd()
 	})
 	t.Run("silence", func(t *testing.T) {
-		_, _, addr := start(t, OfferSTARTTLS, func(_ *Config, l *Limits) { l.CommandTimeout = 50 * time.Millisecond })
-		p := dial(t, addr)
-		p.send("NOO")
-		p.expect("421 4.4.2")
-		p.expectEnd()
+		inBubble(t, testLimits(), func(p *peer, _ *Server, _ *recorder) {
+			p.send("NOO")
+			p.expect("421 4.4.2")
+			p.expectEnd()
+		})
 	})
 	t.Run("silence in data", func(t *testing.T) {
-		_, backend, addr := start(t, OfferSTARTTLS, func(_ *Config, l *Limits) { l.CommandTimeout = 50 * time.Millisecond })
-		p := dial(t, addr)
-		p.begin()
-		p.send("half a message\r\n")
-		p.expect("421 4.4.2")
-		p.expectEnd()
-		if got := backend.got(); len(got) != 0 {
-			t.Errorf("stored %q", got)
-		}
+		inBubble(t, testLimits(), func(p *peer, _ *Server, backend *recorder) {
+			p.begin()
+			p.send("half a message\r\n")
+			p.expect("421 4.4.2")
+			p.expectEnd()
+			if got := backend.got(); len(got) != 0 {
+				t.Errorf("stored %q", got)
+			}
+		})
 	})
 	t.Run("end in data", func(t *testing.T) {
 		s, backend, addr := start(t, OfferSTARTTLS, nil)

@@ -307,7 +307,7 @@ func newWorldWith(t testing.TB, change func(*policy.View), set func(*Options)) *
 	}
 	w.implicit, w.explicit = serve(w.server.ServeTLS), serve(w.server.ServeSTARTTLS)
 	t.Cleanup(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+		ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second) // no client is left
 		defer cancel()
 		_ = w.server.Shutdown(ctx)
 		if w.spool.open != 0 {
