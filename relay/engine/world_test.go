@@ -145,7 +145,7 @@ func (w *world) open() {
 	w.egress, err = egress.New(egress.Config{Node: here, Log: log, Registerer: reg})
 	check()
 	w.egress.SetSources(dir.Sources())
-	resolver, err := resolve.New(resolve.Config{Servers: []netip.AddrPort{w.lab.DNSAddr()}, QueryTimeout: 200 * time.Millisecond, Policy: delivering, AllowPrivate: true, Log: log, Registerer: reg})
+	resolver, err := resolve.New(resolve.Config{Servers: []netip.AddrPort{w.lab.DNSAddr()}, Policy: delivering, AllowPrivate: true, Log: log, Registerer: reg})
 	check()
 	dialer, err := delivery.New(delivery.Config{Egress: w.egress, Broken: tlspolicy.NewMemory(), Port: w.lab.SMTPPort(), Policy: delivering, Log: log, Registerer: reg})
 	check()
