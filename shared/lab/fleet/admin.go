@@ -40,6 +40,7 @@ func (e *Event) Final() bool {
 type QueueSummary struct {
 	Waiting  int64 `json:"waiting"` // recipients, those being delivered included
 	InFlight int64 `json:"in_flight"`
+	Counted  *bool `json:"counted"` // false: Waiting lacks what was there at the start; nil: of a release that does not tell
 }
 
 // Events returns the events behind after, oldest first, as many as one answer holds.
@@ -49,11 +50,26 @@ func (r *Relay) Events(ctx context.Context, after uint64) ([]Event, error) {
 	return events, err
 }
 
-// Queue returns the queue in numbers.
+// countTimeout bounds the wait for a relay that counts what is on its disk.
+const countTimeout = 60 * time.Second
+
+// Queue returns the queue in numbers. A relay that was started a moment ago is
+// still counting what it had: its numbers are waited for, since without them a
+// full queue looks empty.
 func (r *Relay) Queue(ctx context.Context) (QueueSummary, error) {
-	var s QueueSummary
-	err := r.ask(ctx, "/v1/queue/summary", &s)
-	return s, err
+	ctx, cancel := context.WithTimeout(ctx, countTimeout)
+	defer cancel()
+	for {
+		var s QueueSummary
+		if err := r.ask(ctx, "/v1/queue/summary", &s); err != nil || s.Counted == nil || *s.Counted {
+			return s, err
+		}
+		select {
+		case <-ctx.Done():
+			return s, fault.New(fault.Timeout, "fleet.Queue", "%s has not counted its queue", r.Name)
+		case <-time.After(pollInterval):
+		}
+	}
 }
 
 func (r *Relay) ask(ctx context.Context, path string, v any) error {

@@ -382,8 +382,11 @@ func (f *Fleet) publish(ctx context.Context) error {
 	return f.WaitApplied(ctx)
 }
 
-// applyTimeout bounds the wait for relays to acknowledge a change.
-const applyTimeout = 30 * time.Second
+// applyTimeout bounds the wait for relays to acknowledge a change. A relay that
+// lost its servers for long looks for one every 30 s, half as much more for the
+// spread, and may spend 5 s on one that does not answer (maxBackoff and jitter of
+// relay/agent, DefaultDialTimeout of shared/link).
+const applyTimeout = 75 * time.Second
 
 // WaitApplied returns when every running relay has acknowledged the newest
 // change.

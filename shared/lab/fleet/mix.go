@@ -182,6 +182,8 @@ func atDomain(address string) bool {
 }
 
 // InQueue counts the recipients that wait or are being delivered, on all relays.
+// They are asked one after the other: mail that goes from one to another
+// meanwhile may be counted twice, or not at all.
 func (f *Fleet) InQueue(ctx context.Context) (int64, error) {
 	var n int64
 	for _, r := range f.Relays {
@@ -194,9 +196,11 @@ func (f *Fleet) InQueue(ctx context.Context) (int64, error) {
 	return n, nil
 }
 
-// WaitEmpty returns when nothing is queued any more.
+// WaitEmpty returns when nothing is queued any more. It believes that when it has
+// seen it twice in a row: mail that was handed to a relay after that one had been
+// asked, by one that was asked later, is there at the second look.
 func (f *Fleet) WaitEmpty(ctx context.Context, progress func(waiting int64)) error {
-	for {
+	for empty := 0; ; {
 		n, err := f.InQueue(ctx)
 		if err != nil {
 			return err
@@ -204,7 +208,9 @@ func (f *Fleet) WaitEmpty(ctx context.Context, progress func(waiting int64)) err
 		if progress != nil {
 			progress(n)
 		}
-		if n == 0 {
+		if n > 0 {
+			empty = 0
+		} else if empty++; empty == 2 {
 			return nil
 		}
 		select {

@@ -186,10 +186,14 @@ func tail(path string) string {
 	return string(text)
 }
 
-// run executes a command of a binary and returns its standard output.
+// run executes a command of a binary and returns its standard output. It is given
+// commandTimeout, unless ctx says how long it may take, as for one that waits.
 func run(ctx context.Context, bin string, args ...string) ([]byte, error) {
-	ctx, cancel := context.WithTimeout(ctx, commandTimeout)
-	defer cancel()
+	if _, bounded := ctx.Deadline(); !bounded {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, commandTimeout)
+		defer cancel()
+	}
 	cmd := exec.CommandContext(ctx, bin, args...)
 	var out, errs bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &errs
