@@ -140,22 +140,38 @@ func TestBrakesHoldMailEverywhere(t *testing.T) {
 			return time.Since(since) > 2*time.Second
 		})
 	}
+	works := func(r *fleet.Relay, revision uint64) bool {
+		return metricOf(t, r, "relais_relay_policy_revision") >= float64(revision)
+	}
 	eventually(t, time.Minute, "mail to arrive", func() bool { return arrived() > 50 })
-	var brake struct{ ID string }
+	var brake struct {
+		ID       string
+		Revision uint64
+	}
 	set, err := f.Ctl(t.Context(), "brake", "set", "--pool", "default", "--hold", "--cause", "a test", "--json")
 	began := time.Now()
-	if err != nil || json.Unmarshal(set, &brake) != nil || !strings.HasPrefix(brake.ID, "brk_") {
+	if err != nil || json.Unmarshal(set, &brake) != nil || !strings.HasPrefix(brake.ID, "brk_") || brake.Revision == 0 {
 		t.Fatalf("%v: %s", err, set)
 	}
-	if err := f.WaitApplied(within(t, 30*time.Second)); err != nil {
-		t.Fatal(err)
-	}
+	// Asked of the relays themselves: a command line that asks takes time of its own.
+	eventually(t, 30*time.Second, "both relays to know of the brake", func() bool {
+		return works(f.Relays[0], brake.Revision) && works(f.Relays[1], brake.Revision)
+	})
 	applied := time.Since(began)
 	t.Logf("applied by both relays %v after the answer", applied.Round(time.Millisecond))
 	if applied > 2*time.Second {
 		t.Errorf("both relays knew of the brake only after %v", applied)
 	}
 	still("mail to stop")
+	// What was being delivered then may still arrive, however late, and nothing else.
+	eventually(t, time.Minute, "deliveries that had begun to end", func() bool {
+		for _, r := range f.Relays {
+			if q, err := r.Queue(t.Context()); err != nil || q.InFlight > 0 {
+				return false
+			}
+		}
+		return true
+	})
 	before := arrived()
 	f.Relays[1].Kill()
 	if err := f.Restart(within(t, time.Minute), f.Relays[1]); err != nil {

@@ -20,7 +20,7 @@ func TestBenchDeep(t *testing.T) {
 		t.Fatalf("%v\n%s", err, out)
 	}
 	var stdout, stderr bytes.Buffer
-	cmd := exec.CommandContext(within(t, 5*time.Minute), bench, "-bin", binaries, "-dir", t.TempDir(), "-n", "2000", "-domains", "200")
+	cmd := exec.CommandContext(within(t, 10*time.Minute), bench, "-bin", binaries, "-dir", t.TempDir(), "-n", "2000", "-domains", "200")
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
 	if err := cmd.Run(); err != nil {
 		t.Fatalf("%v\n%s", err, stderr.Bytes())

@@ -53,8 +53,10 @@ func TestRelayDrains(t *testing.T) {
 	}
 
 	behave(lab.Behaviour{})
-	if out := ctl(t, f, "node", "drain", r.Node, "--wait", "1m"); !strings.Contains(out, "its queue is empty") {
-		t.Errorf("drain --wait said\n%s", out)
+	// It looks once a second, and may find the relay drained already.
+	out, err := f.Ctl(within(t, 90*time.Second), "node", "drain", r.Node, "--wait", "1m")
+	if err != nil || !strings.Contains(string(out), "its queue is empty") && !strings.Contains(string(out), "drained") {
+		t.Errorf("drain --wait said %v\n%s", err, out)
 	}
 	if a := settle(t, f, submitted); a.refused > 0 || a.delivered != len(submitted) {
 		t.Errorf("of %d messages: %+v", len(submitted), a)
@@ -64,7 +66,8 @@ func TestRelayDrains(t *testing.T) {
 	if out := ctl(t, f, "node", "list"); !strings.Contains(out, "drained") {
 		t.Errorf("node list says\n%s", out)
 	}
-	if out := ctl(t, f, "audit", "--limit", "1"); !strings.Contains(out, "its queue is empty and it has no address") {
+	// The leader may have done other things since, such as begin a day of warm-up.
+	if out := ctl(t, f, "audit", "--limit", "5"); !strings.Contains(out, "its queue is empty and it has no address") {
 		t.Errorf("the audit tail says\n%s", out)
 	}
 	for _, source := range r.Sources {

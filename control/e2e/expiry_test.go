@@ -46,11 +46,14 @@ func TestMailExpiresWhileItsMXIsDown(t *testing.T) {
 	behave(lab.Yahoo, lab.Behaviour{Answer: lab.At(lab.PhaseConnect, lab.Answer{Reply: "421 4.3.2 down", Close: true})})
 	behave(lab.GMX, lab.Behaviour{Answer: lab.At(lab.PhaseData, lab.Answer{Delay: time.Hour})})
 	to := []string{"a@refusing.test", "a@silent.test", "accept-1@yahoo.test", "accept-1@gmx.test"}
+	both := []string{"b@refusing.test", "accept-2@yahoo.test"} // of one message
 	accepted := make(map[string]time.Time)
+	expire := fmt.Sprintf("X-Relais-Expire: %ds\r\n", int(life.Seconds()))
 	for i, rcpt := range to {
-		accepted[rcpt] = submitOne(t, f, rcpt, fmt.Sprint("old-", i), fmt.Sprintf("X-Relais-Expire: %ds\r\n", int(life.Seconds())))
+		accepted[rcpt] = submitOne(t, f, rcpt, fmt.Sprint("old-", i), expire)
 	}
-	submitOne(t, f, to[0]+" "+to[2], "old-both", fmt.Sprintf("X-Relais-Expire: %ds\r\n", int(life.Seconds())))
+	accepted[both[0]] = submitOne(t, f, strings.Join(both, " "), "old-both", expire)
+	accepted[both[1]] = accepted[both[0]]
 
 	checkEnds(t, f, accepted, 6)
 	if err := f.WaitEmpty(within(t, time.Minute), nil); err != nil {
@@ -77,7 +80,7 @@ func TestMailExpiresWhileItsMXIsDown(t *testing.T) {
 			t.Errorf("the MX of %s got %q", to[i], got)
 		}
 	}
-	for i, rcpt := range to {
+	for i, rcpt := range append(to, both...) {
 		if n := f.Lab.Deliveries(fmt.Sprintf("<old-%d@%s>", i, fleet.Domain), rcpt) + f.Lab.Deliveries("<old-both@"+fleet.Domain+">", rcpt); n > 0 {
 			t.Errorf("mail to %s was delivered after its end", rcpt)
 		}

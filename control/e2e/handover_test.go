@@ -79,7 +79,9 @@ func TestDrainedQueueGoesToAnotherRelay(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	ctl(t, f, "node", "drain", drained.Node, "--wait", "3m")
+	if _, err := f.Ctl(within(t, 4*time.Minute), "node", "drain", drained.Node, "--wait", "3m"); err != nil {
+		t.Fatal(err)
+	}
 	t.Logf("%d messages were handed over in %s, with both relays killed", messages, time.Since(began).Round(time.Second))
 	behaveAll(t, f, lab.Behaviour{})
 	if a := settle(t, f, submitted); a.refused > 0 || a.delivered != messages {
