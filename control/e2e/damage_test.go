@@ -3,11 +3,13 @@ package e2e
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"encoding/json"
 	"fmt"
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -148,34 +150,92 @@ func TestCommitLatency(t *testing.T) {
 	f := startTrio(t, fleet.Config{Open: true, NoDKIM: true})
 	leads, _ := f.leader()
 	h := startHistory(t, f, 1, time.Hour) // for its key and client: they pause
+	machine := newYardstick(t, h, leads)
 	before, samples := commitSeconds(t, leads)
 	for n := range commitSamples {
-		body := fmt.Sprintf(`{"name":"latency%d"}`, n)
-		req, err := http.NewRequestWithContext(within(t, 10*time.Second), http.MethodPost, "https://"+leads.API()+"/api/v1/tenants", strings.NewReader(body))
-		if err != nil {
-			t.Fatal(err)
-		}
-		req.Header.Set("Authorization", "Bearer "+h.key)
-		req.Header.Set("Content-Type", "application/json")
-		resp, err := h.web.Do(req)
-		if err != nil {
-			t.Fatal(err)
-		}
-		var row struct{ Name string }
-		if err := json.NewDecoder(resp.Body).Decode(&row); err != nil || row.Name == "" {
-			t.Fatalf("%s: %v", resp.Status, err)
-		}
-		_ = resp.Body.Close()
+		h.ask(http.MethodPost, leads, "/api/v1/tenants", fmt.Sprintf(`{"name":"latency%d"}`, n))
+		machine.measure()
 	}
 	after, total := commitSeconds(t, leads)
 	p50 := median(before, after, total-samples)
-	t.Logf("three servers: p50 of %d commits is %s", total-samples, p50.Round(10*time.Microsecond))
+	limit, sync, request := machine.limit()
+	t.Logf("three servers: p50 of %d commits is %s; of a sync %s, of a request that changes nothing %s", total-samples,
+		p50.Round(10*time.Microsecond), sync.Round(10*time.Microsecond), request.Round(10*time.Microsecond))
 	if total-samples < commitSamples {
 		t.Errorf("%d commits were measured, %d were made", total-samples, commitSamples)
 	}
-	if p50 > maxCommitP50 {
-		t.Errorf("p50 of a commit is %s, want less than %s", p50, maxCommitP50)
+	if p50 > limit {
+		t.Errorf("p50 of a commit is %s, want less than %s", p50, limit)
 	}
+}
+
+// ask has a server do what must work.
+func (h *history) ask(method string, s *fleet.ControlServer, path, body string) {
+	h.t.Helper()
+	ctx, cancel := context.WithTimeout(h.t.Context(), 10*time.Second)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, method, "https://"+s.API()+path, strings.NewReader(body))
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	req.Header.Set("Authorization", "Bearer "+h.key)
+	req.Header.Set("Content-Type", "application/json")
+	resp, err := h.web.Do(req)
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	var row struct{ Name string }
+	if err := json.NewDecoder(resp.Body).Decode(&row); err != nil || row.Name == "" {
+		h.t.Fatalf("%s %s: %s: %v", method, path, resp.Status, err)
+	}
+}
+
+// yardstick measures what the machine takes, beside the commits, for the two things
+// that a commit is made of.
+type yardstick struct {
+	t               *testing.T
+	h               *history
+	server          *fleet.ControlServer
+	file            *os.File
+	syncs, requests []time.Duration
+}
+
+func newYardstick(t *testing.T, h *history, server *fleet.ControlServer) *yardstick {
+	t.Helper()
+	file, err := os.Create(filepath.Join(t.TempDir(), "synced"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = file.Close() })
+	return &yardstick{t: t, h: h, server: server, file: file}
+}
+
+func (y *yardstick) measure() {
+	y.t.Helper()
+	begin := time.Now()
+	_, err := y.file.Write(make([]byte, 1024))
+	if err == nil {
+		err = y.file.Sync()
+	}
+	if err != nil {
+		y.t.Fatal(err)
+	}
+	synced := time.Now()
+	y.h.ask(http.MethodGet, y.server, "/api/v1/tenants/register0", "")
+	y.syncs, y.requests = append(y.syncs, synced.Sub(begin)), append(y.requests, time.Since(synced))
+}
+
+// limit returns how long a commit may take, and the medians that this is made of.
+// The leader syncs, asks two servers, and one of them syncs and answers: two
+// requests, since the other is asked on the same processors, and three syncs of the
+// same disk. A machine for which half as much again is more than maxCommitP50 is
+// slower than those that this is said of.
+func (y *yardstick) limit() (limit, sync, request time.Duration) {
+	slices.Sort(y.syncs)
+	slices.Sort(y.requests)
+	sync, request = y.syncs[len(y.syncs)/2], y.requests[len(y.requests)/2]
+	return max(maxCommitP50, (3*sync+2*request)*3/2), sync, request
 }
 
 // bucket is one of a histogram: how many samples were at most so long.
