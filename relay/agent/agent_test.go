@@ -31,7 +31,7 @@ func TestViewArrivesIsUsedAndAcknowledged(t *testing.T) {
 	mustAck(t, answer, err, 10)
 	select {
 	case <-changes:
-	case <-time.After(5 * time.Second):
+	case <-time.After(patience):
 		t.Fatal("nobody was told of the view")
 	}
 	if got := a.Directory().View(); got.Revision != 10 || got.Node != node || len(got.Sources) != 2 {
@@ -48,12 +48,14 @@ func TestViewArrivesIsUsedAndAcknowledged(t *testing.T) {
 		}
 		return true
 	})
-	waitFor(t, "the clocks to be compared", func() bool { _, ok := a.ClockOffset(); return ok })
-	if offset, _ := a.ClockOffset(); (offset - time.Hour).Abs() > time.Second {
-		t.Errorf("clock offset %v, the server's is an hour ahead", offset)
-	}
+	// Each comparison may be wrong by half of what its exchange took, which is long
+	// when the machine stands still; the next one, a report later, is right again.
+	waitFor(t, "the server's clock to be found an hour ahead", func() bool {
+		offset, ok := a.ClockOffset()
+		return ok && (offset-time.Hour).Abs() <= time.Second
+	})
 	health := a.Health()
-	if !a.Connected() || !health.Connected || health.Server != c.address || health.Revision != 10 || health.Problem != "" || time.Since(a.LastContact()) > 5*time.Second {
+	if !a.Connected() || !health.Connected || health.Server != c.address || health.Revision != 10 || health.Problem != "" || time.Since(a.LastContact()) > patience {
 		t.Errorf("health %+v", health)
 	}
 }

@@ -334,13 +334,17 @@ func (c *controlServer) joinOptions(dir string) JoinOptions {
 	}
 }
 
+// patience bounds the wait for what takes some seconds at the most on an idle
+// machine: a dial of DialTimeout, and the back-offs after a few that failed.
+const patience = time.Minute
+
 // next waits for a session.
 func (c *controlServer) next() *relaySession {
 	c.t.Helper()
 	select {
 	case s := <-c.sessions:
 		return s
-	case <-time.After(10 * time.Second):
+	case <-time.After(patience):
 		c.t.Fatal("no relay connected")
 		return nil
 	}
@@ -396,7 +400,7 @@ func waitFor(t *testing.T, what string, condition func() bool) {
 	t.Helper()
 	ticker := time.NewTicker(5 * time.Millisecond)
 	defer ticker.Stop()
-	deadline := time.After(10 * time.Second)
+	deadline := time.After(patience)
 	for !condition() {
 		select {
 		case <-ticker.C:

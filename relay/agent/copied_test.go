@@ -17,7 +17,7 @@ func TestCopiedMachineSaysSo(t *testing.T) {
 	c.refuseHello = fault.New(fault.Conflict, "test", "another machine is linked")
 	c.mu.Unlock()
 	a, _ := running(t, dir)
-	deadline := time.After(10 * time.Second)
+	deadline := time.After(patience)
 	tick := time.NewTicker(5 * time.Millisecond)
 	defer tick.Stop()
 	for !a.Health().Copied {

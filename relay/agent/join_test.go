@@ -5,6 +5,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"sync"
 	"testing"
@@ -23,7 +24,7 @@ func TestJoinWritesTheIdentity(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if result.Cluster != c.ca.Cluster || result.Node.IsZero() || result.State != "active" || result.Server != c.address || result.Already || result.Skew.Abs() > time.Second {
+	if result.Cluster != c.ca.Cluster || result.Node.IsZero() || result.State != "active" || result.Server != c.address || result.Already || result.Skew.Abs() > 30*time.Second {
 		t.Errorf("result %+v", result)
 	}
 	member, err := LoadMembership(dir)
@@ -119,6 +120,10 @@ func TestJoinWrongPin(t *testing.T) {
 	}
 }
 
+// seconds is a difference of clocks of seven minutes, and what the message that told
+// of it took on a busy machine.
+var seconds = regexp.MustCompile(`\b(7m|6m[345])\d+s`)
+
 func TestJoinRefusals(t *testing.T) {
 	c := startControl(t, pkitest.New(t))
 	control := pki.NewJoinToken(pki.RoleControl, ids.Token(ids.NewMessage(time.Now())), c.ca.Pin())
@@ -133,8 +138,8 @@ func TestJoinRefusals(t *testing.T) {
 		"no token":      {func(o *JoinOptions) { o.Token = "" }, func() {}, fault.Invalid, "token: "},
 		"no address":    {func(o *JoinOptions) { o.Servers = nil }, func() {}, fault.Invalid, "address: "},
 		"bad address":   {func(o *JoinOptions) { o.Servers = []string{"192.0.2.1"} }, func() {}, fault.Invalid, "host:port"},
-		"clock behind":  {func(*JoinOptions) {}, func() { c.skew = 7 * time.Minute }, fault.Denied, "clock is 7m0s behind the server's"},
-		"clock ahead":   {func(*JoinOptions) {}, func() { c.skew = -7 * time.Minute }, fault.Denied, "clock is 7m0s ahead of the server's"},
+		"clock behind":  {func(*JoinOptions) {}, func() { c.skew = 7 * time.Minute }, fault.Denied, "clock is 7m behind the server's"},
+		"clock ahead":   {func(*JoinOptions) {}, func() { c.skew = -7 * time.Minute }, fault.Denied, "clock is 7m ahead of the server's"},
 	}
 	for name, test := range cases {
 		t.Run(name, func(t *testing.T) {
@@ -146,7 +151,7 @@ func TestJoinRefusals(t *testing.T) {
 			jo := c.joinOptions(dir)
 			test.change(&jo)
 			_, err := Join(context.Background(), jo)
-			if !fault.Is(err, test.kind) || !strings.Contains(fault.Public(err), test.want) {
+			if !fault.Is(err, test.kind) || !strings.Contains(seconds.ReplaceAllString(fault.Public(err), "7m"), test.want) {
 				t.Errorf("got %v", err)
 			}
 			if _, err := LoadMembership(dir); !fault.Is(err, fault.NotFound) {
@@ -168,7 +173,8 @@ func TestJoinNobodyAnswers(t *testing.T) {
 	if _, err := Join(context.Background(), jo); !fault.Is(err, fault.Timeout) || !strings.Contains(fault.Public(err), "let UDP through") {
 		t.Errorf("got %v", err)
 	}
-	jo.Servers = append(jo.Servers, c.address)
+	// Each address has the time that the good one takes on a busy machine.
+	jo.Servers, jo.DialTimeout = append(jo.Servers, c.address), 2*time.Second
 	if _, err := Join(context.Background(), jo); err != nil {
 		t.Errorf("with a good second address: %v", err)
 	}

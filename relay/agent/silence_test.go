@@ -186,8 +186,9 @@ func TestSilenceOverUDPLeadsToTCP(t *testing.T) {
 	waitFor(t, "the welcome", a.Connected)
 	start := time.Now()
 	p.noUDP.Store(true)
-	if s := c.next(); s.link.Transport() != "tcp" {
-		t.Errorf("linked over %s", s.link.Transport())
+	// A session over UDP may have come about just before.
+	for s := c.next(); s.link.Transport() != "tcp"; s = c.next() {
+		t.Logf("linked over %s once more", s.link.Transport())
 	}
 	t.Logf("linked over TCP after %v", time.Since(start))
 	waitFor(t, "the relay to say so", func() bool { return a.Connected() && a.Health().Transport == "tcp" })
@@ -223,7 +224,7 @@ func TestSilenceOverTCPLeadsToANewConnection(t *testing.T) {
 // TestQuietServerIsAskedAndKept has a server that speaks when it is asked alone.
 func TestQuietServerIsAskedAndKept(t *testing.T) {
 	c := startControl(t, pkitest.New(t))
-	a, _ := c.joinedBy(t, 2*testLook)
+	a, _ := c.joinedBy(t, 4*testLook) // its answer is due within six looks, on a busy machine too
 	s := c.next()
 	waitFor(t, "two questions", func() bool { return s.probes.Load() >= 2 })
 	if c.mu.Lock(); len(c.hellos) != 1 || !a.Connected() {
@@ -245,7 +246,7 @@ func TestServerOfTheReleaseBeforeIsNotAsked(t *testing.T) {
 	for range 5 { // 100 ms apart: each pause would be silence enough
 		select {
 		case <-s.reports:
-		case <-time.After(10 * time.Second):
+		case <-time.After(patience):
 			t.Fatal("no report")
 		}
 	}

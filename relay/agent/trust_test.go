@@ -27,7 +27,7 @@ func believing(t *testing.T) (c *controlServer, old, next *pkitest.Issuing) {
 
 func (s *relaySession) report(t *testing.T, what string, holds func(*wire.Report) bool) {
 	t.Helper()
-	deadline := time.After(10 * time.Second)
+	deadline := time.After(patience)
 	for {
 		select {
 		case r := <-s.reports:
@@ -144,7 +144,7 @@ func TestRemovedServerIsLeft(t *testing.T) {
 	}
 	select {
 	case <-s.link.Done():
-	case <-time.After(10 * time.Second):
+	case <-time.After(patience):
 		t.Fatal("the session with the removed server goes on")
 	}
 	refused := func(a *Agent) func() bool {

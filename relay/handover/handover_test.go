@@ -37,7 +37,11 @@ func TestMailGoesWhereItsPoolIs(t *testing.T) {
 			t.Errorf("%s: from %s, body %v", id, info.Env.HandedFrom, err)
 		}
 	}
-	eventually(t, "both forgot", func() bool { return len(a.q.Owed(b.id, 1)) == 0 })
+	// Owed is nothing as well as long as the last answer has not arrived.
+	eventually(t, "both forgot", func() bool {
+		s := a.s.Status()
+		return s.Given == uint64(len(want)) && s.Flying == 0 && len(a.q.Owed(b.id, 1)) == 0
+	})
 	var list []queue.Transfer
 	for id := range want {
 		list = append(list, queue.Transfer{Message: id, Hop: 1})

@@ -307,10 +307,11 @@ func (r *node) holds() map[ids.Message]bool {
 	return out
 }
 
-// eventually waits for a condition.
+// eventually waits for a condition. A giver whose sessions failed a few times may
+// rest for one and a half maxBackoff, 45 s, before it tries again.
 func eventually(t testing.TB, what string, ok func() bool) {
 	t.Helper()
-	limit := time.NewTimer(30 * time.Second)
+	limit := time.NewTimer(4 * maxBackoff)
 	tick := time.NewTicker(5 * time.Millisecond)
 	defer limit.Stop()
 	defer tick.Stop()
