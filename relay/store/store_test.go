@@ -88,7 +88,7 @@ func drop(t *testing.T, s *Store, id ids.Message, ref relay.BodyRef) {
 // about.
 func eventually(t *testing.T, what string, ok func() bool) {
 	t.Helper()
-	limit := time.After(20 * time.Second)
+	limit := time.After(2 * time.Minute)
 	tick := time.NewTicker(2 * time.Millisecond)
 	defer tick.Stop()
 	for !ok() {
