@@ -371,9 +371,10 @@ func (c *Cluster) Close() error {
 		_ = c.http.Close() // a server that waits for an answer asks another one
 		c.peers.http.CloseIdleConnections()
 	}
-	err := c.raft.Shutdown().Error()
-	if closeErr := c.transport.Close(); err == nil {
-		err = closeErr
+	stopping := c.raft.Shutdown()
+	err := c.transport.Close() // or raft would wait for what it dials: a server that is off, until the timeout
+	if stopErr := stopping.Error(); err == nil {
+		err = stopErr
 	}
 	c.workers.Wait()
 	c.stores.close()

@@ -131,10 +131,7 @@ func (c *Cluster) members() ([]Member, error) {
 	if err := conf.Error(); err != nil {
 		return nil, fault.Wrap(errors.Join(control.ErrNoLeader, err), fault.Unavailable, "cluster.members", "the members cannot be told now")
 	}
-	c.roster.mu.Lock()
-	unknown := len(c.roster.heard) == 0
-	c.roster.mu.Unlock()
-	if unknown { // it leads since a moment, and would take all others for dead
+	if c.unheard(conf.Configuration().Servers) { // it leads since a moment, and would take others for dead
 		c.hearAll()
 	}
 	now := time.Now()
@@ -179,6 +176,13 @@ func (c *Cluster) keepMembers() {
 			c.logger.Warn("the voters were not changed", "error", err)
 		}
 	}
+}
+
+// unheard reports whether some other server was not asked yet.
+func (c *Cluster) unheard(servers []raft.Server) bool {
+	c.roster.mu.Lock()
+	defer c.roster.mu.Unlock()
+	return slices.ContainsFunc(servers, func(s raft.Server) bool { return string(s.ID) != c.id && c.roster.heard[s.ID] == nil })
 }
 
 // hearAll asks every other server how far it is.

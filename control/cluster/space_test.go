@@ -3,6 +3,7 @@ package cluster
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 
@@ -50,25 +51,25 @@ func TestAnUnsoundServerIsShownAndDoesNotLead(t *testing.T) {
 	unsound := error(damage)
 	bad.unsound.Store(&unsound)
 	waitFor(t, func() bool {
-		members, err := leads.Members(w.ctx())
-		for _, m := range members {
-			if m.ID == bad.id.String() && m.Problem == damage.Public {
-				return err == nil
-			}
-		}
-		return false
+		return slices.ContainsFunc(w.members(), func(m Member) bool { return m.ID == bad.id.String() && m.Problem == damage.Public })
 	}, "its problem in the list")
-	term := leads.raft.CurrentTerm()
-	if err := leads.raft.LeadershipTransferToServer(raft.ServerID(bad.id.String()), raft.ServerAddress(bad.address)).Error(); err != nil {
-		t.Fatal(err)
-	}
+	elected := make(chan raft.Observation, 1)
+	bad.raft.RegisterObserver(raft.NewObserver(elected, false, func(o *raft.Observation) bool {
+		state, ok := o.Data.(raft.RaftState)
+		return ok && state == raft.Leader
+	}))
+	term := w.leader().raft.CurrentTerm()
 	waitFor(t, func() bool {
-		for _, s := range w.servers {
-			if s != bad && s.Ready() && s.raft.CurrentTerm() >= term+2 {
-				return true
-			}
+		select {
+		case <-elected:
+			return true
+		default: // a transfer that fails is tried again
+			_ = w.leader().raft.LeadershipTransferToServer(raft.ServerID(bad.id.String()), raft.ServerAddress(bad.address)).Error()
+			return false
 		}
-		return false
+	}, "the damaged server to be elected")
+	waitFor(t, func() bool {
+		return slices.ContainsFunc(w.servers, func(s *peerServer) bool { return s != bad && s.Ready() && s.raft.CurrentTerm() >= term+2 })
 	}, "a sound server to lead after it")
 	if bad.Ready() {
 		t.Error("the damaged server leads")

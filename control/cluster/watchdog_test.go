@@ -2,6 +2,7 @@ package cluster
 
 import (
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -16,13 +17,15 @@ import (
 type hangingLogs struct {
 	raft.LogStore
 	hang    *atomic.Bool
-	release chan struct{}
+	hangs   func()
+	release <-chan struct{}
 }
 
 func (h hangingLogs) StoreLog(l *raft.Log) error { return h.StoreLogs([]*raft.Log{l}) }
 
 func (h hangingLogs) StoreLogs(logs []*raft.Log) error {
 	if h.hang.Load() {
+		h.hangs()
 		<-h.release
 	}
 	return h.LogStore.StoreLogs(logs)
@@ -32,23 +35,30 @@ func (h hangingLogs) StoreLogs(logs []*raft.Log) error {
 // sending heartbeats: it must end, and the others must go on.
 func TestLeaderWithAHungDiskGivesUp(t *testing.T) {
 	t.Parallel()
-	tuning := quick
-	tuning.ProbeTimeout = 500 * time.Millisecond
 	var hang atomic.Bool
-	release := make(chan struct{})
-	w := newWorld(t, TransportTCP, tuning)
+	hung, release := make(chan struct{}), make(chan struct{})
+	goOn := sync.OnceFunc(func() { close(release) }) // the process would have ended; here it must be closed
+	defer goOn()
+	w := newWorld(t, TransportTCP, quick) // with the probeTimeout of a real disk, which a slow one keeps to
 	first := w.servers[0]
 	w.stop(first)
-	first.logs = func(l raft.LogStore) raft.LogStore { return hangingLogs{l, &hang, release} }
-	w.start(first)
+	first.logs = func(l raft.LogStore) raft.LogStore {
+		return hangingLogs{l, &hang, sync.OnceFunc(func() { close(hung) }), release}
+	}
+	w.startAlone(first)
 	w.join("")
 	w.join("")
 	waitFor(t, func() bool { return w.voters() == 3 }, "three voters")
-	if w.leader() != first {
-		t.Fatal("the first server does not lead")
-	}
+	w.transfer(first) // if it lost the lead meanwhile
+	before := testutil.ToFloat64(first.metrics.stalls)
 	hang.Store(true)
+	first.raft.Barrier(0) // so that it writes now, while it leads
 	start := time.Now()
+	select {
+	case <-hung:
+	case <-time.After(testTimeout):
+		t.Fatal("the leader writes nothing")
+	}
 	select {
 	case err := <-first.halted:
 		if !fault.Is(err, fault.Unavailable) || !strings.Contains(fault.Public(err), "disk") {
@@ -57,9 +67,11 @@ func TestLeaderWithAHungDiskGivesUp(t *testing.T) {
 	case <-time.After(testTimeout):
 		t.Fatal("the leader goes on with a hung disk")
 	}
-	if n := testutil.ToFloat64(first.metrics.stalls); n != 1 {
+	if n := testutil.ToFloat64(first.metrics.stalls) - before; n != 1 {
 		t.Errorf("%v stalls were counted", n)
 	}
 	t.Logf("it gave up after %s", time.Since(start).Round(time.Millisecond))
-	close(release) // the process would have ended; here it must be closed
+	goOn()
+	w.stop(first)
+	w.propose(tenantPut(1, "after"))
 }
