@@ -20,7 +20,13 @@ import (
 const (
 	alpnNode = "test-node/1"
 	alpnOpen = "test-open/1"
+
+	patience = time.Minute // for what must come, on a machine that is busy with other things
 )
+
+// alone is an address that no other test uses: what is closed there stays closed, and
+// can be opened again.
+var alone = netip.MustParseAddr("127.0.77.1")
 
 // server runs a listener with an echoing handler for two protocols.
 type server struct {
@@ -91,7 +97,7 @@ func dialer(t *testing.T, timeout time.Duration) *Dialer {
 
 func say(t *testing.T, session Session, text string) (string, error) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	stream, err := session.OpenStream(ctx)
 	if err != nil {
@@ -248,7 +254,7 @@ func TestUnknownProtocolIsRefused(t *testing.T) {
 }
 
 func TestDialTimeout(t *testing.T) {
-	silent, err := net.ListenPacket("udp", "127.0.0.1:0")
+	silent, err := net.ListenPacket("udp", netip.AddrPortFrom(alone, 0).String()) // and nothing on TCP
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -330,7 +336,7 @@ func TestHandshakeGate(t *testing.T) {
 
 func TestRestartedServerResetsOldSessions(t *testing.T) {
 	ca := pkitest.New(t)
-	config := ServerConfig{Address: netip.MustParseAddrPort("127.0.0.1:0"), ResetKey: [32]byte{7}, TLS: pki.OpenServerConfig(ca.Node(pki.RoleControl, pkitest.NewNode()), alpnOpen)}
+	config := ServerConfig{Address: netip.AddrPortFrom(alone, 0), ResetKey: [32]byte{7}, TLS: pki.OpenServerConfig(ca.Node(pki.RoleControl, pkitest.NewNode()), alpnOpen)}
 	listener, err := Listen(config)
 	if err != nil {
 		t.Fatal(err)
@@ -356,11 +362,10 @@ func TestRestartedServerResetsOldSessions(t *testing.T) {
 		t.Fatal(err)
 	}
 	go serve(listener)
-	start := time.Now()
 	_, _ = say(t, session, strings.Repeat("x", 64)) // any packet that is large enough
 	<-session.Done()
-	if took := time.Since(start); took > 5*time.Second || !strings.Contains(fault.Public(session.Err()), "was restarted") {
-		t.Errorf("after %v: %v", took, session.Err())
+	if !strings.Contains(fault.Public(session.Err()), "was restarted") { // a session that nobody resets is silent for maxIdleTime
+		t.Errorf("ended by %v", session.Err())
 	}
 	stop()
 	if err := <-ended; err != nil {

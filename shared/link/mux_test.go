@@ -65,7 +65,7 @@ func muxPair(t *testing.T) (client, server *muxSession) {
 // streamPair returns both ends of one stream.
 func streamPair(t *testing.T, a, b *muxSession) (mine, theirs Stream) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	mine, err := a.OpenStream(ctx)
 	if err != nil {
@@ -171,19 +171,18 @@ func TestFallsBackToTCPAndRemembers(t *testing.T) {
 	ca := pkitest.New(t)
 	s := startServer(t, ca, 0)
 	address := blockedUDP(t, s.address)
-	d := dialer(t, time.Second)
+	d := dialer(t, 0)
 	config := pki.PinnedClientConfig([]pki.Pin{ca.Pin()}, alpnOpen)
-	for i, atMost := range []time.Duration{5 * time.Second, 400 * time.Millisecond} {
-		start := time.Now()
+	for _, remembers := range []bool{false, true} {
+		if got := d.prefersTCP(netip.MustParseAddrPort(address)); got != remembers {
+			t.Errorf("the dialer remembers that TCP had to be used: %t, want %t", got, remembers)
+		}
 		session, err := d.Dial(context.Background(), address, config)
 		if err != nil {
 			t.Fatal(err)
 		}
 		if session.Transport() != "tcp" {
 			t.Errorf("connected over %s", session.Transport())
-		}
-		if took := time.Since(start); took > atMost {
-			t.Errorf("dial %d took %v", i+1, took)
 		}
 		if answer, err := say(t, session, "hello"); err != nil || answer != "hello" {
 			t.Errorf("%q, %v", answer, err)
@@ -202,20 +201,36 @@ func TestSilenceShortensTheRace(t *testing.T) {
 	ca := pkitest.New(t)
 	s := startServer(t, ca, 0)
 	address := blockedUDP(t, s.address)
-	d := dialer(t, 0)
-	d.NoteSilence()
-	start := time.Now()
-	session, err := d.Dial(context.Background(), address, pki.PinnedClientConfig([]pki.Pin{ca.Pin()}, alpnOpen))
-	if err != nil || session.Transport() != "tcp" {
-		t.Fatalf("%v, %v", session, err)
+	config := pki.PinnedClientConfig([]pki.Pin{ca.Pin()}, alpnOpen)
+	// A handshake may take longer than the head start on a busy machine. It is enough
+	// that one did not: without the memory of the silence none can.
+	once := func(what string, dialed func(*Dialer) bool) {
+		t.Helper()
+		for end := time.Now().Add(patience); time.Now().Before(end); {
+			d := dialer(t, 0)
+			d.NoteSilence()
+			if dialed(d) {
+				return
+			}
+		}
+		t.Error(what)
 	}
-	if took := time.Since(start); took < hurriedRaceDelay || took >= raceDelay {
-		t.Errorf("it took %v", took)
-	}
-	session, err = d.Dial(context.Background(), s.address, pki.PinnedClientConfig([]pki.Pin{ca.Pin()}, alpnOpen))
-	if err != nil || session.Transport() != "quic" {
-		t.Errorf("where UDP gets through: over %v, %v", session, err)
-	}
+	once("where UDP does not get through it takes as long as without a silence", func(d *Dialer) bool {
+		start := time.Now()
+		session, err := d.Dial(context.Background(), address, config)
+		took := time.Since(start)
+		if err != nil || session.Transport() != "tcp" || took < hurriedRaceDelay {
+			t.Fatalf("%v, %v after %v", session, err, took)
+		}
+		return took < raceDelay
+	})
+	once("where UDP gets through, too, TCP is faster", func(d *Dialer) bool {
+		session, err := d.Dial(context.Background(), s.address, config)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return session.Transport() == "quic"
+	})
 }
 
 func TestHeadStart(t *testing.T) {
@@ -278,13 +293,13 @@ func TestMuxCloseIsNotHeldUp(t *testing.T) {
 	start := time.Now()
 	client.Close(CodeDone, "")
 	writing.Wait()
-	if took := time.Since(start); took > 2*muxCloseTimeout {
+	if took := time.Since(start); took > muxWriteTimeout/2 { // muxCloseTimeout; who waits for the writes waits for muxWriteTimeout from their beginning
 		t.Errorf("closing took %v", took)
 	}
 }
 
 func TestBothBlocked(t *testing.T) {
-	silent, err := net.ListenPacket("udp", "127.0.0.1:0")
+	silent, err := net.ListenPacket("udp", netip.AddrPortFrom(alone, 0).String()) // and nothing on TCP
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -319,12 +334,14 @@ func TestMuxCarriesMuchBothWays(t *testing.T) {
 func TestMuxUnreadStreamHoldsUpItselfAlone(t *testing.T) {
 	client, server := muxPair(t)
 	stuck, _ := streamPair(t, client, server)
+	if n, err := stuck.Write(make([]byte, muxWindow)); err != nil {
+		t.Fatalf("wrote %d of its window to a stream that nobody reads, %v", n, err)
+	}
 	if err := stuck.SetWriteDeadline(time.Now().Add(200 * time.Millisecond)); err != nil {
 		t.Fatal(err)
 	}
-	n, err := stuck.Write(make([]byte, 2*muxWindow))
-	if !errors.Is(err, os.ErrDeadlineExceeded) || n != muxWindow {
-		t.Errorf("wrote %d to a stream that nobody reads, %v", n, err)
+	if n, err := stuck.Write(make([]byte, muxWindow)); !errors.Is(err, os.ErrDeadlineExceeded) || n != 0 {
+		t.Errorf("wrote %d beyond the window of a stream that nobody reads, %v", n, err)
 	}
 	mine, theirs := streamPair(t, client, server)
 	if _, err := io.WriteString(mine, "hello"); err != nil {
@@ -357,7 +374,7 @@ func TestMuxCloseDeliversWhatWasWritten(t *testing.T) {
 	if err := theirs.Close(); err != nil {
 		t.Fatal(err)
 	}
-	ticker, deadline := time.NewTicker(time.Millisecond), time.After(5*time.Second)
+	ticker, deadline := time.NewTicker(time.Millisecond), time.After(patience)
 	defer ticker.Stop()
 	for forgotten := false; !forgotten; {
 		select {
