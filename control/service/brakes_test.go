@@ -98,7 +98,7 @@ func TestReflexesOfRelaysAreShownAsBrakes(t *testing.T) {
 		}
 		return list
 	}
-	at := time.Now()
+	at := time.Now().Truncate(time.Millisecond) // as relays tell it, and the log keeps it
 	note(told(at))
 	list := inForce()
 	if len(list) != 1 || list[0].Owner != control.BrakeReflex || list[0].Node != node || list[0].Percent != 0 || list[0].Evidence != "550 5.7.1  no" {
