@@ -90,9 +90,8 @@ func (q *Queue) readStep(f *Filter, after ids.Message) (s step, err error) {
 			return false
 		}
 		s.last = id
-		env, due, err := parseEnvelope(id, v)
-		if err != nil {
-			q.unreadable(id, err)
+		env, due, ok := q.envelope(id, v)
+		if !ok {
 			s.looked++
 			return true
 		}
@@ -156,12 +155,10 @@ func (q *Queue) readTarget(snap *store.Snapshot, t *target, id ids.Message) (boo
 	if err != nil {
 		return false, err
 	}
-	if t.env, t.firstDue, err = parseEnvelope(id, value); err != nil {
-		t.damaged = true
-		q.unreadable(id, err)
-		return false, nil
-	}
-	return true, nil
+	var ok bool
+	t.env, t.firstDue, ok = q.envelope(id, value)
+	t.damaged = !ok
+	return ok, nil
 }
 
 // seize takes those recipients of the targets that match by their states into

@@ -236,8 +236,12 @@ func parseEnvelope(id ids.Message, b []byte) (e *relay.Envelope, firstDueMS int6
 	if err == nil {
 		err = inner
 	}
-	if err == nil && len(e.Recipients) == 0 {
+	switch {
+	case err != nil:
+	case len(e.Recipients) == 0:
 		err = fault.New(fault.Invalid, op, "it has no recipient")
+	case e.ExpiresAt.IsZero() || firstDueMS <= 0: // the last of its fields
+		err = fault.New(fault.Invalid, op, "it is cut short")
 	}
 	if err != nil {
 		return nil, 0, fault.Wrap(err, fault.Invalid, op, "the envelope of %s is damaged", id)
@@ -439,6 +443,9 @@ func parseState(b []byte) (s relay.RecipientState, err error) {
 	}
 	if err == nil && (s.State < relay.StateWaiting || s.State > relay.StatePurged) {
 		err = fault.New(fault.Invalid, op, "state %d does not exist", s.State)
+	}
+	if err == nil && s.State == relay.StateWaiting && s.Next.IsZero() {
+		err = fault.New(fault.Invalid, op, "it waits and has no next time")
 	}
 	return s, fault.Wrap(err, fault.Invalid, op, "a recipient's state is damaged")
 }

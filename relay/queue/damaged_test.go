@@ -42,7 +42,7 @@ func TestDamagedMailHoldsUpNothing(t *testing.T) {
 	held := to()
 	rule := f.put(Match{Domain: "one.example"})
 	f.remove(rule)
-	if list, next, err := f.q.List(Filter{}, 10); err != nil || next != (ids.Message{}) || len(list) != 1 || list[0].Env.ID != held.ID {
+	if list, next, err := f.q.List(Filter{}, 10); err != nil || next != (ids.Message{}) || len(list) != 2 || list[0].Env.ID != state.ID || list[0].Damaged == "" || list[1].Env.ID != held.ID || list[1].Damaged != "" {
 		t.Errorf("listed %+v, %v", list, err)
 	}
 	parcels, drained, err := f.q.Claim(f.numbers(), true, 10, anything)

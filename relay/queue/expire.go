@@ -84,6 +84,14 @@ func (q *Queue) expire(m *message, deadline item) []*Work {
 			q.mu.Unlock()
 			q.dropDeadline(deadline)
 			return nil
+		case fault.Is(err, fault.Invalid):
+			// In no window, where it would be read again and again: its key stays
+			// on disk for the repair, and the floor below it.
+			q.unreadable(m.id, err)
+			q.passOver(q.deadlines, deadline.due)
+			q.unref(m, 1)
+			q.mu.Unlock()
+			return nil
 		case err != nil:
 			q.log.Error("cannot read an expired message; it is tried again", "message", m.id, "error", err)
 			deadline.due += readRetryMS

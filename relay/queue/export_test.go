@@ -153,6 +153,7 @@ func TestExportImport(t *testing.T) {
 			t.Errorf("%s: %v", id, err)
 		}
 	}
+	to.counted()
 	if s := to.q.Summary(); s.Waiting != 0 || s.InFlight != 0 {
 		t.Errorf("%+v", s)
 	}
@@ -204,7 +205,7 @@ func TestImportGoesOnWithoutItsLedger(t *testing.T) {
 	if got, err := to.importFrom(b); err != nil || got.Imported != 0 || got.Known != 4 {
 		t.Errorf("without the ledger: %+v, %v", got, err)
 	}
-	to.eventually("the count", func() bool { return to.q.Summary().Counted })
+	to.counted()
 	if s := to.q.Summary(); s.Waiting != 1 {
 		t.Errorf("%d wait, want 1", s.Waiting)
 	}

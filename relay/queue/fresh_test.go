@@ -250,7 +250,7 @@ func TestMailThatComesBackAfterItsDeadlineIsAnnounced(t *testing.T) {
 			end(f, w)
 			select {
 			case <-told:
-			case <-time.After(20 * time.Second):
+			case <-time.After(patience):
 				t.Fatal("nobody was told")
 			}
 			for _, w := range f.q.PopExpired(f.clock.Now(), 10) {
@@ -284,6 +284,7 @@ func TestOverdueMailIsSeenInEveryState(t *testing.T) {
 		"in flight from disk": func(f *fixture) *Work {
 			f.reopen()
 			f.loaded()
+			f.counted() // what waits is looked at below
 			w := f.takeHeadOf("one.example", 1)
 			if w.Loaded() {
 				f.t.Fatal("work of a queue that was opened is in memory")

@@ -43,6 +43,8 @@ const (
 	BodyHeader            Damage = "body-header"             // the header in front of the body is damaged: written again
 	FileUnreferenced      Damage = "file-unreferenced"       // body file that no record refers to: removed
 	InboundDamaged        Damage = "inbound-damaged"         // unreadable inbound mail: moved aside
+	GivenDamaged          Damage = "given-damaged"           // unreadable record of a message on its way to another relay: that relay is asked
+	TakenDamaged          Damage = "taken-damaged"           // unreadable memory of a message that another relay handed over: written again
 	EventsDamaged         Damage = "events-damaged"          // unreadable events: moved aside, a gap takes their place
 	UnknownKey            Damage = "unknown-key"             // record that no part of this release writes: moved aside
 )
@@ -226,7 +228,7 @@ func (c *checker) round(n int) (err error) {
 		}
 	}()
 	for _, pass := range []func() error{
-		c.strays, c.workQueues, c.holdRules, c.waitingKeys, c.deadlineKeys, c.heldKeys, c.everyMessage, c.inboundMail,
+		c.strays, c.workQueues, c.holdRules, c.waitingKeys, c.deadlineKeys, c.heldKeys, c.everyMessage, c.transfers, c.inboundMail,
 		c.suspects, c.searchLost, c.bodyFiles, c.flush,
 	} {
 		if err := pass(); err != nil {

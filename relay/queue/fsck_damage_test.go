@@ -44,12 +44,16 @@ func (w *ward) gone(id ids.Message) {
 
 var stranger = ids.Message{0: 1, 15: 9}
 
-// damages are all the ways to break a queue that Fsck knows.
-var damages = []struct {
+// breaking is a way to break a queue.
+type breaking struct {
 	kind Damage
 	name string
 	do   func(w *ward)
-}{
+}
+
+// damages break each kind of record that Fsck knows. Several of them at once do not
+// hit the same record, but for bad luck.
+var damages = []breaking{
 	{WaitingWithoutMessage, "waiting key of no message", func(w *ward) {
 		key, _ := w.pick(store.SpaceWaiting, nil)
 		n, due, _, _, _ := store.ParseWaitingKey(key)

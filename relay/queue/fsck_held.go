@@ -23,7 +23,7 @@ func (c *checker) holdRules() error {
 			return c.stray(key, value, "the key of a rule has another length")
 		}
 		if _, err := parseRule(id, value); err != nil {
-			const detail = "the record of the rule is unreadable: the relay does not start"
+			const detail = "the record of the rule is unreadable: it holds nothing new, and does not release what it holds"
 			if c.report(Finding{Kind: RuleDamaged, Rule: &id, Detail: detail}) {
 				return c.asideRecord(RuleDamaged, bytes.Clone(key), bytes.Clone(value), detail)
 			}

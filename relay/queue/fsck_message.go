@@ -42,6 +42,12 @@ type storedAttempt struct {
 	err   error
 }
 
+// mayName reports whether the attempt was for a recipient; of an unreadable one only
+// the first is known.
+func (a *storedAttempt) mayName(index uint16) bool {
+	return a.err != nil && index >= a.index || slices.Contains(a.entry.indexes, index)
+}
+
 type waitingPlace struct {
 	queue Number
 	due   int64
@@ -207,6 +213,9 @@ func (c *checker) judge(m *messageRecords) error {
 		return c.judgeOrphans(m)
 	}
 	if m.env == nil {
+		if !c.quiet {
+			c.count.InDoubt += int64(len(m.journal))
+		}
 		const detail = "its envelope is unreadable"
 		if c.report(about(EnvelopeDamaged, m.id, detail)) {
 			return c.quarantine(EnvelopeDamaged, detail)
@@ -400,7 +409,7 @@ func (c *checker) judgeJournal(m *messageRecords) error {
 func (c *checker) journalFault(m *messageRecords, a *storedAttempt) string {
 	switch {
 	case a.err != nil:
-		return "the journalled attempt is unreadable: the relay does not start"
+		return "the journalled attempt is unreadable: whoever may be meant is in doubt"
 	case int(a.index) >= len(m.env.Recipients):
 		return "the journalled attempt is of a recipient that the message does not have"
 	case slices.ContainsFunc(a.entry.indexes, func(n uint16) bool {

@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/relais-mta/relais/relay"
@@ -88,6 +89,7 @@ type QuarantinedRecipient struct {
 	Address   string `json:"address"`
 	State     string `json:"state"`
 	Attempts  uint32 `json:"attempts"`
+	InDoubt   bool   `json:"in_doubt,omitempty"` // an attempt whose end nobody saw may have delivered it
 	LastReply string `json:"last_reply,omitempty"`
 }
 
@@ -176,7 +178,10 @@ func (c *checker) quarantine(kind Damage, detail string) error {
 			q.Whole = r.Verify() == nil
 			body = &tolerant{r: io.NewSectionReader(r, 0, min(r.Size(), maxQuarantinedBytes))}
 		}
-	} else {
+	}
+	if !q.Whole {
+		// What is damaged may be the reference: the header in front of a body says
+		// whose it is.
 		c.lose(m.id)
 	}
 	if err := c.writeAside(m.id.String(), q, body); err != nil {
@@ -246,16 +251,22 @@ func (m *messageRecords) describe() *QuarantinedMail {
 		s := m.state(i)
 		out.Recipients = append(out.Recipients, QuarantinedRecipient{
 			Address: m.env.Recipients[i].Address.String(), State: s.State.String(), Attempts: s.Attempts, LastReply: s.LastReply.Text,
+			InDoubt: !s.State.Final() && (s.InDoubt > 0 || slices.ContainsFunc(m.journal, func(a storedAttempt) bool { return a.mayName(uint16(i)) })),
 		})
 	}
 	return out
 }
 
-// asideRecord moves one record aside that belongs to no message.
-func (c *checker) asideRecord(kind Damage, key, value []byte, detail string) error {
+// keepRecord puts one record that belongs to no message into the quarantine folder.
+func (c *checker) keepRecord(kind Damage, key, value []byte, detail string) error {
 	name := string(kind) + "-" + hex.EncodeToString(key[:min(len(key), 40)])
 	q := Quarantined{Reason: kind, Detail: detail, Records: map[string][]byte{hex.EncodeToString(key): value}}
-	if err := c.writeAside(name, q, nil); err != nil {
+	return c.writeAside(name, q, nil)
+}
+
+// asideRecord moves one record aside that belongs to no message.
+func (c *checker) asideRecord(kind Damage, key, value []byte, detail string) error {
+	if err := c.keepRecord(kind, key, value, detail); err != nil {
 		return err
 	}
 	c.remove(key)
@@ -298,14 +309,18 @@ func (c *checker) saveLost(id ids.Message, ref relay.BodyRef) error {
 		return err
 	}
 	defer r.Close()
+	whole := r.Verify() == nil
 	q := Quarantined{Message: id.String(), Reason: EnvelopeDamaged, Detail: "its envelope is lost; the text was found in the body files"}
 	// What was kept of the envelope stays in the description.
 	if text, err := os.ReadFile(filepath.Join(c.cfg.Quarantine, id.String()+".json")); err == nil {
 		if err := json.Unmarshal(text, &q); err != nil {
 			return fault.Wrap(err, fault.Internal, "queue.Fsck", "the description of %s cannot be read", id)
 		}
+		if q.Body != "" && (q.Whole || !whole) {
+			return nil // what is there already is no worse
+		}
 		c.count.MovedAside--
 	}
-	q.Whole = r.Verify() == nil
+	q.Whole = whole
 	return c.writeAside(id.String(), q, &tolerant{r: io.NewSectionReader(r, 0, min(r.Size(), maxQuarantinedBytes))})
 }

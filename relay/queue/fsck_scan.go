@@ -74,7 +74,7 @@ func (c *checker) workQueues() error {
 		c.highest = max(c.highest, Number(n))
 		k, floor, err := parseQueue(value)
 		if err != nil {
-			detail := "the record of the work queue is unreadable: the relay does not start"
+			detail := "the record of the work queue is unreadable"
 			if c.report(Finding{Kind: QueueDamaged, Queue: Number(n), Detail: detail}) {
 				return c.asideRecord(QueueDamaged, append([]byte(nil), key...), append([]byte(nil), value...), detail)
 			}

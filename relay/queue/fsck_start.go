@@ -55,19 +55,28 @@ func (q *Queue) CheckInBackground(r prometheus.Registerer) (*StartCheck, error) 
 // Done is closed when the check has ended.
 func (c *StartCheck) Done() <-chan struct{} { return c.done }
 
-// Problem says what is wrong with the records of the queue; empty: nothing that
-// is known.
+// Problem says what is wrong with the records of the queue, by the check and by what
+// the queue met since; empty: nothing that is known.
 func (c *StartCheck) Problem() string {
-	count := c.result.Load()
-	if count == nil || count.Clean {
+	var found []string
+	if count := c.result.Load(); count == nil {
+		if others := c.q.damaged.others(); others != "" {
+			found = append(found, "records of the queue are damaged ("+others+")")
+		}
+	} else if !count.Clean {
+		parts := make([]string, 0, len(count.Found))
+		for _, kind := range slices.Sorted(maps.Keys(count.Found)) {
+			parts = append(parts, fmt.Sprintf("%s %d", kind, count.Found[kind]))
+		}
+		found = append(found, fmt.Sprintf("the records of the queue disagree in %d places (%s)", count.Total(), strings.Join(parts, ", ")))
+	}
+	if n := c.q.damaged.asides(); n > 0 {
+		found = append(found, fmt.Sprintf("%d damaged messages are set aside", n))
+	}
+	if len(found) == 0 {
 		return ""
 	}
-	parts := make([]string, 0, len(count.Found))
-	for _, kind := range slices.Sorted(maps.Keys(count.Found)) {
-		parts = append(parts, fmt.Sprintf("%s %d", kind, count.Found[kind]))
-	}
-	return fmt.Sprintf("the records of the queue disagree in %d places (%s): stop the relay, run relais-relay queue fsck --repair, start it again",
-		count.Total(), strings.Join(parts, ", "))
+	return strings.Join(found, "; ") + ": stop the relay, run relais-relay queue fsck --repair, start it again"
 }
 
 func (c *StartCheck) run() {

@@ -147,11 +147,14 @@ func (f *fixture) reopen() {
 	f.open()
 }
 
+// patience bounds the wait for what the disk and other goroutines bring about.
+const patience = 2 * time.Minute
+
 // eventually waits for a condition that Notify does not announce, like a number
 // of Summary.
 func (f *fixture) eventually(what string, ok func() bool) {
 	f.t.Helper()
-	limit := time.After(20 * time.Second)
+	limit := time.After(patience)
 	tick := time.NewTicker(2 * time.Millisecond)
 	defer tick.Stop()
 	for !ok() {
@@ -167,7 +170,7 @@ func (f *fixture) eventually(what string, ok func() bool) {
 // a caller of the queue does not look again by itself either.
 func (f *fixture) until(what string, ok func() bool) {
 	f.t.Helper()
-	limit := time.After(20 * time.Second)
+	limit := time.After(patience)
 	for {
 		f.mu.Lock()
 		changed := f.changed
@@ -205,6 +208,12 @@ func (f *fixture) take(most int) *Work {
 		return w != nil
 	})
 	return w
+}
+
+// counted waits until Summary knows what was there at the start; nothing announces that.
+func (f *fixture) counted() {
+	f.t.Helper()
+	f.eventually("the count", func() bool { return f.q.Summary().Counted })
 }
 
 // loaded waits until the heads of all queues and deadlines are in memory.

@@ -7,7 +7,6 @@ import (
 	"github.com/relais-mta/relais/relay/outbox"
 	"github.com/relais-mta/relais/relay/store"
 	"github.com/relais-mta/relais/shared/fault"
-	"github.com/relais-mta/relais/shared/ids"
 )
 
 // inboundOverhead is what one inbound mail counts on top of its body, in bytes.
@@ -27,8 +26,8 @@ func (q *Queue) loadInbound(snap *store.Snapshot) error {
 	})
 }
 
-// AcceptInbound stores mail to a signed return path, with what its token said,
-// until DeleteInbound. It returns nil only when the mail is on stable storage,
+// AcceptInbound stores mail to a signed return path, with what its token said.
+// It returns nil only when the mail is on stable storage,
 // and a NoSpace fault when as much is kept already as policy allows. It
 // consumes body.
 func (q *Queue) AcceptInbound(ctx context.Context, in *Inbound, body *store.Body) error {
@@ -69,61 +68,5 @@ func (q *Queue) AcceptInbound(ctx context.Context, in *Inbound, body *store.Body
 		return err
 	}
 	in.Body = body.Ref()
-	return nil
-}
-
-// ListInbound returns up to limit inbound mails behind the id after, in the
-// order of their ids.
-func (q *Queue) ListInbound(after ids.Message, limit int) ([]Inbound, error) {
-	snap := q.st.Snapshot()
-	defer snap.Close()
-	var out []Inbound
-	var inner error
-	err := snap.Iterate([]byte{store.SpaceInbound}, store.AppendInboundKey(nil, nextID(after)), false, func(k, v []byte) bool {
-		id, ok := store.ParseMessageKey(k)
-		if !ok || len(out) == limit {
-			return false
-		}
-		var in Inbound
-		if in, inner = parseInbound(id, v); inner != nil {
-			return false
-		}
-		out = append(out, in)
-		return true
-	})
-	if err == nil {
-		err = inner
-	}
-	return out, err
-}
-
-// DeleteInbound removes an inbound mail that was read. Deleting one that does
-// not exist is a NotFound fault.
-func (q *Queue) DeleteInbound(ctx context.Context, id ids.Message) error {
-	key := store.AppendInboundKey(nil, id)
-	value, err := q.st.Get(key, nil)
-	if err != nil {
-		return err
-	}
-	in, err := parseInbound(id, value)
-	if err != nil {
-		return err
-	}
-	q.mu.Lock()
-	err = q.begin()
-	q.mu.Unlock()
-	if err != nil {
-		return err
-	}
-	defer q.pending.Done()
-	b := q.st.NewBatch()
-	b.Delete(key)
-	b.DropBody(in.Body)
-	if err := q.st.Commit(ctx, b); err != nil {
-		return err
-	}
-	q.mu.Lock()
-	q.inbound -= inboundSize(in.Body)
-	q.mu.Unlock()
 	return nil
 }

@@ -6,6 +6,7 @@ import (
 
 	"github.com/relais-mta/relais/relay"
 	"github.com/relais-mta/relais/relay/store"
+	"github.com/relais-mta/relais/shared/fault"
 	"github.com/relais-mta/relais/shared/ids"
 )
 
@@ -72,6 +73,7 @@ type Summary struct {
 	InMemory       int64         // waiting recipients in memory
 	InFlight       int64         // recipients owned by callers
 	InboundBytes   int64         // inbound mail kept
+	SetAside       int           // damaged messages that wait for a repair
 	OldestOverdue  time.Duration // how long the most overdue message outlived its deadline
 	Messages       int           // messages in memory
 	QueuesOnDisk   int           // work queues with more on disk than in memory
@@ -86,7 +88,7 @@ func (q *Queue) Summary() Summary {
 	s := Summary{
 		Queues: len(q.byNumber), Waiting: q.base + q.waiting, Counted: q.counted, InMemory: int64(q.inMemory),
 		InFlight: int64(q.inFlight), InboundBytes: q.inbound, OldestOverdue: q.oldestOverdue(now),
-		Messages: len(q.live), DeadlinesKnown: q.deadlines.win.len(),
+		SetAside: q.damaged.asides(), Messages: len(q.live), DeadlinesKnown: q.deadlines.win.len(),
 	}
 	for _, n := range q.heldBy {
 		s.Held += n
@@ -104,12 +106,17 @@ type MessageInfo struct {
 	Env      *relay.Envelope
 	States   []relay.RecipientState // by index
 	InFlight []uint16               // recipients that are being tried at the moment
+	Damaged  string                 // why it is set aside until a repair; empty: it is not
 }
 
 // Show returns a message with the state of each recipient; a NotFound fault
 // says that it is not, or not any more, in the queue.
 func (q *Queue) Show(id ids.Message) (*MessageInfo, error) {
 	read, err := q.readMessage(id, nil)
+	if fault.Is(err, fault.Invalid) {
+		q.unreadable(id, err)
+		return q.showAside(id, err)
+	}
 	if err != nil {
 		return nil, err
 	}

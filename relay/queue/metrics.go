@@ -48,6 +48,7 @@ func (q *Queue) register(r prometheus.Registerer) error {
 		m.accepted, m.messagesDone, m.finished, m.inDoubt, m.violations, m.orphans, m.pages, m.trims,
 		gauge("waiting_recipients", "Recipients with a next time.", func(s Summary) float64 { return float64(s.Waiting) }),
 		gauge("held_recipients", "Held recipients, which wait for a person or the end of a rule.", func(s Summary) float64 { return float64(s.Held) }),
+		gauge("set_aside_messages", "Damaged messages that are passed over until relais-relay queue fsck repairs them.", func(s Summary) float64 { return float64(s.SetAside) }),
 		gauge("memory_recipients", "Waiting recipients in memory.", func(s Summary) float64 { return float64(s.InMemory) }),
 		gauge("in_flight_recipients", "Recipients being tried.", func(s Summary) float64 { return float64(s.InFlight) }),
 		gauge("work_queues", "Work queues in the table.", func(s Summary) float64 { return float64(s.Queues) }),

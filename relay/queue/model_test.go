@@ -353,6 +353,9 @@ func (m *model) check(t *rapid.T) {
 			waiting++
 		}
 	}
+	if f.q.damaged.any.Load() {
+		t.Fatalf("records are said to be damaged: %q, %d messages", f.q.damaged.others(), f.q.damaged.asides())
+	}
 	s := f.q.Summary()
 	if s.InFlight != owned || s.Counted && s.Waiting != waiting {
 		t.Fatalf("summary %+v, want %d in flight and %d waiting", s, owned, waiting)

@@ -122,6 +122,7 @@ func TestAClockSetBackHidesNoMail(t *testing.T) {
 	f.clock.Add(-30 * 24 * time.Hour)
 	late := f.accept("late@one.example")
 	f.reopen()
+	f.loaded()
 	if w := f.take(1); w.Env.ID != late.ID {
 		t.Errorf("took %s, want %s", w.Env.ID, late.ID)
 	}

@@ -225,6 +225,7 @@ type Queue struct {
 	ruleWake chan struct{}
 
 	transfers transfers // from and to other relays
+	damaged   damageBook
 
 	ruleChange sync.Mutex // one change of a rule's record at a time; taken before mu
 
@@ -406,36 +407,4 @@ func Open(ctx context.Context, st *store.Store, ob *outbox.Outbox, cfg Config) (
 	go q.ruleLoop()
 	go q.countWaiting(count)
 	return q, nil
-}
-
-// loadTable reads the names of the work queues. Their heads come later.
-func (q *Queue) loadTable(snap *store.Snapshot) error {
-	var inner error
-	err := snap.Iterate([]byte{store.SpaceQueue}, nil, false, func(k, v []byte) bool {
-		number, ok := store.ParseQueueKey(k)
-		key, floor, err := parseQueue(v)
-		if err != nil || !ok {
-			inner = err
-			return false
-		}
-		wq := &workQueue{number: Number(number), key: key, stored: true, floor: floor, end: pos{due: floor}}
-		q.byKey[key], q.byNumber[wq.number] = wq, wq
-		q.nextNumber = max(q.nextNumber, wq.number+1)
-		return true
-	})
-	if err == nil {
-		err = inner
-	}
-	if err != nil {
-		return err
-	}
-	value, err := snap.Get(store.KeyDeadlines, nil)
-	if fault.Is(err, fault.NotFound) {
-		return nil
-	}
-	if err == nil {
-		q.deadlines.floor = parseFloor(value)
-		q.deadlines.end = pos{due: q.deadlines.floor}
-	}
-	return err
 }

@@ -82,6 +82,9 @@ func parseAttempt(id ids.Message, b []byte) (j journalEntry, err error) {
 			a.TLS = string(text)
 		}
 	})
+	if err == nil && (j.queue == 0 || len(j.indexes) == 0 || j.attempt.StartedAt.IsZero()) {
+		err = fault.New(fault.Invalid, op, "it is cut short")
+	}
 	return j, fault.Wrap(err, fault.Invalid, op, "a journalled attempt of %s is damaged", id)
 }
 
@@ -126,6 +129,9 @@ func parseQueue(b []byte) (k Key, floorMS int64, err error) {
 			floorMS = int64(v)
 		}
 	})
+	if err == nil && k.Domain == "" {
+		err = fault.New(fault.Invalid, op, "it names no domain")
+	}
 	return k, floorMS, fault.Wrap(err, fault.Invalid, op, "the record of a work queue is damaged")
 }
 

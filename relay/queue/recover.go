@@ -41,11 +41,7 @@ func (q *Queue) recover(ctx context.Context) error {
 	}
 	r := &recovery{q: q, met: make(map[ids.Message]struct{})}
 	for _, e := range entries {
-		j, err := parseAttempt(e.id, e.value)
-		if err == nil {
-			err = r.add(ctx, j, e.index)
-		}
-		if err != nil {
+		if err := r.add(ctx, e.id, e.index, e.value); err != nil {
 			return r.end(err)
 		}
 	}
@@ -54,7 +50,7 @@ func (q *Queue) recover(ctx context.Context) error {
 	}
 	if len(entries) > 0 {
 		q.metrics.inDoubt.Add(float64(r.doubted + r.lost))
-		q.log.Warn("attempts whose end the last run did not see", "attempts", len(entries), "retried", r.doubted, "unknown", r.lost)
+		q.log.Warn("attempts whose end the last run did not see", "attempts", len(entries), "retried", r.doubted, "unknown", r.lost, "left", r.left)
 	}
 	return nil
 }
@@ -69,14 +65,35 @@ type recovery struct {
 	size          int // about how many recipients' ends it is worth
 	told          []*placedMail
 	doubted, lost int
+	left          int // attempts in the journal that the repair resolves
 }
 
 // add resolves one attempt, after a commit if that needs what the batch writes, or
-// more room than it has.
-func (r *recovery) add(ctx context.Context, j journalEntry, first uint16) error {
-	id := j.attempt.Message
+// more room than it has. An attempt that cannot be read, or of a message that cannot,
+// stays in the journal, so it is in doubt still when it was repaired. Its message is
+// set aside until then: whom it names may have the mail. Others do not wait for it.
+func (r *recovery) add(ctx context.Context, id ids.Message, first uint16, value []byte) error {
+	if _, again := r.met[id]; again {
+		if err := r.commit(ctx); err != nil {
+			return err
+		}
+	}
+	read, err := r.q.readMessage(id, nil)
+	gone := fault.Is(err, fault.NotFound) // its Finish was durable and only the journal was left
+	var j journalEntry
+	if err == nil {
+		j, err = parseAttempt(id, value)
+	}
+	if err == nil {
+		err = r.q.checkAttempt(&j, &read)
+	}
+	if err != nil && !gone {
+		r.q.keepAside(id, err)
+		r.left++
+		return nil
+	}
 	size := len(j.indexes) + 2 // the report is worth two
-	if _, again := r.met[id]; again || r.size+size > r.q.workLimit {
+	if r.size+size > r.q.workLimit {
 		if err := r.commit(ctx); err != nil {
 			return err
 		}
@@ -87,8 +104,11 @@ func (r *recovery) add(ctx context.Context, j journalEntry, first uint16) error 
 	r.met[id] = struct{}{}
 	r.size += size
 	r.b.Delete(store.AppendAttemptKey(nil, id, first))
-	again, unknown, removed, err := r.q.resolve(r.b, j, &r.told)
-	r.doubted += again
+	if gone {
+		return nil
+	}
+	retried, unknown, removed, err := r.q.resolve(r.b, j, read, &r.told)
+	r.doubted += retried
 	r.lost += unknown
 	r.size += removed / removedPerEnd
 	return err
@@ -122,19 +142,36 @@ func (r *recovery) end(err error) error {
 	return err
 }
 
+// checkAttempt reports a journalled attempt that its message cannot have made: whom
+// it names, or from which work queue, is not to be trusted.
+func (q *Queue) checkAttempt(j *journalEntry, read *readMessage) error {
+	const op = "queue.checkAttempt"
+	id := j.attempt.Message
+	for _, index := range j.indexes {
+		if int(index) >= len(read.env.Recipients) {
+			return fault.New(fault.Invalid, op, "a journalled attempt of %s names recipient %d, which it does not have", id, index)
+		}
+		s := read.state(index)
+		if s.State != relay.StateWaiting {
+			continue
+		}
+		_, err := q.st.Get(store.AppendWaitingKey(nil, uint32(j.queue), store.Milliseconds(s.Next), id, index), nil)
+		if fault.Is(err, fault.NotFound) {
+			err = fault.New(fault.Invalid, op, "a journalled attempt of %s names recipient %d, which does not wait in its work queue", id, index)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // resolve writes what becomes of one journalled attempt's recipients, and returns
 // how many are tried again, how many are not, and of how many recipients the whole
 // message is removed. It runs
 // before anything is taken, so the disk is all there is, and what it books stands,
 // because without its commit the queue does not open.
-func (q *Queue) resolve(b *store.Batch, j journalEntry, told *[]*placedMail) (again, unknown, removed int, err error) {
-	read, err := q.readMessage(j.attempt.Message, nil)
-	if fault.Is(err, fault.NotFound) {
-		return 0, 0, 0, nil // its Finish was durable and only the journal was left
-	}
-	if err != nil {
-		return 0, 0, 0, err
-	}
+func (q *Queue) resolve(b *store.Batch, j journalEntry, read readMessage, told *[]*placedMail) (again, unknown, removed int, err error) {
 	now := q.cfg.Now()
 	sc := &scratch{}
 	m := &message{id: j.attempt.Message}
@@ -142,12 +179,9 @@ func (q *Queue) resolve(b *store.Batch, j journalEntry, told *[]*placedMail) (ag
 	wq := q.byNumber[j.queue] // nil: its record is lost, which the check of the queue finds
 	var ended []Result
 	for _, index := range j.indexes {
-		if int(index) >= m.total || m.isFinal(index) {
+		s := read.state(index)
+		if s.State.Final() || m.isFinal(index) {
 			continue
-		}
-		s, stored := read.states[index]
-		if !stored {
-			s = relay.RecipientState{State: relay.StateWaiting, Next: time.UnixMilli(m.firstDue)}
 		}
 		if s.State == relay.StateWaiting {
 			due := store.Milliseconds(s.Next)

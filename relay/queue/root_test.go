@@ -104,6 +104,7 @@ func TestNothingAcknowledgedIsLostInAPowerCut(t *testing.T) {
 			t.Fatal(err)
 		}
 		lines, began := bufio.NewScanner(stdout), time.Time{}
+		cut := make(chan struct{}) // closed when the power is cut, and the disk let go
 		for lines.Scan() {
 			what, id, ok := strings.Cut(lines.Text(), " ")
 			if !ok || len(id) != 30 {
@@ -120,6 +121,7 @@ func TestNothingAcknowledgedIsLostInAPowerCut(t *testing.T) {
 			if began.IsZero() {
 				began = time.Now()
 				time.AfterFunc(time.Duration(200+150*i)*time.Millisecond, func() {
+					defer close(cut)
 					disk.cutPower()
 					_ = cmd.Process.Kill()
 				})
@@ -129,6 +131,7 @@ func TestNothingAcknowledgedIsLostInAPowerCut(t *testing.T) {
 		if began.IsZero() {
 			t.Fatal("the child accepted nothing")
 		}
+		<-cut // it may have died of its disk before
 		disk.unmount()
 		disk.mount()
 		checkRecords(t, dir)

@@ -356,24 +356,23 @@ func parseRule(id ids.Hold, b []byte) (*activeRule, error) {
 }
 
 // loadRules reads the rules. They hold mail from the first moment; what they
-// have to do in the background goes on where it was.
+// have to do in the background goes on where it was. One that cannot be read holds
+// nothing new: nobody knows which mail it means, and holding all of it would stop the
+// rest. What it held stays held.
 func (q *Queue) loadRules(snap *store.Snapshot) error {
-	var inner error
 	err := snap.Iterate([]byte{store.SpaceRule}, nil, false, func(k, v []byte) bool {
 		id, ok := store.ParseRuleKey(k)
 		if !ok {
 			return true
 		}
-		var r *activeRule
-		if r, inner = parseRule(id, v); inner != nil {
-			return false
+		r, err := parseRule(id, v)
+		if err != nil {
+			q.badRecord(RuleDamaged, "that of a rule; what it held stays held, and new mail is not", "rule", id, "error", err)
+			return true
 		}
 		q.rules[id] = r
 		return true
 	})
-	if err == nil {
-		err = inner
-	}
 	q.publishRules()
 	return err
 }

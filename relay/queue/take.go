@@ -22,14 +22,18 @@ func (q *Queue) Take(n Number, now time.Time, maxRecipients int) (*Work, bool) {
 	if wq == nil || q.closed || wq.blockedTo > now.UnixMilli() {
 		return nil, false
 	}
-	if wq.win.len() == 0 {
-		q.wantPage(wq)
-		return nil, false
+	var w *Work
+	needsState := false
+	for w == nil {
+		if wq.win.len() == 0 {
+			q.wantPage(wq)
+			return nil, false
+		}
+		if wq.win.first().due > now.UnixMilli() {
+			return nil, false
+		}
+		w, needsState = q.takeHead(wq, max(maxRecipients, 1))
 	}
-	if wq.win.first().due > now.UnixMilli() {
-		return nil, false
-	}
-	w, needsState := q.takeHead(wq, max(maxRecipients, 1))
 	if !wq.complete && wq.win.len() < q.pageSize()/4 {
 		q.wantPage(wq)
 	}
@@ -41,7 +45,7 @@ func (q *Queue) Take(n Number, now time.Time, maxRecipients int) (*Work, bool) {
 }
 
 // takeHead moves the recipients of the head message from the window into the
-// caller's hands. Call with the lock held.
+// caller's hands; nil: they are in other hands. Call with the lock held.
 func (q *Queue) takeHead(wq *workQueue, most int) (w *Work, needsState bool) {
 	head := wq.win.first().pos
 	w = &Work{Queue: wq.number, Key: wq.key, wq: wq}
@@ -52,6 +56,13 @@ func (q *Queue) takeHead(wq *workQueue, most int) (w *Work, needsState bool) {
 		}
 		it := wq.win.popFirst()
 		q.inMemory--
+		if m := q.live[it.id]; m != nil && m.isAloft(it.index) {
+			// Two keys for one recipient: whoever has it goes by the other.
+			q.badRecord(WaitingExtra, "a second waiting key of a recipient", "message", it.id, "queue", wq.number)
+			q.passOver(wq, it.due)
+			q.forget(it)
+			continue
+		}
 		switch {
 		case it.msg == nil && w.msg == nil:
 			w.msg = q.messageFor(it.id)
@@ -63,6 +74,9 @@ func (q *Queue) takeHead(wq *workQueue, most int) (w *Work, needsState bool) {
 		w.Recipients = append(w.Recipients, WorkRecipient{Index: it.index, State: relay.RecipientState{State: relay.StateWaiting, Next: time.UnixMilli(it.due)}})
 		w.held = append(w.held, heldItem{due: it.due, waits: true, stored: !it.fresh})
 		needsState = needsState || !it.fresh
+	}
+	if len(w.Recipients) == 0 {
+		return nil, false
 	}
 	q.own(w)
 	return w, needsState
@@ -151,8 +165,13 @@ func (q *Queue) Load(w *Work) bool {
 		return false
 	}
 	q.mu.Lock()
-	defer q.mu.Unlock()
 	q.learn(m, read)
+	q.mu.Unlock()
+	if !q.settlePlaces(w, &read) {
+		return false
+	}
+	q.mu.Lock()
+	defer q.mu.Unlock()
 	w.Env = m.env
 	for i := range w.Recipients {
 		r := &w.Recipients[i]
@@ -160,9 +179,6 @@ func (q *Queue) Load(w *Work) bool {
 		w.held[i].stored = stored
 		if stored {
 			r.State = s
-		}
-		if s.State.Final() {
-			_ = q.violation("a final recipient waits", "message", m.id, "index", r.Index)
 		}
 	}
 	return true
@@ -175,11 +191,23 @@ type readMessage struct {
 	states   map[uint16]relay.RecipientState
 }
 
+// state is what the disk says about a recipient, or what it means that it says nothing.
+func (r *readMessage) state(index uint16) relay.RecipientState {
+	if s, stored := r.states[index]; stored {
+		return s
+	}
+	return relay.RecipientState{State: relay.StateWaiting, Next: time.UnixMilli(r.firstDue)}
+}
+
 // readMessage reads a message's envelope, unless it is known, and the states
-// of its recipients. A message that does not exist is a NotFound fault.
+// of its recipients. A message that does not exist is a NotFound fault, one that is
+// damaged or set aside an Invalid one.
 func (q *Queue) readMessage(id ids.Message, env *relay.Envelope) (r readMessage, err error) {
 	sc := scratchPool.Get().(*scratch)
 	defer scratchPool.Put(sc)
+	if err := q.asideFault(id); err != nil {
+		return r, err
+	}
 	snap := q.st.Snapshot()
 	defer snap.Close()
 	r.env = env
@@ -234,25 +262,25 @@ func (q *Queue) learn(m *message, r readMessage) {
 	m.known = true
 }
 
-// unreadable tells of a message whose records are damaged. A repair moves it aside;
-// until then it is passed over, and nothing else waits for it.
-func (q *Queue) unreadable(id ids.Message, err error) {
-	q.log.Error("a message of the queue is damaged and is passed over: stop the relay and run relais-relay queue fsck --repair", "message", id, "error", err)
-}
-
 // setAside ends work of a damaged message and leaves its recipients in no window,
 // where they would stand before all others. Their keys stay on disk for the repair.
 func (q *Queue) setAside(w *Work) {
 	q.mu.Lock()
 	q.disown(w)
 	for _, h := range w.held {
-		if w.wq.aside == 0 || h.due < w.wq.aside {
-			w.wq.aside = h.due
-		}
+		q.passOver(w.wq, h.due)
 	}
 	q.unref(w.msg, len(w.Recipients))
 	q.mu.Unlock()
 	q.notify(w.Queue)
+}
+
+// passOver notes the place of a key that is on disk and in no window: the floor stays
+// below it. Call with the lock held.
+func (q *Queue) passOver(wq *workQueue, due int64) {
+	if wq.aside == 0 || due < wq.aside {
+		wq.aside = due
+	}
 }
 
 // dropOrphans removes waiting keys whose message does not exist.

@@ -81,20 +81,20 @@ func (q *Queue) resumeTransfers() error {
 	t.giving = make(map[ids.Message]ids.Node)
 	snap := q.st.Snapshot()
 	defer snap.Close()
-	var inner error
 	err := snap.Iterate([]byte{store.SpaceGiven}, nil, false, func(k, v []byte) bool {
 		peer, id, hop, ok := store.ParseTransferKey(k)
-		phase, known := parseGiven(v)
-		if !ok || !known {
-			inner = fault.New(fault.Invalid, "queue.Open", "the record of a message on its way to another relay is damaged or of a newer version")
-			return false
+		if !ok {
+			return true // it names no message, and no release writes it: the check says so
 		}
-		inner = q.resume(peer, Transfer{id, hop}, phase)
-		return inner == nil
+		phase, known := parseGiven(v)
+		if !known {
+			// Whom it was offered to is in the key, and that relay is asked.
+			q.badRecord(GivenDamaged, "that of a message on its way to another relay, which is asked whether it has it", "message", id, "relay", peer)
+			phase = phaseOffered
+		}
+		q.resume(peer, Transfer{id, hop}, phase)
+		return true
 	})
-	if err == nil {
-		err = inner
-	}
 	if err != nil {
 		return err
 	}
@@ -106,12 +106,15 @@ func (q *Queue) resumeTransfers() error {
 	})
 }
 
-// resume takes what is left here of one message.
-func (q *Queue) resume(peer ids.Node, tr Transfer, phase byte) error {
+// resume takes what is left here of one message. One that cannot be read is set
+// aside: the other relay may have it, so nobody may deliver it here.
+func (q *Queue) resume(peer ids.Node, tr Transfer, phase byte) {
 	t := &q.transfers
 	read, err := q.readMessage(tr.Message, nil)
 	if err != nil && !fault.Is(err, fault.NotFound) {
-		return err
+		q.keepAside(tr.Message, err)
+		t.giving[tr.Message] = peer
+		return
 	}
 	if err == nil && read.env.Hops+1 == tr.Hop {
 		q.mu.Lock()
@@ -123,11 +126,10 @@ func (q *Queue) resume(peer ids.Node, tr Transfer, phase byte) error {
 		if len(works) > 0 {
 			t.resumed[peer] = append(t.resumed[peer], &Parcel{Env: read.env, states: read.states, firstDue: read.firstDue, works: works, to: peer, gone: phase == phaseGone})
 			t.giving[tr.Message] = peer
-			return nil
+			return
 		}
 	}
 	q.transfers.owe(peer, tr) // nothing is left of it here
-	return nil
 }
 
 // owe remembers that a relay may forget a message. Call with t.mu held, or
