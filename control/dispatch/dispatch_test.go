@@ -10,7 +10,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -27,6 +26,10 @@ import (
 	"github.com/relais-mta/relais/shared/wire"
 )
 
+// patience is how long a test waits for what must come: so long that a machine on which
+// everything takes ten times as long as it may is still in time.
+const patience = time.Minute
+
 // nodes is the state of a test cluster.
 type nodes struct {
 	mu        sync.Mutex
@@ -38,6 +41,7 @@ type nodes struct {
 	size      int                // of filler in the view, bytes
 	buildErr  error
 	builds    int
+	built     uint64 // the newest revision that a view was built of
 	changed   chan struct{}
 	hellos    []Hello
 	gone      []ids.Node
@@ -62,6 +66,7 @@ func (n *nodes) ViewFor(_ context.Context, id ids.Node) (*policy.View, error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.builds++
+	n.built = n.revision
 	if n.buildErr != nil {
 		return nil, n.buildErr
 	}
@@ -186,126 +191,6 @@ func newWorldOf(t *testing.T, ca *pkitest.CA, self ids.Node, peers Peers) *world
 	return w
 }
 
-// relay is the far end of a session.
-type relay struct {
-	t       *testing.T
-	node    ids.Node
-	link    link.Session
-	control *wire.Conn
-	views   *wire.Conn
-
-	answering chan error  // not nil: it answers probes
-	mute      atomic.Bool // from now on it does not
-}
-
-// dial connects a node and says hello; the answer is left to be read.
-func (w *world) dial(node ids.Node, incarnation uint64, hello *wire.Hello) *relay {
-	w.t.Helper()
-	return w.dialAs(&wire.Preface{ProtocolMin: 1, ProtocolMax: 1, ClusterId: w.ca.Cluster[:], Incarnation: incarnation, Version: "test"}, node, hello)
-}
-
-// dialAs connects a node with a preface of the test's.
-func (w *world) dialAs(preface *wire.Preface, node ids.Node, hello *wire.Hello) *relay {
-	w.t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
-	defer cancel()
-	session, err := w.dialer.Dial(ctx, w.address, pki.ClientConfig(w.ca.Node(pki.RoleRelay, node), pki.Peer{Cluster: w.ca.Cluster, Role: pki.RoleControl}, wire.ALPNLink))
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	w.t.Cleanup(func() { session.Close(link.CodeDone, "") }) // or the stopping server would wait for it
-	stream, err := session.OpenStream(ctx)
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	r := &relay{t: w.t, node: node, link: session, control: wire.NewConn(stream, wire.MaxFrameBytes)}
-	if err := r.control.Send(preface); err != nil {
-		w.t.Fatal(err)
-	}
-	if err := r.control.Send(hello); err != nil {
-		w.t.Fatal(err)
-	}
-	return r
-}
-
-// welcomed connects an active node.
-func (w *world) welcomed(node ids.Node, incarnation uint64, hello *wire.Hello) *relay {
-	w.t.Helper()
-	w.nodes.setState(node, control.NodeActive)
-	r := w.dial(node, incarnation, hello)
-	if _, err := wire.Expect[*wire.Preface](r.control); err != nil {
-		w.t.Fatal(err)
-	}
-	welcome, err := wire.Expect[*wire.Welcome](r.control)
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	if welcome.GetReportIntervalMs() != 250 || len(welcome.GetServers()) != 2 || welcome.GetState() != "active" {
-		w.t.Errorf("welcome %v", welcome)
-	}
-	<-w.nodes.connected
-	return r
-}
-
-// receive takes the next view without answering.
-func (r *relay) receive() (*wire.Revision, []byte) {
-	r.t.Helper()
-	if r.views == nil {
-		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
-		defer cancel()
-		stream, err := r.link.AcceptStream(ctx)
-		if err != nil {
-			r.t.Fatal(err)
-		}
-		r.views = wire.NewConn(stream, wire.MaxFrameBytes)
-		if start, err := wire.Expect[*wire.StreamStart](r.views); err != nil || start.GetPurpose() != wire.Purpose_PURPOSE_VIEW {
-			r.t.Fatalf("stream start %v, %v", start, err)
-		}
-	}
-	begin, err := wire.Expect[*wire.ViewBegin](r.views)
-	if err != nil {
-		r.t.Fatal(err)
-	}
-	encoded, err := wire.ReceiveView(r.views, begin)
-	if err != nil {
-		r.t.Fatal(err)
-	}
-	return begin.GetRevision(), encoded
-}
-
-func (r *relay) ack(revision *wire.Revision) {
-	r.t.Helper()
-	if err := r.views.Send(&wire.Ack{Revision: revision}); err != nil {
-		r.t.Fatal(err)
-	}
-}
-
-// closed waits for the end of the session and returns its code.
-func (r *relay) closed() *link.CloseError {
-	r.t.Helper()
-	select {
-	case <-r.link.Done():
-	case <-time.After(5 * time.Second):
-		r.t.Fatal("the session goes on")
-	}
-	closed, ok := link.ClosedByPeer(r.link.Err())
-	if !ok {
-		r.t.Fatalf("ended by %v", r.link.Err())
-	}
-	return closed
-}
-
-func within[T any](t *testing.T, channel <-chan T) T {
-	t.Helper()
-	select {
-	case v := <-channel:
-		return v
-	case <-time.After(5 * time.Second):
-		t.Fatal("waited in vain")
-		panic("unreachable")
-	}
-}
-
 func TestViewsFollowChanges(t *testing.T) {
 	w := newWorld(t)
 	node := pkitest.NewNode()
@@ -319,15 +204,11 @@ func TestViewsFollowChanges(t *testing.T) {
 	if got := within(t, w.nodes.acks); got != 10 {
 		t.Errorf("acknowledged %d", got)
 	}
-	start := time.Now()
 	want := w.nodes.change(nil)
 	revision, _ = r.receive()
 	r.ack(revision)
 	if got := within(t, w.nodes.acks); got != want {
 		t.Errorf("acknowledged %d, want %d", got, want)
-	}
-	if took := time.Since(start); took > 3*time.Second { // under a second unless the machine is busy
-		t.Errorf("a change took %v to be acknowledged", took)
 	}
 	if got := testutil.ToFloat64(w.server.viewCount.WithLabelValues("ack")); got != 2 || w.server.Sessions() != 1 {
 		t.Errorf("%v acks, %d sessions", got, w.server.Sessions())
@@ -384,8 +265,12 @@ func TestRelayAheadIsLeftAlone(t *testing.T) {
 	w := newWorld(t)
 	r := w.welcomed(pkitest.NewNode(), 1, &wire.Hello{Held: &wire.Revision{Generation: 1, Index: 12}})
 	w.nodes.change(nil) // 11: still behind the relay
-	w.nodes.change(nil)
-	w.nodes.change(nil) // 13
+	eventually(t, "a view of revision 11 is built", func() bool {
+		w.nodes.mu.Lock()
+		defer w.nodes.mu.Unlock()
+		return w.nodes.built == 11
+	})
+	w.nodes.change(func() { w.nodes.revision = 13 }) // a view of 12 could be sent: only its sum says what a relay holds
 	if revision, _ := r.receive(); revision.GetIndex() < 13 {
 		t.Errorf("a relay at 12 got revision %d", revision.GetIndex())
 	}
@@ -433,19 +318,21 @@ func TestReports(t *testing.T) {
 	w := newWorld(t)
 	r := w.welcomed(pkitest.NewNode(), 1, &wire.Hello{LocalAddresses: [][]byte{{127, 0, 0, 1}}})
 	source := ids.Source(ids.NewMessage(time.Now()))
+	began := time.Now()
 	sent := &wire.Report{
-		Nonce: 4, SentTimeMs: time.Now().Add(time.Minute).UnixMilli(), Applied: &wire.Revision{Generation: 1, Index: 10},
+		Nonce: 4, SentTimeMs: began.Add(time.Minute).UnixMilli(), Applied: &wire.Revision{Generation: 1, Index: 10},
 		WaitingRecipients: 7, Sources: []*wire.HeldSource{{SourceId: source[:], Epoch: 3, Present: true}}, Left: []*wire.LeavingSource{{SourceId: source[:], Epoch: 2}}, Problems: []string{"disk", strings.Repeat("x", 9999)},
 	}
 	if err := r.control.Send(sent); err != nil {
 		t.Fatal(err)
 	}
 	pong, err := wire.Expect[*wire.Pong](r.control)
-	if err != nil || pong.GetNonce() != 4 || time.Since(time.UnixMilli(pong.GetServerTimeMs())).Abs() > time.Second {
+	if err != nil || pong.GetNonce() != 4 || pong.GetServerTimeMs() < began.UnixMilli() || pong.GetServerTimeMs() > time.Now().UnixMilli() {
 		t.Errorf("pong %v, %v", pong, err)
 	}
 	got := within(t, w.nodes.reports)
-	if got.Revision != 10 || got.WaitingRecipients != 7 || !slices.Equal(got.Sources, []SourceReport{{Source: source, Epoch: 3, Present: true}}) || !slices.Equal(got.Left, []LeftSource{{Source: source, Epoch: 2}}) || (got.ClockOffset-time.Minute).Abs() > time.Second {
+	took := time.Since(began) + time.Millisecond // the time that was sent has no smaller parts
+	if got.Revision != 10 || got.WaitingRecipients != 7 || !slices.Equal(got.Sources, []SourceReport{{Source: source, Epoch: 3, Present: true}}) || !slices.Equal(got.Left, []LeftSource{{Source: source, Epoch: 2}}) || got.ClockOffset > time.Minute || got.ClockOffset < time.Minute-took {
 		t.Errorf("report %+v", got)
 	}
 	if len(got.Problems) != 2 || len(got.Problems[1]) != maxProblemBytes {
@@ -503,14 +390,10 @@ func TestEvictionEndsTheSession(t *testing.T) {
 	w := newWorld(t)
 	node := pkitest.NewNode()
 	r := w.welcomed(node, 1, &wire.Hello{})
-	start := time.Now()
 	w.nodes.setState(node, control.NodeEvicted)
 	closed := r.closed()
 	if closed.Code != link.CodeEvicted || !strings.Contains(closed.Text, "evicted") {
 		t.Errorf("closed with %v", closed)
-	}
-	if took := time.Since(start); took > 3*time.Second { // under a second unless the machine is busy
-		t.Errorf("eviction took %v", took)
 	}
 }
 
