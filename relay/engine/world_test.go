@@ -278,9 +278,10 @@ func (w *world) accept(change func(*relay.Envelope), to ...string) *relay.Envelo
 	return env
 }
 
-// patience bounds the wait for a condition; what it waits for takes a few
-// seconds at the most on an idle machine.
-const patience = 30 * time.Second
+// patience bounds the wait for a condition. What it waits for takes a few seconds
+// at the most on an idle machine; on one that stands still meanwhile a site may be
+// left alone for 32 s, the longest back-off from the second that view names.
+const patience = 2 * time.Minute
 
 // until waits for a condition.
 func (w *world) until(what string, ok func() bool) {
