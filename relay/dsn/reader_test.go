@@ -287,7 +287,7 @@ func TestFoldedHeaderIsReadOnce(t *testing.T) {
 	in.Header = []byte("X-Long: a" + strings.Repeat("\r\n b", 1<<19) + "\r\nMessage-ID:\r\n <42@acme.example>\r\n\r\n")
 	begun := time.Now()
 	_, p := build(t, in)
-	if took := time.Since(begun); took > 5*time.Second {
+	if took := time.Since(begun); took > time.Minute { // copied at each fold, the megabytes would be a terabyte
 		t.Errorf("took %v", took)
 	}
 	if id := p.header.Get("In-Reply-To"); id != "<42@acme.example>" {
