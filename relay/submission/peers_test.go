@@ -98,7 +98,7 @@ func TestSwaks(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			args := []string{"--server", host, "--from", "joe@acme.example", "--to", "ann@example.net", "--ehlo", "client.example", "--timeout", "10"}
+			args := []string{"--server", host, "--from", "joe@acme.example", "--to", "ann@example.net", "--ehlo", "client.example", "--timeout", "60"}
 			for _, a := range tt.args {
 				args = append(args, a...)
 			}
@@ -123,7 +123,7 @@ func TestSwaksBehindABalancer(t *testing.T) {
 			family = "AF_INET"
 		}
 		out, err := exec.CommandContext(t.Context(), swaks, "--server", host, "--port", port, "--tls", "--auth", "PLAIN", "--auth-user", w.user, "--auth-password", testSecret,
-			"--from", "joe@acme.example", "--to", "ann@example.net", "--ehlo", "client.example", "--timeout", "10",
+			"--from", "joe@acme.example", "--to", "ann@example.net", "--ehlo", "client.example", "--timeout", "60",
 			"--proxy-version", version, "--proxy-family", family, "--proxy-source", "192.0.2.7", "--proxy-source-port", "40000", "--proxy-dest", "192.0.2.8", "--proxy-dest-port", "587").CombinedOutput()
 		if !strings.Contains(string(out), "250 2.0.0 OK queued as msg_") {
 			t.Fatalf("swaks with version %s: error %v\n%s", version, err, out)
