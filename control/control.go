@@ -135,6 +135,8 @@ type Node struct {
 	JoinedAt     time.Time
 	Handover     string // host:port at which it takes mail of other relays; empty: it never took any; "-": not any more
 	Revision     uint64
+
+	LeaseProcess uint64 // incarnation of the process that its floating addresses are leased to; 0: none yet
 }
 
 // Redemption remembers which node a certificate request became.
@@ -260,7 +262,12 @@ type Source struct {
 	Overridden    bool      // an operator uses it without confirmed reverse DNS
 
 	Quarantine string // why it is in quarantine; empty: it is not
+	Leased     bool   // its last assignment ends by itself when its relay is silent: of a floating address, since FloatingVersion
 }
+
+// FloatingVersion is the version of the commands in which floating addresses are
+// leased to their relays.
+const FloatingVersion = 6
 
 // Policy is the policy document as the operators put it.
 type Policy struct {
@@ -395,6 +402,9 @@ func (s *Source) Summary() string {
 	}
 	if s.Overridden {
 		text += " overridden"
+	}
+	if s.Leased {
+		text += " leased"
 	}
 	if s.Quarantine != "" {
 		text += " quarantine=" + strconv.Quote(s.Quarantine)

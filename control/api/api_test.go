@@ -209,6 +209,9 @@ func TestEveryResource(t *testing.T) {
 	if ip.PoolName != "own" || ip.Public != "2001:db8::1" || !ip.Pinned {
 		t.Errorf("got %+v", ip)
 	}
+	if got := get[IP](f, f.do("GET", "/ips/2001:db8::1", nil)); got.ID != ip.ID || got.PoolName != "own" || got.Leased {
+		t.Errorf("got %+v", got)
+	}
 	if got := get[Pool](f, f.do("GET", "/pools/own", nil)); len(got.IPs) != 1 {
 		t.Errorf("got %+v", got)
 	}

@@ -227,6 +227,16 @@ func (s *server) registerIPs(a huma.API) {
 			row, err := s.svc.AddIP(ctx, actorOf(ctx), req, service.Change{Reason: in.Reason})
 			return s.ipOut(ctx, row, err)
 		})
+	handle(s, a, route{method: http.MethodGet, path: "/ips/{ip}", id: "get-ip", summary: "Show a source address"},
+		func(ctx context.Context, in *struct {
+			IP string `path:"ip" doc:"The address or its id"`
+		}) (*Out[IP], error) {
+			v, err := s.svc.IPView(actorOf(ctx), in.IP)
+			if err != nil {
+				return nil, err
+			}
+			return out(ipOf(v), v.Revision), nil
+		})
 	handle(s, a, route{method: http.MethodPost, path: "/ips/{ip}/assign", id: "assign-ip", summary: "Assign an address to a relay, a pool, or both"},
 		func(ctx context.Context, in *struct {
 			Precondition

@@ -211,6 +211,12 @@ type IP struct {
 	CreatedAt time.Time `json:"created_at"`
 	Revision  uint64    `json:"revision"`
 
+	Leased       bool       `json:"leased,omitempty" doc:"It is floating, and its relay uses it only while it is heard"`
+	LeaseUntil   *time.Time `json:"lease_until,omitempty" doc:"Its relay uses it until then if nothing more is heard of it, by the leader"`
+	FreeAt       *time.Time `json:"free_at,omitempty" doc:"It is taken from its relay then if nothing more is heard of it"`
+	LeaseHeard   bool       `json:"lease_heard,omitempty" doc:"Its relay has reported since the leader leads"`
+	LeaseProblem string     `json:"lease_problem,omitempty" doc:"Why it is not known when the lease ends"`
+
 	Usable        bool       `json:"usable" doc:"Mail may leave from it"`
 	Unused        string     `json:"unused,omitempty" doc:"Why no mail leaves from it"`
 	Quarantine    string     `json:"quarantine,omitempty" doc:"Why it is in quarantine"`
@@ -226,7 +232,7 @@ type IPAdd struct {
 	Public   string `json:"public,omitempty" doc:"What the world sees, with 1:1 NAT; empty: the same"`
 	EHLO     string `json:"ehlo" doc:"Name said in EHLO; it must lead to the public address"`
 	PTR      string `json:"ptr,omitempty" doc:"Name the PTR record gives; empty: the EHLO name"`
-	Floating bool   `json:"floating,omitempty" doc:"The address can move between machines"`
+	Floating bool   `json:"floating,omitempty" doc:"The address can move between machines: its relay uses it by a lease, and it is free by itself when that relay is silent"`
 	Node     string `json:"node,omitempty" doc:"Relay that gets it, id or name"`
 	Pool     string `json:"pool,omitempty" doc:"Pool it joins, id or name"`
 }
@@ -371,9 +377,13 @@ func credentialOf(c *control.Credential) Credential {
 }
 
 func ipOf(v service.IPView) IP {
-	return IP{ID: v.ID.String(), Bind: v.Bind.String(), Public: v.Public.String(), EHLO: v.EHLO, PTR: v.PTR, Pool: v.Pool.String(), PoolName: v.PoolName, Node: v.Owner.String(), NodeName: v.OwnerName,
+	out := IP{ID: v.ID.String(), Bind: v.Bind.String(), Public: v.Public.String(), EHLO: v.EHLO, PTR: v.PTR, Pool: v.Pool.String(), PoolName: v.PoolName, Node: v.Owner.String(), NodeName: v.OwnerName,
 		Epoch: v.Epoch, Pinned: v.Pinned, State: string(v.State), Present: v.Present, CreatedAt: v.CreatedAt, Revision: v.Revision,
 		Usable: v.Unused == "", Unused: v.Unused, Quarantine: v.Quarantine, Reverse: string(v.Reverse), ReverseDetail: v.ReverseDetail, ReverseAt: optionalTime(v.ReverseAt), Overridden: v.Overridden}
+	if l := v.Lease; l != nil {
+		out.Leased, out.LeaseHeard, out.LeaseUntil, out.FreeAt, out.LeaseProblem = true, l.Heard, optionalTime(l.Until.UTC()), optionalTime(l.FreeAt.UTC()), l.Problem
+	}
+	return out
 }
 
 func poolOf(p service.PoolView) Pool {

@@ -24,7 +24,7 @@ import (
 )
 
 // FSMVersion is the newest command version this program can apply.
-const FSMVersion uint16 = 5
+const FSMVersion uint16 = 6
 
 // headerBytes is the length of the envelope in front of the body.
 const headerBytes = 1 + 2 + 8 + 8

@@ -14,6 +14,8 @@ const (
 	TypeIPRetire     Type = 101
 	TypeIPLeft       Type = 102
 	TypeIPQuarantine Type = 103
+	TypeIPReclaim    Type = 121
+	TypeIPHeard      Type = 122
 )
 
 func ownType(c Command) Type {
@@ -26,6 +28,10 @@ func ownType(c Command) Type {
 		return TypeIPLeft
 	case *IPQuarantine:
 		return TypeIPQuarantine
+	case *IPReclaim:
+		return TypeIPReclaim
+	case *IPHeard:
+		return TypeIPHeard
 	}
 	return 0
 }
@@ -55,6 +61,27 @@ func (c *IPLeft) Validate() error {
 // Validate implements Command.
 func (c *IPQuarantine) Validate() error {
 	return first(checkMeta(c.GetMeta()), checkBytes("ip", c.GetSource(), 16, 16))
+}
+
+// Validate implements Command.
+func (c *IPReclaim) Validate() error {
+	return first(checkMeta(c.GetMeta()), checkBytes("ip", c.GetSource(), 16, 16))
+}
+
+// MaxLeaseProcesses is how many processes one command notes.
+const MaxLeaseProcesses = 5000
+
+// Validate implements Command.
+func (c *IPHeard) Validate() error {
+	if n := len(c.GetProcesses()); n > MaxLeaseProcesses {
+		return fault.Field(opValidate, "processes", "%d are more than the limit of %d", n, MaxLeaseProcesses)
+	}
+	for _, p := range c.GetProcesses() {
+		if err := checkBytes("node", p.GetNode(), 16, 16); err != nil {
+			return err
+		}
+	}
+	return checkMeta(c.GetMeta())
 }
 
 // checkHandover refuses what is neither HandoverNone nor host:port.

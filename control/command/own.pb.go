@@ -287,6 +287,176 @@ func (x *IPQuarantine) GetSource() []byte {
 	return nil
 }
 
+// IPReclaim takes a floating address from an owner whose lease is over. Under any
+// other epoch than the one that was decided about it changes nothing.
+type IPReclaim struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Meta          *Meta                  `protobuf:"bytes,1,opt,name=meta,proto3" json:"meta,omitempty"`
+	Source        []byte                 `protobuf:"bytes,2,opt,name=source,proto3" json:"source,omitempty"`
+	Epoch         uint64                 `protobuf:"varint,3,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IPReclaim) Reset() {
+	*x = IPReclaim{}
+	mi := &file_control_command_own_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IPReclaim) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IPReclaim) ProtoMessage() {}
+
+func (x *IPReclaim) ProtoReflect() protoreflect.Message {
+	mi := &file_control_command_own_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IPReclaim.ProtoReflect.Descriptor instead.
+func (*IPReclaim) Descriptor() ([]byte, []int) {
+	return file_control_command_own_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *IPReclaim) GetMeta() *Meta {
+	if x != nil {
+		return x.Meta
+	}
+	return nil
+}
+
+func (x *IPReclaim) GetSource() []byte {
+	if x != nil {
+		return x.Source
+	}
+	return nil
+}
+
+func (x *IPReclaim) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+// IPHeard is proposed when relays have reported about floating addresses. That it is
+// committed proves that its proposer still led when it was proposed: the reports are
+// answered then. It also notes which processes have their relays' sessions.
+type IPHeard struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Meta          *Meta                  `protobuf:"bytes,1,opt,name=meta,proto3" json:"meta,omitempty"`
+	Processes     []*LeaseProcess        `protobuf:"bytes,2,rep,name=processes,proto3" json:"processes,omitempty"` // those that were not known
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IPHeard) Reset() {
+	*x = IPHeard{}
+	mi := &file_control_command_own_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IPHeard) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IPHeard) ProtoMessage() {}
+
+func (x *IPHeard) ProtoReflect() protoreflect.Message {
+	mi := &file_control_command_own_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IPHeard.ProtoReflect.Descriptor instead.
+func (*IPHeard) Descriptor() ([]byte, []int) {
+	return file_control_command_own_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *IPHeard) GetMeta() *Meta {
+	if x != nil {
+		return x.Meta
+	}
+	return nil
+}
+
+func (x *IPHeard) GetProcesses() []*LeaseProcess {
+	if x != nil {
+		return x.Processes
+	}
+	return nil
+}
+
+// LeaseProcess is the process that a relay's floating addresses are leased to.
+type LeaseProcess struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Node          []byte                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	Incarnation   uint64                 `protobuf:"varint,2,opt,name=incarnation,proto3" json:"incarnation,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LeaseProcess) Reset() {
+	*x = LeaseProcess{}
+	mi := &file_control_command_own_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LeaseProcess) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LeaseProcess) ProtoMessage() {}
+
+func (x *LeaseProcess) ProtoReflect() protoreflect.Message {
+	mi := &file_control_command_own_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LeaseProcess.ProtoReflect.Descriptor instead.
+func (*LeaseProcess) Descriptor() ([]byte, []int) {
+	return file_control_command_own_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *LeaseProcess) GetNode() []byte {
+	if x != nil {
+		return x.Node
+	}
+	return nil
+}
+
+func (x *LeaseProcess) GetIncarnation() uint64 {
+	if x != nil {
+		return x.Incarnation
+	}
+	return 0
+}
+
 var File_control_command_own_proto protoreflect.FileDescriptor
 
 const file_control_command_own_proto_rawDesc = "" +
@@ -309,7 +479,17 @@ const file_control_command_own_proto_rawDesc = "" +
 	"\fIPQuarantine\x12+\n" +
 	"\x04meta\x18\x01 \x01(\v2\x17.relais.control.v1.MetaR\x04meta\x12\x16\n" +
 	"\x06expect\x18\x02 \x01(\x04R\x06expect\x12\x16\n" +
-	"\x06source\x18\x03 \x01(\fR\x06sourceB.Z,github.com/relais-mta/relais/control/commandb\x06proto3"
+	"\x06source\x18\x03 \x01(\fR\x06source\"f\n" +
+	"\tIPReclaim\x12+\n" +
+	"\x04meta\x18\x01 \x01(\v2\x17.relais.control.v1.MetaR\x04meta\x12\x16\n" +
+	"\x06source\x18\x02 \x01(\fR\x06source\x12\x14\n" +
+	"\x05epoch\x18\x03 \x01(\x04R\x05epoch\"u\n" +
+	"\aIPHeard\x12+\n" +
+	"\x04meta\x18\x01 \x01(\v2\x17.relais.control.v1.MetaR\x04meta\x12=\n" +
+	"\tprocesses\x18\x02 \x03(\v2\x1f.relais.control.v1.LeaseProcessR\tprocesses\"D\n" +
+	"\fLeaseProcess\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\fR\x04node\x12 \n" +
+	"\vincarnation\x18\x02 \x01(\x04R\vincarnationB.Z,github.com/relais-mta/relais/control/commandb\x06proto3"
 
 var (
 	file_control_command_own_proto_rawDescOnce sync.Once
@@ -323,24 +503,30 @@ func file_control_command_own_proto_rawDescGZIP() []byte {
 	return file_control_command_own_proto_rawDescData
 }
 
-var file_control_command_own_proto_msgTypes = make([]protoimpl.MessageInfo, 4)
+var file_control_command_own_proto_msgTypes = make([]protoimpl.MessageInfo, 7)
 var file_control_command_own_proto_goTypes = []any{
 	(*NodeHandover)(nil), // 0: relais.control.v1.NodeHandover
 	(*IPRetire)(nil),     // 1: relais.control.v1.IPRetire
 	(*IPLeft)(nil),       // 2: relais.control.v1.IPLeft
 	(*IPQuarantine)(nil), // 3: relais.control.v1.IPQuarantine
-	(*Meta)(nil),         // 4: relais.control.v1.Meta
+	(*IPReclaim)(nil),    // 4: relais.control.v1.IPReclaim
+	(*IPHeard)(nil),      // 5: relais.control.v1.IPHeard
+	(*LeaseProcess)(nil), // 6: relais.control.v1.LeaseProcess
+	(*Meta)(nil),         // 7: relais.control.v1.Meta
 }
 var file_control_command_own_proto_depIdxs = []int32{
-	4, // 0: relais.control.v1.NodeHandover.meta:type_name -> relais.control.v1.Meta
-	4, // 1: relais.control.v1.IPRetire.meta:type_name -> relais.control.v1.Meta
-	4, // 2: relais.control.v1.IPLeft.meta:type_name -> relais.control.v1.Meta
-	4, // 3: relais.control.v1.IPQuarantine.meta:type_name -> relais.control.v1.Meta
-	4, // [4:4] is the sub-list for method output_type
-	4, // [4:4] is the sub-list for method input_type
-	4, // [4:4] is the sub-list for extension type_name
-	4, // [4:4] is the sub-list for extension extendee
-	0, // [0:4] is the sub-list for field type_name
+	7, // 0: relais.control.v1.NodeHandover.meta:type_name -> relais.control.v1.Meta
+	7, // 1: relais.control.v1.IPRetire.meta:type_name -> relais.control.v1.Meta
+	7, // 2: relais.control.v1.IPLeft.meta:type_name -> relais.control.v1.Meta
+	7, // 3: relais.control.v1.IPQuarantine.meta:type_name -> relais.control.v1.Meta
+	7, // 4: relais.control.v1.IPReclaim.meta:type_name -> relais.control.v1.Meta
+	7, // 5: relais.control.v1.IPHeard.meta:type_name -> relais.control.v1.Meta
+	6, // 6: relais.control.v1.IPHeard.processes:type_name -> relais.control.v1.LeaseProcess
+	7, // [7:7] is the sub-list for method output_type
+	7, // [7:7] is the sub-list for method input_type
+	7, // [7:7] is the sub-list for extension type_name
+	7, // [7:7] is the sub-list for extension extendee
+	0, // [0:7] is the sub-list for field type_name
 }
 
 func init() { file_control_command_own_proto_init() }
@@ -355,7 +541,7 @@ func file_control_command_own_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_control_command_own_proto_rawDesc), len(file_control_command_own_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   4,
+			NumMessages:   7,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

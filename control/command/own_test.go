@@ -12,6 +12,8 @@ func ownSamples(meta *Meta) []Command {
 		&IPRetire{Meta: meta, Expect: 32, Source: id(14)},
 		&IPLeft{Meta: meta, Source: id(14), Node: id(5), Epoch: 33},
 		&IPQuarantine{Meta: meta, Expect: 34, Source: id(14)},
+		&IPReclaim{Meta: meta, Source: id(14), Epoch: 35},
+		&IPHeard{Meta: meta, Processes: []*LeaseProcess{{Node: id(5), Incarnation: 36}}},
 	}
 }
 

@@ -147,7 +147,7 @@ func (r *Server) Row() (*control.Server, error) {
 // NodeRecord returns the record of the row.
 func NodeRecord(n *control.Node) *Node {
 	r := &Node{Id: optionalID(n.ID), Name: n.Name, State: string(n.State), Zone: n.Zone, Labels: labelsOf(n.Labels), Version: n.Version,
-		CertSerial: n.CertSerial, CertSpki: n.CertSPKI, CertNotAfterMs: millis(n.CertNotAfter), Token: optionalID(n.Token), JoinedMs: millis(n.JoinedAt), HandoverAddress: n.Handover}
+		CertSerial: n.CertSerial, CertSpki: n.CertSPKI, CertNotAfterMs: millis(n.CertNotAfter), Token: optionalID(n.Token), JoinedMs: millis(n.JoinedAt), HandoverAddress: n.Handover, LeaseProcess: n.LeaseProcess}
 	for _, a := range n.Addresses {
 		r.Addresses = append(r.Addresses, a.AsSlice())
 	}
@@ -158,7 +158,7 @@ func NodeRecord(n *control.Node) *Node {
 func (r *Node) Row() (*control.Node, error) {
 	var s scan
 	n := &control.Node{Name: r.GetName(), State: control.NodeState(r.GetState()), Zone: r.GetZone(), Labels: fromLabels(r.GetLabels()), Version: r.GetVersion(),
-		CertSerial: r.GetCertSerial(), CertSPKI: r.GetCertSpki(), CertNotAfter: fromMillis(r.GetCertNotAfterMs()), JoinedAt: fromMillis(r.GetJoinedMs()), Handover: r.GetHandoverAddress()}
+		CertSerial: r.GetCertSerial(), CertSPKI: r.GetCertSpki(), CertNotAfter: fromMillis(r.GetCertNotAfterMs()), JoinedAt: fromMillis(r.GetJoinedMs()), Handover: r.GetHandoverAddress(), LeaseProcess: r.GetLeaseProcess()}
 	setID(&s, "node", &n.ID, r.GetId())
 	setOptionalID(&s, "token", &n.Token, r.GetToken())
 	for _, b := range r.GetAddresses() {
@@ -292,7 +292,7 @@ func (r *Pool) Row() (*control.Pool, error) {
 func SourceRecord(v *control.Source) *Source {
 	return &Source{Id: optionalID(v.ID), Bind: v.Bind.AsSlice(), Public: v.Public.AsSlice(), Ehlo: v.EHLO, Ptr: v.PTR, Pool: optionalID(v.Pool),
 		Owner: optionalID(v.Owner), Epoch: v.Epoch, Pinned: v.Pinned, State: string(v.State), CreatedMs: millis(v.CreatedAt),
-		Reverse: string(v.Reverse), ReverseDetail: v.ReverseDetail, ReverseMs: millis(v.ReverseAt), Overridden: v.Overridden, Quarantine: v.Quarantine}
+		Reverse: string(v.Reverse), ReverseDetail: v.ReverseDetail, ReverseMs: millis(v.ReverseAt), Overridden: v.Overridden, Quarantine: v.Quarantine, Leased: v.Leased}
 }
 
 // Row returns the row of the record.
@@ -300,7 +300,7 @@ func (r *Source) Row() (*control.Source, error) {
 	var s scan
 	v := &control.Source{Bind: s.addr("bind", r.GetBind()), Public: s.addr("public", r.GetPublic()), EHLO: r.GetEhlo(), PTR: r.GetPtr(),
 		Epoch: r.GetEpoch(), Pinned: r.GetPinned(), State: control.SourceState(r.GetState()), CreatedAt: fromMillis(r.GetCreatedMs()),
-		Reverse: control.ReverseVerdict(r.GetReverse()), ReverseDetail: r.GetReverseDetail(), ReverseAt: fromMillis(r.GetReverseMs()), Overridden: r.GetOverridden(), Quarantine: r.GetQuarantine()}
+		Reverse: control.ReverseVerdict(r.GetReverse()), ReverseDetail: r.GetReverseDetail(), ReverseAt: fromMillis(r.GetReverseMs()), Overridden: r.GetOverridden(), Quarantine: r.GetQuarantine(), Leased: r.GetLeased()}
 	setID(&s, "source", &v.ID, r.GetId())
 	setOptionalID(&s, "pool", &v.Pool, r.GetPool())
 	setOptionalID(&s, "node", &v.Owner, r.GetOwner())

@@ -430,6 +430,7 @@ type Node struct {
 	Token           []byte                 `protobuf:"bytes,11,opt,name=token,proto3" json:"token,omitempty"`
 	JoinedMs        int64                  `protobuf:"varint,12,opt,name=joined_ms,json=joinedMs,proto3" json:"joined_ms,omitempty"`
 	HandoverAddress string                 `protobuf:"bytes,50,opt,name=handover_address,json=handoverAddress,proto3" json:"handover_address,omitempty"` // host:port at which it takes mail of other relays; empty: it takes none
+	LeaseProcess    uint64                 `protobuf:"varint,60,opt,name=lease_process,json=leaseProcess,proto3" json:"lease_process,omitempty"`         // incarnation of the process that its floating addresses are leased to; 0: none yet
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -553,6 +554,13 @@ func (x *Node) GetHandoverAddress() string {
 		return x.HandoverAddress
 	}
 	return ""
+}
+
+func (x *Node) GetLeaseProcess() uint64 {
+	if x != nil {
+		return x.LeaseProcess
+	}
+	return 0
 }
 
 type Redemption struct {
@@ -1370,6 +1378,7 @@ type Source struct {
 	ReverseMs     int64                  `protobuf:"varint,14,opt,name=reverse_ms,json=reverseMs,proto3" json:"reverse_ms,omitempty"`            // when the verdict was reached
 	Overridden    bool                   `protobuf:"varint,15,opt,name=overridden,proto3" json:"overridden,omitempty"`                           // an operator uses it without confirmed reverse DNS
 	Quarantine    string                 `protobuf:"bytes,16,opt,name=quarantine,proto3" json:"quarantine,omitempty"`                            // why it is used by nobody until an operator says so; empty: it is not in quarantine
+	Leased        bool                   `protobuf:"varint,17,opt,name=leased,proto3" json:"leased,omitempty"`                                   // its last assignment ends by itself when its relay is silent
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1514,6 +1523,13 @@ func (x *Source) GetQuarantine() string {
 		return x.Quarantine
 	}
 	return ""
+}
+
+func (x *Source) GetLeased() bool {
+	if x != nil {
+		return x.Leased
+	}
+	return false
 }
 
 type PolicySection struct {
@@ -2196,7 +2212,7 @@ const file_control_command_records_proto_rawDesc = "" +
 	"\x11ServerCertificate\x12\x16\n" +
 	"\x06serial\x18\x01 \x01(\tR\x06serial\x12 \n" +
 	"\fnot_after_ms\x18\x02 \x01(\x03R\n" +
-	"notAfterMs\"\x85\x03\n" +
+	"notAfterMs\"\xaa\x03\n" +
 	"\x04Node\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\fR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x14\n" +
@@ -2212,7 +2228,8 @@ const file_control_command_records_proto_rawDesc = "" +
 	" \x03(\fR\taddresses\x12\x14\n" +
 	"\x05token\x18\v \x01(\fR\x05token\x12\x1b\n" +
 	"\tjoined_ms\x18\f \x01(\x03R\bjoinedMs\x12)\n" +
-	"\x10handover_address\x182 \x01(\tR\x0fhandoverAddress\";\n" +
+	"\x10handover_address\x182 \x01(\tR\x0fhandoverAddress\x12#\n" +
+	"\rlease_process\x18< \x01(\x04R\fleaseProcess\";\n" +
 	"\n" +
 	"Redemption\x12\x19\n" +
 	"\bcsr_hash\x18\x01 \x01(\fR\acsrHash\x12\x12\n" +
@@ -2297,7 +2314,7 @@ const file_control_command_records_proto_rawDesc = "" +
 	"\x04kind\x18\x03 \x01(\tR\x04kind\x12\x16\n" +
 	"\x06tenant\x18\x04 \x01(\fR\x06tenant\x12\x1d\n" +
 	"\n" +
-	"created_ms\x18\x05 \x01(\x03R\tcreatedMs\"\x97\x03\n" +
+	"created_ms\x18\x05 \x01(\x03R\tcreatedMs\"\xaf\x03\n" +
 	"\x06Source\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\fR\x02id\x12\x12\n" +
 	"\x04bind\x18\x02 \x01(\fR\x04bind\x12\x16\n" +
@@ -2321,7 +2338,8 @@ const file_control_command_records_proto_rawDesc = "" +
 	"overridden\x12\x1e\n" +
 	"\n" +
 	"quarantine\x18\x10 \x01(\tR\n" +
-	"quarantine\"7\n" +
+	"quarantine\x12\x16\n" +
+	"\x06leased\x18\x11 \x01(\bR\x06leased\"7\n" +
 	"\rPolicySection\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04text\x18\x02 \x01(\tR\x04text\"F\n" +

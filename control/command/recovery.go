@@ -6,7 +6,7 @@ import "github.com/relais-mta/relais/control"
 // since 1970 or a small number.
 const MaxGeneration = 1 << 40
 
-// firstTypes to fourthTypes are the last type numbers of versions 1 to 4 of the
+// firstTypes to fifthTypes are the last type numbers of versions 1 to 5 of the
 // commands. What was added later is logged only when every server of the cluster
 // knows it.
 const (
@@ -14,6 +14,7 @@ const (
 	secondTypes = 59
 	thirdTypes  = 80
 	fourthTypes = 113
+	fifthTypes  = 120
 )
 
 // Since returns the first version of the commands that has the type.
@@ -30,7 +31,10 @@ func Since(t Type) uint16 {
 	if t&^IgnorableBit <= fourthTypes {
 		return 4
 	}
-	return 5
+	if t&^IgnorableBit <= fifthTypes {
+		return 5
+	}
+	return 6
 }
 
 // RecoveryRecord returns the record of the row.

@@ -28,6 +28,9 @@ func TestOldServersApplyWhatTheyKnow(t *testing.T) {
 		if TypeOf(c) >= TypeWarmTell && TypeOf(c)&IgnorableBit == 0 {
 			want = 5
 		}
+		if TypeOf(c) >= TypeIPReclaim && TypeOf(c)&IgnorableBit == 0 {
+			want = 6
+		}
 		if got := binary.BigEndian.Uint16(b[1:]); got != want {
 			t.Errorf("%s is stamped with version %d, want %d", TypeOf(c), got, want)
 		}

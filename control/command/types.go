@@ -134,6 +134,8 @@ var registry = []registration{
 	{TypeIPRetire, "ip.retire", func() Command { return new(IPRetire) }},
 	{TypeIPLeft, "ip.left", func() Command { return new(IPLeft) }},
 	{TypeIPQuarantine, "ip.quarantine", func() Command { return new(IPQuarantine) }},
+	{TypeIPReclaim, "ip.reclaim", func() Command { return new(IPReclaim) }},
+	{TypeIPHeard, "ip.heard", func() Command { return new(IPHeard) }},
 	{TypeStateHash, "state-hash", func() Command { return new(StateHash) }},
 }
 

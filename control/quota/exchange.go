@@ -15,6 +15,8 @@ import (
 const (
 	requestUp   = "quota-up"   // these relays, linked here, said this
 	requestDown = "quota-down" // what is there for relays linked here? Waits until there is something
+
+	requestFloating = "quota-floating" // who has floating addresses, and when do their leases end?
 )
 
 const (
@@ -160,11 +162,11 @@ type Request func(ctx context.Context, from ids.Node, body []byte) (any, error)
 
 // Requests are what this server answers to others.
 func (q *Quota) Requests() map[string]Request {
-	return map[string]Request{requestUp: q.onUp, requestDown: q.onDown, requestStatus: q.onStatus}
+	return map[string]Request{requestUp: q.onUp, requestDown: q.onDown, requestStatus: q.onStatus, requestFloating: q.onFloating}
 }
 
 // RequestNames are the names of all Requests.
-func RequestNames() []string { return []string{requestUp, requestDown, requestStatus} }
+func RequestNames() []string { return []string{requestUp, requestDown, requestStatus, requestFloating} }
 
 func (q *Quota) onUp(_ context.Context, from ids.Node, body []byte) (any, error) {
 	const op = "quota.onUp"

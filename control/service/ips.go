@@ -126,6 +126,11 @@ func (s *Service) AddIP(ctx context.Context, a Actor, req IPRequest, c Change) (
 			return nil, err
 		}
 	}
+	if req.Floating {
+		if err := s.needs(op, "a floating address", control.FloatingVersion); err != nil {
+			return nil, err
+		}
+	}
 	node, pool, err := s.placeOf(req.Node, req.Pool)
 	if err != nil {
 		return nil, err
@@ -182,6 +187,9 @@ func (s *Service) AssignIP(ctx context.Context, a Actor, ref string, req AssignR
 	if err != nil {
 		return nil, err
 	}
+	if err := s.checkLease(ctx, src, node, req); err != nil {
+		return nil, err
+	}
 	return propose[control.Source](ctx, s, &command.IPAssign{Meta: c.meta(a), Expect: c.revision(src.Revision), Source: src.ID[:], Node: node, Pool: pool, OldOwnerIsOff: req.OldOwnerIsOff})
 }
 
@@ -207,6 +215,7 @@ type IPView struct {
 	PoolName  string
 	Present   *bool  // nil: the owner is not connected
 	Unused    string // why no mail leaves from it; empty: it may
+	Lease     *AddressLease
 }
 
 // IPs returns the addresses, oldest first.
@@ -221,6 +230,7 @@ func (s *Service) IPs(a Actor) ([]IPView, error) {
 	for _, src := range rows {
 		out = append(out, ipView(r, src, heard))
 	}
+	s.addLeases(context.Background(), out)
 	return out, nil
 }
 
@@ -234,7 +244,9 @@ func (s *Service) IPView(a Actor, ref string) (IPView, error) {
 	if err != nil {
 		return IPView{}, err
 	}
-	return ipView(r, src, s.seenAnywhere()), nil
+	out := []IPView{ipView(r, src, s.seenAnywhere())}
+	s.addLeases(context.Background(), out)
+	return out[0], nil
 }
 
 func ipView(r *state.Reader, src *control.Source, heard map[ids.Node]Seen) IPView {

@@ -15,6 +15,7 @@ import (
 	"github.com/relais-mta/relais/shared/ids"
 	"github.com/relais-mta/relais/shared/lease"
 	"github.com/relais-mta/relais/shared/mailaddr"
+	"github.com/relais-mta/relais/shared/ownership"
 	"github.com/relais-mta/relais/shared/policy"
 )
 
@@ -318,12 +319,17 @@ func owesFloors(r *state.Reader, id ids.Node, keeps bool, generation uint64) boo
 	return n.Declared != generation
 }
 
-// LeaseTTL is the longest life of a share of a limit that a relay may work by now.
+// LeaseTTL is the longest life of anything that is leased to a relay now: a share of
+// a limit, or a floating address.
 func (s *Service) LeaseTTL() time.Duration { return leaseTTL(s.state.Read()) }
 
 func leaseTTL(r *state.Reader) time.Duration {
 	row := r.Lease()
-	return max(row.Config.TTL, row.Reclaim.TTL)
+	longest := max(row.Config.TTL, row.Reclaim.TTL)
+	if r.LeasesSources() {
+		longest = max(longest, ownership.DefaultConfig().TTL)
+	}
+	return longest
 }
 
 // owesWarm reports whether a relay has not yet said, in recovery mode, that all that

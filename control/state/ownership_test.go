@@ -14,8 +14,9 @@ import (
 // shared/ownership say of its one address.
 type replicated struct {
 	*world
-	row ownership.Address
-	ip  ids.Source
+	row   ownership.Address
+	ip    ids.Source
+	given bool // it was assigned once
 }
 
 func rowID[T ~[16]byte](n int) (row T) {
@@ -28,7 +29,7 @@ const (
 	agreePools = 3 // of everybody, and of two tenants
 )
 
-func newReplicated(t *testing.T) *replicated {
+func newReplicated(t *testing.T, pinned bool) *replicated {
 	r := &replicated{world: newWorld(t), ip: rowID[ids.Source](40)}
 	r.ok(&command.ClusterInit{Cluster: &command.Cluster{Id: id(100), Generation: 1, FsmVersion: uint32(command.FSMVersion), CaBundle: []byte("pem"), CredentialKeySealed: make([]byte, 32)}})
 	for n := 1; n <= agreeNodes; n++ {
@@ -44,8 +45,8 @@ func newReplicated(t *testing.T) *replicated {
 		}
 		r.ok(&command.PoolPut{Pool: put})
 	}
-	r.ok(&command.IPPut{Source: &command.Source{Id: r.ip[:], Bind: []byte{10, 0, 0, 1}, Public: []byte{10, 0, 0, 1}, Ehlo: "a.example.net", Pinned: true, State: "free"}})
-	r.row = ownership.Address{State: ownership.Free, Pinned: true}
+	r.ok(&command.IPPut{Source: &command.Source{Id: r.ip[:], Bind: []byte{10, 0, 0, 1}, Public: []byte{10, 0, 0, 1}, Ehlo: "a.example.net", Pinned: pinned, State: "free"}})
+	r.row = ownership.Address{State: ownership.Free, Pinned: pinned}
 	return r
 }
 
@@ -69,7 +70,7 @@ type step struct {
 func (r *replicated) draw(rng *rand.Rand, active []int) step {
 	n, pool, off := active[rng.IntN(len(active))], rng.IntN(agreePools), rng.IntN(3) == 0
 	node, poolID := rowID[ids.Node](n), rowID[ids.Pool](pool+50)
-	switch rng.IntN(9) {
+	switch rng.IntN(10) {
 	case 0, 1:
 		return step{"assign", &command.IPAssign{Source: r.ip[:], Node: node[:], OldOwnerIsOff: off}, func(a ownership.Address, index uint64) (ownership.Address, error) {
 			return a.Assign(node, index, off)
@@ -88,6 +89,16 @@ func (r *replicated) draw(rng *rand.Rand, active []int) step {
 		}}
 	case 6, 7:
 		return r.drawLeft(rng, node)
+	case 8:
+		epoch := r.row.Epoch - min(r.row.Epoch, uint64(rng.IntN(2)))
+		return step{"reclaim", &command.IPReclaim{Source: r.ip[:], Epoch: epoch}, func(a ownership.Address, _ uint64) (ownership.Address, error) {
+			if !r.given {
+				a.Pinned = true // nobody ever had it, so it was never leased
+			}
+			after, err := a.Reclaim(epoch)
+			after.Pinned = r.row.Pinned
+			return after, err
+		}}
 	}
 	return step{"place", &command.IPAssign{Source: r.ip[:], Pool: poolID[:]}, func(a ownership.Address, _ uint64) (ownership.Address, error) {
 		return a.Place(tenantOf(pool))
@@ -122,9 +133,9 @@ func (r *replicated) evict(n int) {
 // the simulator tries with the same steps: they allow the same and come to the same.
 func TestStateKeepsTheRulesOfOwnership(t *testing.T) {
 	allowed, refused, moved := map[string]int{}, map[string]int{}, map[string]int{}
-	for seed := range uint64(60) {
+	for seed := range uint64(120) {
 		rng := rand.New(rand.NewPCG(seed, 7))
-		r := newReplicated(t)
+		r := newReplicated(t, seed%2 == 0)
 		active := []int{1, 2, 3, 4, 5}
 		for range 60 {
 			if len(active) > 1 && rng.IntN(12) == 0 {
@@ -143,6 +154,7 @@ func TestStateKeepsTheRulesOfOwnership(t *testing.T) {
 			if after.State != r.row.State {
 				moved[s.name+" to "+string(after.State)]++
 			}
+			r.given = r.given || !after.Owner.IsZero()
 			if r.row = after; bad != nil {
 				refused[s.name]++
 			} else {
@@ -151,12 +163,12 @@ func TestStateKeepsTheRulesOfOwnership(t *testing.T) {
 			r.same(s.name)
 		}
 	}
-	for _, name := range []string{"assign to assigned", "release to releasing", "left to free", "quarantine to quarantined", "end the quarantine to free"} {
+	for _, name := range []string{"assign to assigned", "release to releasing", "left to free", "quarantine to quarantined", "end the quarantine to free", "reclaim to free"} {
 		if moved[name] < 20 {
 			t.Errorf("%s: %d times", name, moved[name])
 		}
 	}
-	for _, name := range []string{"assign", "end the quarantine", "place", "release"} {
+	for _, name := range []string{"assign", "end the quarantine", "place", "release", "reclaim"} {
 		if allowed[name] < 20 || refused[name] < 20 {
 			t.Errorf("%s: allowed %d times, refused %d times", name, allowed[name], refused[name])
 		}

@@ -24,6 +24,10 @@ func (a *applier) applyOwn(body command.Command) (row any, known bool, err error
 		row, err = a.sourceLeft(c)
 	case *command.IPQuarantine:
 		row, err = a.sourceQuarantine(c)
+	case *command.IPReclaim:
+		row, err = a.sourceReclaim(c)
+	case *command.IPHeard:
+		row, err = nil, a.leaseProcesses(c)
 	default:
 		return nil, false, nil
 	}

@@ -31,6 +31,7 @@ var sourcesTable = &table[control.Source]{
 	indexes: []index[control.Source]{
 		{name: "bind", unique: true, key: func(s *control.Source) []byte { return addrKey(s.Bind) }},
 		{name: "public", unique: true, key: func(s *control.Source) []byte { return addrKey(s.Public) }},
+		{name: "leased", unique: true, key: leasedKey},
 	},
 }
 
@@ -87,7 +88,7 @@ func (a *applier) sourcePut(c *command.IPPut) (any, error) {
 
 // unplaced refuses a row whose placement differs from the old one's.
 func unplaced(row, old *control.Source) error {
-	if row.Owner != old.Owner || row.Pool != old.Pool || row.Epoch != old.Epoch || row.State != old.State || row.Quarantine != old.Quarantine {
+	if row.Owner != old.Owner || row.Pool != old.Pool || row.Epoch != old.Epoch || row.State != old.State || row.Quarantine != old.Quarantine || row.Leased != old.Leased {
 		return fault.Field(op, "owner", "owner and pool change by assignment only")
 	}
 	return nil
@@ -167,6 +168,7 @@ func (a *applier) newOwner(old, row *control.Source, c *command.IPAssign) error 
 		return e
 	}
 	row.Owner, row.Epoch, row.State, row.Quarantine = node.ID, a.index, control.SourceAssigned, ""
+	row.Leased = a.leases(row)
 	return nil
 }
 
@@ -192,6 +194,9 @@ func (a *applier) keptBy(old *control.Source, to *control.Node, ownerIsOff bool)
 		return "is being released by node " + name + ": wait until `relais-control ip list` shows it as free, or switch that machine off and say so with --old-owner-is-off"
 	case control.SourceQuarantined:
 		return "is in quarantine, and node " + name + " may still use it: switch that machine off and say so with --old-owner-is-off"
+	}
+	if old.Leased {
+		return "is assigned to node " + name + ": release it with `relais-control ip release`, or wait: it is floating, and free by itself when that relay is silent"
 	}
 	return "is assigned to node " + name + ": release it with `relais-control ip release`, or switch that machine off and say so with --old-owner-is-off"
 }

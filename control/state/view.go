@@ -139,6 +139,6 @@ func (r *Reader) viewSources(v *policy.View) {
 		if verdicts && !s.Usable() || s.State == control.SourceQuarantined || s.State == control.SourceReleasing {
 			continue // a relay must not even try it
 		}
-		v.Sources = append(v.Sources, policy.Source{ID: s.ID, Bind: s.Bind, Public: s.Public, EHLO: s.EHLO, Pool: s.Pool, Owner: s.Owner, Epoch: s.Epoch, Pinned: s.Pinned})
+		v.Sources = append(v.Sources, policy.Source{ID: s.ID, Bind: s.Bind, Public: s.Public, EHLO: s.EHLO, Pool: s.Pool, Owner: s.Owner, Epoch: s.Epoch, Pinned: s.Pinned, Leased: s.Leased})
 	}
 }

@@ -31,6 +31,7 @@ const DefaultRefresh = 10 * time.Second
 type Config struct {
 	Node       ids.Node // this relay: only its sources are used
 	Refresh    time.Duration
+	Leases     *Leases // of floating addresses; nil: none is used
 	Log        *slog.Logger
 	Registerer prometheus.Registerer
 }
@@ -42,7 +43,8 @@ type State uint8
 const (
 	NotAssigned State = iota // unknown, or owned by another relay
 	NotPresent               // assigned here, but not a local address of this machine
-	Usable                   // assigned here and present
+	NotLeased                // assigned here and present, but floating and without a lease now
+	Usable                   // assigned here, present, and leased if it floats
 )
 
 // String returns the word that health and the link report use.
@@ -50,11 +52,16 @@ func (s State) String() string {
 	switch s {
 	case NotPresent:
 		return "not present"
+	case NotLeased:
+		return "not leased"
 	case Usable:
 		return "usable"
 	}
 	return "not assigned"
 }
+
+// Present reports whether the address is assigned here and on this machine.
+func (s State) Present() bool { return s >= NotLeased }
 
 // Status is a source of this relay with its state.
 type Status struct {
@@ -69,6 +76,7 @@ type sources map[ids.Source]Status
 type Manager struct {
 	node    ids.Node
 	refresh time.Duration
+	leases  *Leases
 	log     *slog.Logger
 
 	writing sync.Mutex // serialises SetSources and Refresh
@@ -84,7 +92,7 @@ func New(cfg Config) (*Manager, error) {
 	if cfg.Node.IsZero() || cfg.Log == nil || cfg.Registerer == nil {
 		return nil, fault.New(fault.Internal, op, "node, logger and metrics registry are needed")
 	}
-	m := &Manager{node: cfg.Node, refresh: cfg.Refresh, log: cfg.Log,
+	m := &Manager{node: cfg.Node, refresh: cfg.Refresh, leases: cfg.Leases, log: cfg.Log,
 		states: prometheus.NewGaugeVec(prometheus.GaugeOpts{
 			Name: "relais_relay_sources", Help: "Source addresses assigned to this relay, by state.",
 		}, []string{"state"}),
@@ -148,7 +156,7 @@ func (m *Manager) Run(ctx context.Context) {
 func (m *Manager) check(mine []policy.Source) {
 	before := *m.current.Load()
 	next := make(sources, len(mine))
-	counts := [3]int{}
+	counts := [4]int{}
 	for _, s := range mine {
 		state := NotPresent
 		here, err := present(s.Bind)
@@ -160,6 +168,11 @@ func (m *Manager) check(mine []policy.Source) {
 		case here:
 			state = Usable
 		}
+		if state >= NotLeased && s.Leased {
+			if state = NotLeased; m.leases.usable(s.ID) {
+				state = Usable
+			}
+		}
 		if old, known := before[s.ID]; !known || old.State != state || old.Source.Bind != s.Bind {
 			m.log.Info("source state", "source", s.ID.String(), "address", s.Bind.String(), "state", state.String())
 		}
@@ -168,14 +181,19 @@ func (m *Manager) check(mine []policy.Source) {
 	}
 	m.current.Store(&next)
 	m.states.WithLabelValues("usable").Set(float64(counts[Usable]))
+	m.states.WithLabelValues("not_leased").Set(float64(counts[NotLeased]))
 	m.states.WithLabelValues("not_present").Set(float64(counts[NotPresent]))
 }
 
 // State returns the state of a source.
 func (m *Manager) State(id ids.Source) State { return (*m.current.Load())[id].State }
 
+// Why says why a floating address that is assigned here is not used; "" if it is used,
+// or does not float.
+func (m *Manager) Why(id ids.Source) string { return m.leases.Why(id) }
+
 // Usable reports whether mail may leave from the source: it is assigned to
-// this relay and present on this machine.
+// this relay and present on this machine, and has a lease if it floats.
 func (m *Manager) Usable(id ids.Source) bool { return m.State(id) == Usable }
 
 // Sources returns the sources assigned to this relay, in no order.
@@ -194,28 +212,40 @@ func (m *Manager) Sources() []Status {
 // all than there are local ports. Every error is a *DialError.
 func (m *Manager) Dial(ctx context.Context, id ids.Source, remote netip.AddrPort, timeout time.Duration) (net.Conn, error) {
 	status := (*m.current.Load())[id]
-	fail := func(cause Cause, err error) (net.Conn, error) {
-		m.results.WithLabelValues(cause.String()).Inc()
-		return nil, &DialError{Cause: cause, Source: status.Source.Bind, Remote: remote, Err: err}
+	if status.State != Usable || status.Source.Bind.Is4() != remote.Addr().Unmap().Is4() {
+		return nil, m.failed(&status, remote, Unusable, nil)
 	}
-	bind := status.Source.Bind
-	if status.State != Usable || bind.Is4() != remote.Addr().Unmap().Is4() {
-		return fail(Unusable, nil)
+	if status.Source.Leased {
+		return m.dialLeased(ctx, &status, remote, timeout)
 	}
+	conn, err := m.connect(ctx, &status, remote, timeout)
+	if err != nil {
+		return nil, m.failed(&status, remote, m.cause(err, status.Source.Bind), err)
+	}
+	return conn, nil
+}
+
+// failed counts a connection that did not come about, and returns why.
+func (m *Manager) failed(status *Status, remote netip.AddrPort, cause Cause, err error) error {
+	m.results.WithLabelValues(cause.String()).Inc()
+	return &DialError{Cause: cause, Source: status.Source.Bind, Remote: remote, Err: err}
+}
+
+// connect opens a connection from a source.
+func (m *Manager) connect(ctx context.Context, status *Status, remote netip.AddrPort, timeout time.Duration) (net.Conn, error) {
 	dialer := net.Dialer{
 		Timeout:   timeout,
-		LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(bind, 0)),
+		LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(status.Source.Bind, 0)),
 		Control:   bindAddressNoPort,
 		// Dead peers are found by the deadlines of the SMTP dialogue.
 		KeepAliveConfig: net.KeepAliveConfig{Enable: false},
 		KeepAlive:       -1,
 	}
 	conn, err := dialer.DialContext(ctx, "tcp", remote.String())
-	if err != nil {
-		return fail(m.cause(err, bind), err)
+	if err == nil {
+		m.results.WithLabelValues("connected").Inc()
 	}
-	m.results.WithLabelValues("connected").Inc()
-	return conn, nil
+	return conn, err
 }
 
 // cause classifies a dial error. "Cannot assign requested address" has two

@@ -67,6 +67,9 @@ func (e *Engine) Explain(env *relay.Envelope, index int, st relay.RecipientState
 		return Explanation{Reason: "in-flight", Text: "it is being delivered", Provider: w.Lane.Provider}
 	}
 	x := Explanation{Reason: w.Reason, Text: whyTexts[w.Reason], Until: w.Until, Provider: w.Lane.Provider}
+	if w.Reason == "source" {
+		x.Text += e.unleased(env.Pool)
+	}
 	if w.Hold.Reason != "" {
 		x.Text, x.Limit, x.Scope = w.Hold.Text, w.Hold.Name, w.Hold.Scope
 		if w.Hold.Until.After(x.Until) {

@@ -101,6 +101,23 @@ func (e *Engine) usable(dir *policy.Directory, pool ids.Pool) []schedule.Source 
 	return out
 }
 
+// unleased says which floating addresses of a pool wait for their lease, for the
+// explanation of why no source can be used.
+func (e *Engine) unleased(pool ids.Pool) (text string) {
+	dir := e.cfg.Directory()
+	if dir == nil {
+		return ""
+	}
+	for _, s := range dir.LocalSources(pool) {
+		if s.Leased {
+			if why := e.cfg.Egress.Why(s.ID); why != "" {
+				text += "; " + why
+			}
+		}
+	}
+	return text
+}
+
 // scheduleKey is what the scheduler needs to know of a work queue.
 func scheduleKey(k *queue.Key) schedule.Key {
 	return schedule.Key{Tenant: k.Tenant, Stream: k.Stream, Kind: k.Kind, Pool: k.Pool, Domain: k.Domain, Priority: k.Priority}

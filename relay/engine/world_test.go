@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/relais-mta/relais/relay"
 	"github.com/relais-mta/relais/relay/delivery"
@@ -23,6 +24,7 @@ import (
 	"github.com/relais-mta/relais/shared/fault"
 	"github.com/relais-mta/relais/shared/ids"
 	"github.com/relais-mta/relais/shared/lab"
+	"github.com/relais-mta/relais/shared/lease"
 	"github.com/relais-mta/relais/shared/mailaddr"
 	"github.com/relais-mta/relais/shared/policy"
 )
@@ -45,6 +47,7 @@ type world struct {
 	leaving []policy.LeavingSource // in views made from now on
 	trusted atomic.Bool
 	skew    atomic.Int64 // nanoseconds by which the relay's clock is ahead
+	leases  *egress.Leases
 	egress  *egress.Manager
 	fs      store.FileSystem // nil: the operating system's
 	store   *store.Store
@@ -142,8 +145,11 @@ func (w *world) open() {
 	check()
 	w.outbox, err = outbox.Open(w.store, outbox.Config{MaxBytes: storage.MaxOutboxBytes, Logger: log})
 	check()
-	w.egress, err = egress.New(egress.Config{Node: here, Log: log, Registerer: reg})
+	w.leases, err = egress.NewLeases(egress.LeaseConfig{Node: here, Incarnation: 1, Send: func(proto.Message) error { return nil }, Clock: func() lease.Instant { return 1 }, Changed: func() {}, Log: log, Registerer: reg})
 	check()
+	w.egress, err = egress.New(egress.Config{Node: here, Leases: w.leases, Log: log, Registerer: reg})
+	check()
+	w.leases.SetView(dir.Sources(), nil)
 	w.egress.SetSources(dir.Sources())
 	resolver, err := resolve.New(resolve.Config{Servers: []netip.AddrPort{w.lab.DNSAddr()}, Policy: delivering, AllowPrivate: true, Log: log, Registerer: reg})
 	check()

@@ -92,6 +92,18 @@ func (u *Use) CloseBy() lease.Instant {
 	return u.until
 }
 
+// Until returns the instant at which the lease of a floating address ends, or ended;
+// 0 if there was none under the present assignment, and for any other address.
+func (u *Use) Until() lease.Instant {
+	if u.news.Pinned || u.news.Owner != u.node || u.node.IsZero() {
+		return 0
+	}
+	return u.until
+}
+
+// Owner returns who has the address by the last news of it.
+func (u *Use) Owner() ids.Node { return u.news.Owner }
+
 // Opened and Closed count sessions.
 func (u *Use) Opened() { u.open++ }
 

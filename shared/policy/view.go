@@ -136,6 +136,7 @@ type Source struct {
 	Owner  ids.Node   // zero: assigned to no relay
 	Epoch  uint64     // raft index of the assignment; only grows
 	Pinned bool       // the address is routed to one machine
+	Leased bool       // its owner uses it only while the leader answers, by shared/ownership
 }
 
 // ReturnPathKey signs return paths. The first key of a view signs; all verify.

@@ -23,6 +23,175 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+// AddressReport asks for leases of the floating addresses that a relay has. An
+// address that the answer names may be used for a TTL from when the report was sent.
+type AddressReport struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Incarnation   uint64                 `protobuf:"varint,1,opt,name=incarnation,proto3" json:"incarnation,omitempty"`
+	Nonce         uint64                 `protobuf:"varint,2,opt,name=nonce,proto3" json:"nonce,omitempty"` // counts the reports of this process
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AddressReport) Reset() {
+	*x = AddressReport{}
+	mi := &file_shared_wire_ownership_proto_msgTypes[0]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AddressReport) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AddressReport) ProtoMessage() {}
+
+func (x *AddressReport) ProtoReflect() protoreflect.Message {
+	mi := &file_shared_wire_ownership_proto_msgTypes[0]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AddressReport.ProtoReflect.Descriptor instead.
+func (*AddressReport) Descriptor() ([]byte, []int) {
+	return file_shared_wire_ownership_proto_rawDescGZIP(), []int{0}
+}
+
+func (x *AddressReport) GetIncarnation() uint64 {
+	if x != nil {
+		return x.Incarnation
+	}
+	return 0
+}
+
+func (x *AddressReport) GetNonce() uint64 {
+	if x != nil {
+		return x.Nonce
+	}
+	return 0
+}
+
+// AddressAnswer answers an AddressReport, once a command is committed that was
+// proposed after the report came.
+type AddressAnswer struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Incarnation   uint64                 `protobuf:"varint,1,opt,name=incarnation,proto3" json:"incarnation,omitempty"`
+	Nonce         uint64                 `protobuf:"varint,2,opt,name=nonce,proto3" json:"nonce,omitempty"`
+	Leased        []*LeasedSource        `protobuf:"bytes,3,rep,name=leased,proto3" json:"leased,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AddressAnswer) Reset() {
+	*x = AddressAnswer{}
+	mi := &file_shared_wire_ownership_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AddressAnswer) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AddressAnswer) ProtoMessage() {}
+
+func (x *AddressAnswer) ProtoReflect() protoreflect.Message {
+	mi := &file_shared_wire_ownership_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AddressAnswer.ProtoReflect.Descriptor instead.
+func (*AddressAnswer) Descriptor() ([]byte, []int) {
+	return file_shared_wire_ownership_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *AddressAnswer) GetIncarnation() uint64 {
+	if x != nil {
+		return x.Incarnation
+	}
+	return 0
+}
+
+func (x *AddressAnswer) GetNonce() uint64 {
+	if x != nil {
+		return x.Nonce
+	}
+	return 0
+}
+
+func (x *AddressAnswer) GetLeased() []*LeasedSource {
+	if x != nil {
+		return x.Leased
+	}
+	return nil
+}
+
+// LeasedSource is an address that a relay has by a lease.
+type LeasedSource struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	SourceId      []byte                 `protobuf:"bytes,1,opt,name=source_id,json=sourceId,proto3" json:"source_id,omitempty"`
+	Epoch         uint64                 `protobuf:"varint,2,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LeasedSource) Reset() {
+	*x = LeasedSource{}
+	mi := &file_shared_wire_ownership_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LeasedSource) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LeasedSource) ProtoMessage() {}
+
+func (x *LeasedSource) ProtoReflect() protoreflect.Message {
+	mi := &file_shared_wire_ownership_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LeasedSource.ProtoReflect.Descriptor instead.
+func (*LeasedSource) Descriptor() ([]byte, []int) {
+	return file_shared_wire_ownership_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *LeasedSource) GetSourceId() []byte {
+	if x != nil {
+		return x.SourceId
+	}
+	return nil
+}
+
+func (x *LeasedSource) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
 // LeavingSource is an address that its owner is to stop using, in a view, or has
 // stopped using, in a report.
 type LeavingSource struct {
@@ -36,7 +205,7 @@ type LeavingSource struct {
 
 func (x *LeavingSource) Reset() {
 	*x = LeavingSource{}
-	mi := &file_shared_wire_ownership_proto_msgTypes[0]
+	mi := &file_shared_wire_ownership_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -48,7 +217,7 @@ func (x *LeavingSource) String() string {
 func (*LeavingSource) ProtoMessage() {}
 
 func (x *LeavingSource) ProtoReflect() protoreflect.Message {
-	mi := &file_shared_wire_ownership_proto_msgTypes[0]
+	mi := &file_shared_wire_ownership_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -61,7 +230,7 @@ func (x *LeavingSource) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeavingSource.ProtoReflect.Descriptor instead.
 func (*LeavingSource) Descriptor() ([]byte, []int) {
-	return file_shared_wire_ownership_proto_rawDescGZIP(), []int{0}
+	return file_shared_wire_ownership_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *LeavingSource) GetSourceId() []byte {
@@ -89,7 +258,17 @@ var File_shared_wire_ownership_proto protoreflect.FileDescriptor
 
 const file_shared_wire_ownership_proto_rawDesc = "" +
 	"\n" +
-	"\x1bshared/wire/ownership.proto\x12\x0erelais.wire.v1\"]\n" +
+	"\x1bshared/wire/ownership.proto\x12\x0erelais.wire.v1\"G\n" +
+	"\rAddressReport\x12 \n" +
+	"\vincarnation\x18\x01 \x01(\x04R\vincarnation\x12\x14\n" +
+	"\x05nonce\x18\x02 \x01(\x04R\x05nonce\"}\n" +
+	"\rAddressAnswer\x12 \n" +
+	"\vincarnation\x18\x01 \x01(\x04R\vincarnation\x12\x14\n" +
+	"\x05nonce\x18\x02 \x01(\x04R\x05nonce\x124\n" +
+	"\x06leased\x18\x03 \x03(\v2\x1c.relais.wire.v1.LeasedSourceR\x06leased\"A\n" +
+	"\fLeasedSource\x12\x1b\n" +
+	"\tsource_id\x18\x01 \x01(\fR\bsourceId\x12\x14\n" +
+	"\x05epoch\x18\x02 \x01(\x04R\x05epoch\"]\n" +
 	"\rLeavingSource\x12\x1b\n" +
 	"\tsource_id\x18\x01 \x01(\fR\bsourceId\x12\x19\n" +
 	"\bowner_id\x18\x02 \x01(\fR\aownerId\x12\x14\n" +
@@ -107,16 +286,20 @@ func file_shared_wire_ownership_proto_rawDescGZIP() []byte {
 	return file_shared_wire_ownership_proto_rawDescData
 }
 
-var file_shared_wire_ownership_proto_msgTypes = make([]protoimpl.MessageInfo, 1)
+var file_shared_wire_ownership_proto_msgTypes = make([]protoimpl.MessageInfo, 4)
 var file_shared_wire_ownership_proto_goTypes = []any{
-	(*LeavingSource)(nil), // 0: relais.wire.v1.LeavingSource
+	(*AddressReport)(nil), // 0: relais.wire.v1.AddressReport
+	(*AddressAnswer)(nil), // 1: relais.wire.v1.AddressAnswer
+	(*LeasedSource)(nil),  // 2: relais.wire.v1.LeasedSource
+	(*LeavingSource)(nil), // 3: relais.wire.v1.LeavingSource
 }
 var file_shared_wire_ownership_proto_depIdxs = []int32{
-	0, // [0:0] is the sub-list for method output_type
-	0, // [0:0] is the sub-list for method input_type
-	0, // [0:0] is the sub-list for extension type_name
-	0, // [0:0] is the sub-list for extension extendee
-	0, // [0:0] is the sub-list for field type_name
+	2, // 0: relais.wire.v1.AddressAnswer.leased:type_name -> relais.wire.v1.LeasedSource
+	1, // [1:1] is the sub-list for method output_type
+	1, // [1:1] is the sub-list for method input_type
+	1, // [1:1] is the sub-list for extension type_name
+	1, // [1:1] is the sub-list for extension extendee
+	0, // [0:1] is the sub-list for field type_name
 }
 
 func init() { file_shared_wire_ownership_proto_init() }
@@ -130,7 +313,7 @@ func file_shared_wire_ownership_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_shared_wire_ownership_proto_rawDesc), len(file_shared_wire_ownership_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   1,
+			NumMessages:   4,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

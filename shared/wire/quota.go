@@ -33,6 +33,8 @@ var quotaKinds = []struct {
 	{6, (*LeaseHelloWanted)(nil)},
 	{10, (*WarmUp)(nil)},
 	{11, (*WarmDown)(nil)},
+	{20, (*AddressReport)(nil)},
+	{21, (*AddressAnswer)(nil)},
 }
 
 // quotaBody returns the kind and the encoding of a message.

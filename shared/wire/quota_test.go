@@ -23,6 +23,8 @@ func quotaSamples() []proto.Message {
 			{Limit: 1, Kind: lease.Rate, Per: time.Minute, Seq: 9, Share: lease.Share{Amount: 600_000, Burst: 10}, Floor: lease.Share{Amount: 1000, Burst: 1}, Soft: true},
 			{Limit: 2, Kind: lease.Slots, Seq: 10, Share: lease.Share{Amount: 2}}}}),
 		&LeaseHelloWanted{},
+		&AddressReport{Incarnation: 7, Nonce: 8},
+		&AddressAnswer{Incarnation: 7, Nonce: 8, Leased: []*LeasedSource{{SourceId: []byte("0123456789abcdef"), Epoch: 9}}},
 	}
 }
 

@@ -43,10 +43,15 @@ func EncodeView(v *policy.View) ([]byte, error) {
 	}
 	for i := range v.Sources {
 		s := &v.Sources[i]
-		out.Sources = append(out.Sources, &Source{
+		source := &Source{
 			Id: EncodeID(s.ID), Bind: encodeAddress(s.Bind), Public: encodeAddress(s.Public), Ehlo: s.EHLO,
 			PoolId: EncodeID(s.Pool), OwnerId: EncodeID(s.Owner), Epoch: s.Epoch, Pinned: s.Pinned,
-		})
+		}
+		if s.Leased {
+			out.LeasedSources = append(out.LeasedSources, source)
+			continue
+		}
+		out.Sources = append(out.Sources, source)
 	}
 	for i := range v.ReturnPathKeys {
 		k := &v.ReturnPathKeys[i]
@@ -223,9 +228,10 @@ func (d *viewDecoder) sources(in *View) {
 		d.note(DecodeID(p.GetId(), &out.ID))
 		d.note(DecodeID(p.GetTenantId(), &out.Tenant))
 	}
-	v.Sources = sized[policy.Source](len(in.GetSources()))
-	for i, s := range in.GetSources() {
+	v.Sources = sized[policy.Source](len(in.GetSources()) + len(in.GetLeasedSources()))
+	for i, s := range slices.Concat(in.GetSources(), in.GetLeasedSources()) {
 		out := &v.Sources[i]
+		out.Leased = i >= len(in.GetSources())
 		out.EHLO, out.Epoch, out.Pinned = s.GetEhlo(), s.GetEpoch(), s.GetPinned()
 		d.note(DecodeID(s.GetId(), &out.ID))
 		d.note(DecodeID(s.GetPoolId(), &out.Pool))

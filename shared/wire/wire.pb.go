@@ -1565,6 +1565,7 @@ type View struct {
 	WarmToday         int32                  `protobuf:"zigzag32,42,opt,name=warm_today,json=warmToday,proto3" json:"warm_today,omitempty"`                      // since 1 January 1970
 	Peers             []*Peer                `protobuf:"bytes,50,rep,name=peers,proto3" json:"peers,omitempty"`                                                  // by id; all that may hand over mail
 	Leaving           []*LeavingSource       `protobuf:"bytes,51,rep,name=leaving,proto3" json:"leaving,omitempty"`                                              // by id; their owners are to stop using them
+	LeasedSources     []*Source              `protobuf:"bytes,52,rep,name=leased_sources,json=leasedSources,proto3" json:"leased_sources,omitempty"`             // those used by a lease: a reader that does not know leases does not use these
 	Brakes            []*Brake               `protobuf:"bytes,60,rep,name=brakes,proto3" json:"brakes,omitempty"`                                                // by id; those of all relays
 	unknownFields     protoimpl.UnknownFields
 	sizeCache         protoimpl.SizeCache
@@ -1771,6 +1772,13 @@ func (x *View) GetPeers() []*Peer {
 func (x *View) GetLeaving() []*LeavingSource {
 	if x != nil {
 		return x.Leaving
+	}
+	return nil
+}
+
+func (x *View) GetLeasedSources() []*Source {
+	if x != nil {
+		return x.LeasedSources
 	}
 	return nil
 }
@@ -2670,7 +2678,8 @@ const file_shared_wire_wire_proto_rawDesc = "" +
 	"\brevision\x18\x01 \x01(\v2\x18.relais.wire.v1.RevisionR\brevision\"i\n" +
 	"\x04Nack\x124\n" +
 	"\brevision\x18\x01 \x01(\v2\x18.relais.wire.v1.RevisionR\brevision\x12+\n" +
-	"\x05error\x18\x02 \x01(\v2\x15.relais.wire.v1.ErrorR\x05error\"\xe0\t\n" +
+	"\x05error\x18\x02 \x01(\v2\x15.relais.wire.v1.ErrorR\x05error\"\x9f\n" +
+	"\n" +
 	"\x04View\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x1d\n" +
 	"\n" +
@@ -2700,7 +2709,8 @@ const file_shared_wire_wire_proto_rawDesc = "" +
 	"\n" +
 	"warm_today\x18* \x01(\x11R\twarmToday\x12*\n" +
 	"\x05peers\x182 \x03(\v2\x14.relais.wire.v1.PeerR\x05peers\x127\n" +
-	"\aleaving\x183 \x03(\v2\x1d.relais.wire.v1.LeavingSourceR\aleaving\x12-\n" +
+	"\aleaving\x183 \x03(\v2\x1d.relais.wire.v1.LeavingSourceR\aleaving\x12=\n" +
+	"\x0eleased_sources\x184 \x03(\v2\x16.relais.wire.v1.SourceR\rleasedSources\x12-\n" +
 	"\x06brakes\x18< \x03(\v2\x15.relais.wire.v1.BrakeR\x06brakes\"F\n" +
 	"\rRevokedServer\x12\x1b\n" +
 	"\tserver_id\x18\x01 \x01(\fR\bserverId\x12\x18\n" +
@@ -2860,15 +2870,16 @@ var file_shared_wire_wire_proto_depIdxs = []int32{
 	41, // 28: relais.wire.v1.View.warm_subjects:type_name -> relais.wire.v1.WarmSubject
 	42, // 29: relais.wire.v1.View.peers:type_name -> relais.wire.v1.Peer
 	37, // 30: relais.wire.v1.View.leaving:type_name -> relais.wire.v1.LeavingSource
-	43, // 31: relais.wire.v1.View.brakes:type_name -> relais.wire.v1.Brake
-	29, // 32: relais.wire.v1.Domain.dkim:type_name -> relais.wire.v1.DKIMKey
-	29, // 33: relais.wire.v1.Domain.other_dkim:type_name -> relais.wire.v1.DKIMKey
-	31, // 34: relais.wire.v1.Credential.scope:type_name -> relais.wire.v1.CredentialScope
-	35, // [35:35] is the sub-list for method output_type
-	35, // [35:35] is the sub-list for method input_type
-	35, // [35:35] is the sub-list for extension type_name
-	35, // [35:35] is the sub-list for extension extendee
-	0,  // [0:35] is the sub-list for field type_name
+	33, // 31: relais.wire.v1.View.leased_sources:type_name -> relais.wire.v1.Source
+	43, // 32: relais.wire.v1.View.brakes:type_name -> relais.wire.v1.Brake
+	29, // 33: relais.wire.v1.Domain.dkim:type_name -> relais.wire.v1.DKIMKey
+	29, // 34: relais.wire.v1.Domain.other_dkim:type_name -> relais.wire.v1.DKIMKey
+	31, // 35: relais.wire.v1.Credential.scope:type_name -> relais.wire.v1.CredentialScope
+	36, // [36:36] is the sub-list for method output_type
+	36, // [36:36] is the sub-list for method input_type
+	36, // [36:36] is the sub-list for extension type_name
+	36, // [36:36] is the sub-list for extension extendee
+	0,  // [0:36] is the sub-list for field type_name
 }
 
 func init() { file_shared_wire_wire_proto_init() }

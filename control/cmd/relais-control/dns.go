@@ -82,7 +82,7 @@ func printIP(w io.Writer, i api.IP) error {
 	case i.Unused != "":
 		used = "no: " + i.Unused
 	}
-	return printPairs(w, "Id", i.ID, "Bind", i.Bind, "Public", i.Public, "EHLO", i.EHLO, "Pool", i.PoolName, "Node", i.NodeName, "State", i.State, "Quarantine", i.Quarantine, "Reverse DNS", reverseText(i), "Found", i.ReverseDetail, "Used", used,
+	return printPairs(w, "Id", i.ID, "Bind", i.Bind, "Public", i.Public, "EHLO", i.EHLO, "Pool", i.PoolName, "Node", i.NodeName, "State", i.State, "Lease", leaseText(i), "Quarantine", i.Quarantine, "Reverse DNS", reverseText(i), "Found", i.ReverseDetail, "Used", used,
 		"Epoch", fmt.Sprint(i.Epoch), "Revision", fmt.Sprint(i.Revision))
 }
 

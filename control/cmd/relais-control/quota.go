@@ -34,6 +34,7 @@ func (s *server) newQuota() (*quota.Quota, error) {
 		return nil, fault.Wrap(err, fault.Internal, "relais-control.newQuota", "cannot register metrics")
 	}
 	q.Add("warmup", warm)
+	q.Add("floating", quota.NewFloating(quota.FloatingOptions{State: s.state, Propose: s.cluster.Propose, Send: q.Send, Succeeds: s.succeeds, Logger: s.logger}))
 	return q, nil
 }
 

@@ -112,7 +112,7 @@ func (a *app) ipCommand() *cobra.Command {
 	add.Flags().StringVar(&body.EHLO, "ehlo", "", "name said in EHLO; it must lead to the public address")
 	add.Flags().StringVar(&body.Public, "public", "", "address the world sees, with 1:1 NAT (default: the same)")
 	add.Flags().StringVar(&body.PTR, "ptr", "", "name its PTR record gives (default: the EHLO name)")
-	add.Flags().BoolVar(&body.Floating, "floating", false, "the address can move between machines")
+	add.Flags().BoolVar(&body.Floating, "floating", false, "the address can move between machines: its relay uses it by a lease of two minutes, and it is free by itself when that relay is silent")
 	add.Flags().StringVar(&body.Node, "node", "", "relay that gets it, id or name")
 	add.Flags().StringVar(&body.Pool, "pool", "", "pool it joins, id or name")
 	add.RunE = func(cmd *cobra.Command, args []string) error {
@@ -140,15 +140,18 @@ func (a *app) ipCommand() *cobra.Command {
 		return show(a, cmd, call{method: http.MethodPost, path: "/ips/" + url.PathEscape(args[0]) + "/assign", body: to, ifMatch: revisionText(cmd, *expect), reason: *why}, print)
 	}
 	ls := &cobra.Command{Use: "list", Short: "List source addresses", Example: "  relais-control ip list --json", Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error {
-		return list(a, cmd, "/ips", nil, "BIND PUBLIC EHLO POOL NODE STATE PRESENT REVERSE UNUSED", func(i api.IP) []string {
+		return list(a, cmd, "/ips", nil, "BIND PUBLIC EHLO POOL NODE STATE PRESENT REVERSE LEASE UNUSED", func(i api.IP) []string {
 			present := ""
 			if i.Present != nil {
 				present = yes(*i.Present)
 			}
-			return []string{i.Bind, i.Public, i.EHLO, i.PoolName, i.NodeName, i.State, present, reverseText(i), i.Unused}
+			return []string{i.Bind, i.Public, i.EHLO, i.PoolName, i.NodeName, i.State, present, reverseText(i), leaseText(i), i.Unused}
 		})
 	}}
-	return group("ip", "Add, list, assign, check, release and quarantine source addresses", add, ls, assign, a.ipCheck(), a.ipOverride(), a.ipRelease(), a.ipReassign(), a.ipQuarantine(), a.ipUnquarantine())
+	shown := &cobra.Command{Use: "show ADDRESS", Short: "Show a source address, by itself or by its id", Example: "  relais-control ip show 198.51.100.7", Args: cobra.ExactArgs(1), RunE: func(cmd *cobra.Command, args []string) error {
+		return show(a, cmd, call{method: http.MethodGet, path: "/ips/" + url.PathEscape(args[0])}, print)
+	}}
+	return group("ip", "Add, list, show, assign, check, release and quarantine source addresses", add, ls, shown, assign, a.ipCheck(), a.ipOverride(), a.ipRelease(), a.ipReassign(), a.ipQuarantine(), a.ipUnquarantine())
 }
 
 // revisionText returns the value of --expect if it was given.

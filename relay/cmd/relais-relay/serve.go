@@ -89,6 +89,7 @@ type node struct {
 	clock      *engine.Clock
 	store      *store.Store
 	outbox     *outbox.Outbox
+	leases     *egress.Leases
 	egress     *egress.Manager
 	engine     *engine.Engine
 	limits     *limits.Limits
@@ -229,6 +230,7 @@ func (n *node) run(ctx context.Context) (err error) {
 	n.start("admin", n.admin.Serve)
 	n.start("link", func() error { return ignoreCanceled(n.agent.Run(linkCtx)) })
 	n.start("egress", func() error { n.egress.Run(linkCtx); return nil })
+	n.start("leases", func() error { n.leases.Run(linkCtx); return nil })
 	n.start("handover", func() error { return n.handover.Run(linkCtx) })
 	n.start("locks", func() error { return n.submission.Run(linkCtx) })
 	n.start("watch", func() error { n.watch(linkCtx); return nil })
@@ -371,7 +373,7 @@ func (n *node) applyView() {
 		return
 	}
 	doc := d.Document()
-	n.egress.SetSources(n.sources(d))
+	n.useSources(d)
 	n.store.SetLimits(doc.Storage)
 	n.outbox.SetMaxBytes(doc.Storage.MaxOutboxBytes)
 	n.queue.SetPolicy(doc.Queue, doc.Inbound.MaxStoredBytes)

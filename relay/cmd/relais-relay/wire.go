@@ -29,12 +29,8 @@ import (
 // openEngine makes everything that delivers, and the queue it delivers from.
 func (n *node) openEngine(ctx context.Context) (err error) {
 	delivering := func() *policy.Delivery { return &n.document().Delivery }
-	n.egress, err = egress.New(egress.Config{Node: n.agent.Membership().Node, Log: n.log, Registerer: n.registry})
-	if err != nil {
+	if err = n.openEgress(); err != nil {
 		return err
-	}
-	if d := n.agent.Directory(); d != nil {
-		n.egress.SetSources(n.sources(d))
 	}
 	servers := n.cfg.DNS.Resolvers
 	if len(servers) == 0 {
@@ -153,7 +149,7 @@ func (n *node) localAddresses() []netip.Addr {
 		return out
 	}
 	for _, s := range n.egress.Sources() {
-		if s.State == egress.Usable && !slices.Contains(out, s.Source.Bind) {
+		if s.State.Present() && !slices.Contains(out, s.Source.Bind) {
 			out = append(out, s.Source.Bind)
 		}
 	}
@@ -249,6 +245,12 @@ func (n *node) watchHealth() {
 	})
 	n.health.Watch("sources", func() (telemetry.Severity, string) {
 		for _, s := range n.egress.Sources() {
+			if s.State == egress.NotLeased {
+				if why := n.egress.Why(s.Source.ID); why != "" {
+					return telemetry.Warning, why + ": it is not used"
+				}
+				continue // it has one by now
+			}
 			if s.State != egress.Usable {
 				return telemetry.Warning, "source " + s.Source.Bind.String() + " is " + s.State.String() + ": it is not used"
 			}
