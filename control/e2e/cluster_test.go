@@ -3,7 +3,9 @@ package e2e
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -54,9 +56,12 @@ func (f *trio) list(s *fleet.ControlServer) (rows []serverRow, err error) {
 	return rows, err
 }
 
+// waitVoters waits until so many servers vote. One that joined may after 10 s in which
+// it followed closely (stableFor of control/cluster), and these begin anew whenever it
+// did not; if they last, the leader first makes the number odd, after 30 s (leaveEvenFor).
 func (f *trio) waitVoters(want int) {
 	f.t.Helper()
-	eventually(f.t, 40*time.Second, fmt.Sprint(want, " voters"), func() bool {
+	eventually(f.t, 90*time.Second, fmt.Sprint(want, " voters"), func() bool {
 		rows, err := f.list(f.servers[0])
 		voters := 0
 		for _, r := range rows {
@@ -71,7 +76,7 @@ func (f *trio) waitVoters(want int) {
 // leader returns the server that leads, and one that does not.
 func (f *trio) leader() (leads, follows *fleet.ControlServer) {
 	f.t.Helper()
-	eventually(f.t, 20*time.Second, "a leader", func() bool {
+	eventually(f.t, time.Minute, "a leader", func() bool {
 		leads, follows = nil, nil
 		for _, asked := range f.servers {
 			if !asked.Alive() {
@@ -97,6 +102,41 @@ func (f *trio) leader() (leads, follows *fleet.ControlServer) {
 		return false
 	})
 	return leads, follows
+}
+
+// raftRound is the longest that raft waits for a heartbeat, or for the votes of a
+// round: 1 s (heartbeatTimeout and electionTimeout of control/cluster), and as much
+// again by chance.
+const raftRound = 2 * time.Second
+
+// failoverLimit is how long after a fault of the leader a change may be made again:
+// maxFailover, of which noticing the fault takes up to a raftRound. Candidates that
+// stand in the same moment lose that round, which chance makes rare and nothing
+// makes impossible: each costs a raftRound more, and is in their logs.
+func (f *trio) failoverLimit(fault time.Time) time.Duration {
+	f.t.Helper()
+	most := 0
+	for _, s := range f.servers {
+		log, err := os.ReadFile(s.Log)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) { // of one that was not started yet
+			f.t.Fatal(err)
+		}
+		lost := 0
+		for line := range bytes.Lines(log) {
+			var entry struct {
+				Time time.Time
+				Msg  string
+			}
+			if json.Unmarshal(line, &entry) == nil && entry.Msg == "Election timeout reached, restarting election" && entry.Time.After(fault) {
+				lost++
+			}
+		}
+		most = max(most, lost)
+	}
+	if most > 0 {
+		f.t.Logf("rounds of the election that nobody won: %d", most)
+	}
+	return maxFailover + time.Duration(most)*raftRound
 }
 
 // TestThreeServersUnderMail loses the leader, everything, and a follower's disk
@@ -129,8 +169,8 @@ func TestThreeServersUnderMail(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	leads.Kill()
 	killed := time.Now()
+	leads.Kill()
 	wrote := 0
 	eventually(t, 20*time.Second, "a change after the leader's end", func() bool {
 		wrote++
@@ -139,8 +179,8 @@ func TestThreeServersUnderMail(t *testing.T) {
 	})
 	failover := time.Since(killed)
 	t.Logf("the first change was made %s after the leader was killed", failover.Round(time.Millisecond))
-	if failover > 5*time.Second {
-		t.Errorf("it took %s, want less than 5 s", failover)
+	if limit := f.failoverLimit(killed); failover > limit {
+		t.Errorf("it took %s, want less than %s", failover, limit)
 	}
 	if err := f.StartServer(within(t, time.Minute), leads); err != nil {
 		t.Fatal(err)

@@ -83,8 +83,13 @@ func TestCopiesAtEveryServer(t *testing.T) {
 	if s, err := statusOf(r); err != nil || !s.Connected {
 		t.Errorf("the original lost its link: %+v, %v", s, err)
 	}
-	stopped := time.Now()
 	r.Kill()
+	var last struct {
+		Contact time.Time `json:"last_contact"`
+	}
+	if showNode(t, f.Fleet, r.Node, &last); last.Contact.IsZero() {
+		t.Fatal("nobody says when the original was heard last")
+	}
 	eventually(t, 90*time.Second, "a copy has the place", func() bool {
 		for _, c := range copies {
 			if s, err := statusOf(c); err == nil && s.Connected {
@@ -93,18 +98,21 @@ func TestCopiesAtEveryServer(t *testing.T) {
 		}
 		return false
 	})
-	// The life of a lease counts from what the original said last; it reports at
-	// least every 5 s.
-	if took := time.Since(stopped); took < 24*time.Second {
-		t.Errorf("a copy had the place after %v, while a lease of the original could live", took)
+	// The life of a lease counts from what the original said last (cloneSilence of
+	// control/dispatch); its probes count too, and are not shown.
+	if took := time.Since(last.Contact); took < 30*time.Second {
+		t.Errorf("a copy had the place %v after the original's last word, while a lease could live", took)
 	}
-	linked := 0
-	for _, c := range copies {
-		if s, err := statusOf(c); err == nil && s.Connected {
-			linked++
+	// A server that gets no word of the leader in time lets a relay in, and the leader
+	// ends one of two sessions when the servers have told it of them, every 2 s (admit
+	// and presencePeriod of control/dispatch).
+	eventually(t, time.Minute, "one copy alone is linked", func() bool {
+		linked := 0
+		for _, c := range copies {
+			if s, err := statusOf(c); err == nil && s.Connected {
+				linked++
+			}
 		}
-	}
-	if linked != 1 {
-		t.Errorf("%d copies are linked at once", linked)
-	}
+		return linked == 1
+	})
 }

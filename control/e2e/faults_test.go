@@ -69,8 +69,8 @@ func (o *ordeal) failover(what string, at *fleet.ControlServer, fault time.Time)
 	o.t.Helper()
 	took := o.write(at, fault)
 	o.t.Logf("%s: the command line changed something again after %s", what, took.Round(time.Millisecond))
-	if took > maxFailover {
-		o.t.Errorf("%s: it took %s until something could be changed, want at most %s", what, took, maxFailover)
+	if limit := o.failoverLimit(fault); took > limit {
+		o.t.Errorf("%s: it took %s until something could be changed, want at most %s", what, took, limit)
 	}
 }
 
@@ -142,10 +142,26 @@ func (f *trio) row(asked, of *fleet.ControlServer) (serverRow, bool) {
 // logged waits until a server's log has the text.
 func logged(t *testing.T, s *fleet.ControlServer, text string) {
 	t.Helper()
+	loggedBehind(t, s, 0, text)
+}
+
+// loggedBehind waits until a server's log has the text behind what it had before.
+func loggedBehind(t *testing.T, s *fleet.ControlServer, before int64, text string) {
+	t.Helper()
 	eventually(t, 20*time.Second, fmt.Sprintf("%q in the log of %s", text, s.Name), func() bool {
 		log, err := os.ReadFile(s.Log)
-		return err == nil && bytes.Contains(log, []byte(text))
+		return err == nil && bytes.Contains(log[min(before, int64(len(log))):], []byte(text))
 	})
+}
+
+// logSize is how long a server's log is by now.
+func logSize(t *testing.T, s *fleet.ControlServer) int64 {
+	t.Helper()
+	info, err := os.Stat(s.Log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return info.Size()
 }
 
 // TestStoppedAndKilledLeaders stops the leader for 30 s, which the others take
@@ -229,7 +245,7 @@ func TestFullAndBrokenDisks(t *testing.T) {
 		if s == leads {
 			what = "full disk of the leader"
 		}
-		filler := filepath.Join(disks[s].path, "filler")
+		filler, before := filepath.Join(disks[s].path, "filler"), logSize(t, s)
 		disks[s].fill(filler)
 		o.waitProblem(first, s, "MiB free: free space")
 		// What the log has allocated can still be written.
@@ -239,7 +255,7 @@ func TestFullAndBrokenDisks(t *testing.T) {
 		} else {
 			o.write(first, ended)
 		}
-		logged(t, s, "cannot be written, its disk has 0 MiB free: this server ends")
+		loggedBehind(t, s, before, "cannot be written, its disk has 0 MiB free: this server ends")
 		o.waitProblem(first, s, "does not answer")
 		o.refusesToStart(s, "needs 32 MiB: free space")
 		if err := os.Remove(filler); err != nil {
@@ -257,7 +273,7 @@ func TestFullAndBrokenDisks(t *testing.T) {
 	if broken == first {
 		broken, what = leads, "broken disk of a follower"
 	}
-	begin := time.Now()
+	before, begin := logSize(t, broken), time.Now()
 	disks[broken].cutPower()
 	if broken == now {
 		o.failover(what, first, begin)
@@ -265,7 +281,7 @@ func TestFullAndBrokenDisks(t *testing.T) {
 		o.write(first, begin)
 	}
 	eventually(t, 20*time.Second, "the server without a disk to end", func() bool { return !broken.Alive() })
-	logged(t, broken, "cannot be written")
+	loggedBehind(t, broken, before, "cannot be written")
 	disks[broken].replug()
 	if err := o.StartServer(within(t, time.Minute), broken); err != nil {
 		t.Fatal(err)
@@ -282,9 +298,10 @@ func (d *disk) fill(file string) {
 	if err := unix.Statfs(d.path, &st); err != nil {
 		d.t.Fatal(err)
 	}
-	// Most of it at once, and what the file system keeps for root and itself as
-	// far as it goes: cat ends when there is no space left, which is our aim.
-	script := fmt.Sprintf("fallocate -l %d %s && cat /dev/zero >> %s", st.Bavail*uint64(st.Bsize), file, file)
+	// Most of it at once, if nobody has taken some of it since, and what the file
+	// system keeps for root and itself as far as it goes: cat ends when there is no
+	// space left, which is our aim.
+	script := fmt.Sprintf("fallocate -l %d %s; cat /dev/zero >> %s", st.Bavail*uint64(st.Bsize), file, file)
 	if out, err := command(d.t, "sh", "-c", script); err == nil || !strings.Contains(out, "No space left") {
 		d.t.Fatalf("the disk does not fill up: %v\n%s", err, out)
 	}
@@ -295,32 +312,46 @@ func (d *disk) fill(file string) {
 func (o *ordeal) fillLog(at, full *fleet.ControlServer) (ended time.Time) {
 	o.t.Helper()
 	padding := strings.Repeat("# "+strings.Repeat("x", 97)+"\n", fillerPolicy/100)
-	for n := range maxFillerPuts {
+	taken := 0
+	eventually(o.t, 5*time.Minute, full.Name+" to end on its full disk", func() bool {
 		if !full.Alive() {
-			return time.Now()
+			return true
 		}
-		body, err := json.Marshal(map[string]any{"sections": map[string]string{"pools": fmt.Sprint("# ", n, "\n", padding)}})
-		if err != nil {
-			o.t.Fatal(err)
+		if taken < maxFillerPuts { // more than that needs a new segment: its end is only waited for
+			if o.putFiller(at, fmt.Sprint("# ", taken, "\n", padding)) {
+				taken++
+			}
 		}
-		req, err := http.NewRequestWithContext(within(o.t, 10*time.Second), http.MethodPut, "https://"+at.API()+"/api/v1/policy", bytes.NewReader(body))
-		if err != nil {
-			o.t.Fatal(err)
-		}
-		req.Header.Set("Authorization", "Bearer "+o.history.key)
-		req.Header.Set("Content-Type", "application/json")
-		resp, err := o.history.web.Do(req)
-		if err != nil {
-			continue // the server it was passed on to ended
-		}
-		text, _ := io.ReadAll(resp.Body) // half an answer will do, too
-		_ = resp.Body.Close()
-		if resp.StatusCode == http.StatusBadRequest || resp.StatusCode == http.StatusUnprocessableEntity {
-			o.t.Fatalf("the policy is refused: %s: %s", resp.Status, text)
-		}
+		return false
+	})
+	return time.Now()
+}
+
+// putFiller changes the policy at a server, and reports whether that was done.
+func (o *ordeal) putFiller(at *fleet.ControlServer, pools string) bool {
+	o.t.Helper()
+	body, err := json.Marshal(map[string]any{"sections": map[string]string{"pools": pools}})
+	if err != nil {
+		o.t.Fatal(err)
 	}
-	o.t.Fatalf("%s still works after %d MiB", full.Name, maxFillerPuts*fillerPolicy>>20)
-	return ended
+	ctx, cancel := context.WithTimeout(o.t.Context(), 10*time.Second)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, http.MethodPut, "https://"+at.API()+"/api/v1/policy", bytes.NewReader(body))
+	if err != nil {
+		o.t.Fatal(err)
+	}
+	req.Header.Set("Authorization", "Bearer "+o.history.key)
+	req.Header.Set("Content-Type", "application/json")
+	resp, err := o.history.web.Do(req)
+	if err != nil {
+		return false // the server it was passed on to ended
+	}
+	defer resp.Body.Close()
+	text, _ := io.ReadAll(resp.Body) // half an answer will do, too
+	if resp.StatusCode == http.StatusBadRequest || resp.StatusCode == http.StatusUnprocessableEntity {
+		o.t.Fatalf("the policy is refused: %s: %s", resp.Status, text)
+	}
+	return resp.StatusCode == http.StatusOK
 }
 
 // refusesToStart starts a server that must end with an exit code and a message,

@@ -300,7 +300,7 @@ func TestHistoryIsLinearizable(t *testing.T) {
 		eventually(t, 20*time.Second, "writes", func() bool { return h.writes.Load() >= target })
 		leads, _ := f.leader()
 		leads.Kill()
-		if err := f.StartServer(within(t, 20*time.Second), leads); err != nil {
+		if err := f.StartServer(within(t, time.Minute), leads); err != nil {
 			t.Error(err)
 		}
 	}
