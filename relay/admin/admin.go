@@ -217,7 +217,11 @@ func (s *Server) message(m *queue.MessageInfo, why bool) Message {
 		}
 		s.attribute(&r, env, uint16(i), &st)
 		r.InFlight = slices.Contains(m.InFlight, uint16(i))
-		if why && !st.State.Final() {
+		switch {
+		case !why || st.State.Final():
+		case m.Damaged != "":
+			r.Why = &engine.Explanation{Reason: "damaged", Text: m.Damaged}
+		default:
 			explain := s.cfg.Engine.Explain
 			if r.InFlight {
 				explain = s.cfg.Engine.ExplainInFlight

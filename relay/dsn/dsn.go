@@ -52,7 +52,8 @@ type Input struct {
 
 	// Header is the message's header section with its empty line. Body follows
 	// it and is used only with ReturnFull (RET=FULL, RFC 3461 section 4.3),
-	// which is for reports of failure.
+	// which is for reports of failure. Without a header the report says that the
+	// message cannot be read.
 	Header     []byte
 	Body       []byte
 	ReturnFull bool

@@ -248,6 +248,9 @@ type returnedPart struct {
 // its header section (RFC 6522 section 4). Header sections with UTF-8 have media
 // types of their own (RFC 6533 section 5), which may be encoded; others may not.
 func returned(in *Input) returnedPart {
+	if len(in.Header) == 0 {
+		return returnedPart{contentType: "text/rfc822-headers", told: "The message itself cannot be read any more, so nothing of it is attached."}
+	}
 	wideHeader, _ := widths(in.Header)
 	global := wideHeader && utf8.Valid(in.Header)
 	if in.ReturnFull && len(in.Header)+len(in.Body) <= MaxReturnedBytes {

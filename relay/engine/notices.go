@@ -141,7 +141,9 @@ func (e *Engine) notice(env *relay.Envelope, told []report, leading dsn.Action, 
 	full := env.RetFull && leading == dsn.Failed && !env.BinaryMIME
 	header, body, err := e.original(env, full)
 	if err != nil {
-		return queue.Mail{}, err
+		// The sender hears of the end all the same, without the text.
+		e.log.Error("a notification goes without the message, which cannot be read", "message", env.ID, "error", err)
+		header, body, full = nil, nil, false
 	}
 	in := dsn.Input{
 		ID: ids.NewMessage(now), Now: now, ReportingMTA: e.cfg.Hostname, From: mailaddr.Address{Local: postmaster, Domain: env.From}, To: env.Sender,

@@ -115,6 +115,9 @@ func (q *Queue) Show(id ids.Message) (*MessageInfo, error) {
 	read, err := q.readMessage(id, nil)
 	if fault.Is(err, fault.Invalid) {
 		q.unreadable(id, err)
+		if aside := q.asideFault(id); aside != nil {
+			err = aside
+		}
 		return q.showAside(id, err)
 	}
 	if err != nil {
