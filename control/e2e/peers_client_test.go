@@ -55,7 +55,7 @@ func TestPeersSubmit(t *testing.T) {
 	t.Run("python", b.python)
 	t.Run("nodemailer", b.nodemailer)
 	t.Run("postfix", b.postfix)
-	arrived, err := exim.Wait(within(t, time.Minute), b.sent)
+	arrived, err := exim.Wait(within(t, 3*time.Minute), b.sent)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -70,7 +70,7 @@ func TestPeersSubmit(t *testing.T) {
 func (b *clientBench) arrives(t *testing.T, n int, client string) []peers.Mail {
 	t.Helper()
 	b.sent += n
-	all, err := b.exim.Wait(within(t, time.Minute), b.sent)
+	all, err := b.exim.Wait(within(t, 3*time.Minute), b.sent)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -94,7 +94,7 @@ func TestPeersTakeCorpora(t *testing.T) {
 		}
 		refused[reply] = append(refused[reply], m.name)
 	}
-	arrived, err := server.Wait(within(t, time.Minute), len(accepted))
+	arrived, err := server.Wait(within(t, 3*time.Minute), len(accepted))
 	if err != nil {
 		t.Error(err)
 		if arrived, err = server.Mails(); err != nil {

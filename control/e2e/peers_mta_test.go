@@ -129,7 +129,7 @@ func TestPeersTakeMail(t *testing.T) {
 			for i := range sent {
 				want += d.expects(&sent[i])
 			}
-			arrived, err := d.server.Wait(within(t, time.Minute), want)
+			arrived, err := d.server.Wait(within(t, 3*time.Minute), want)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -157,7 +157,7 @@ func (d *destination) checkChunks(t *testing.T) {
 	if d.chunking {
 		want = 11 + 1 // the large mail has 10 MiB and its header, the other less than 1 MiB
 	}
-	eventually(t, 30*time.Second, fmt.Sprintf("%s has counted %d chunks", d.name, want), func() bool {
+	eventually(t, time.Minute, fmt.Sprintf("%s has counted %d chunks", d.name, want), func() bool {
 		data, chunks := 0, 0
 		lines, err := d.server.Logged("disconnect from ")
 		if err != nil {

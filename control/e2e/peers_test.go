@@ -59,7 +59,7 @@ stream = "*"
 feedback_id = "{tag}:{stream}:{tenant}:examplecorp"
 cfbl = "return-path"
 `}})
-	eventually(t, 40*time.Second, "both kinds of keys sign", func() bool {
+	eventually(t, keyLooked, "both kinds of keys sign", func() bool {
 		var domain struct {
 			Keys []struct {
 				Algorithm string `json:"algorithm"`

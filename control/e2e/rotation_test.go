@@ -77,7 +77,7 @@ func (f *trio) waitCA(s *fleet.ControlServer, what string, holds func(caStatus) 
 			f.t.Logf("the change stands at %+v, %v", st.Change, err)
 		}
 	}()
-	eventually(f.t, 60*time.Second, what, func() bool {
+	eventually(f.t, 2*time.Minute, what, func() bool {
 		st, err = f.ca(s, "status")
 		return err == nil && holds(st)
 	})
