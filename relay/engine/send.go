@@ -184,6 +184,10 @@ func (w *worker) content(env *relay.Envelope) (io.Closer, error) {
 	if err != nil {
 		return nil, err
 	}
+	if err := r.Verify(); err != nil { // once on its way, no part of it can be taken back
+		_ = r.Close()
+		return nil, err
+	}
 	if w.tx.Sign != nil {
 		if w.signer.header, err = readHeader(r, env.Body.HeaderBytes, w.body); err != nil {
 			_ = r.Close()
