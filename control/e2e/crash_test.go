@@ -5,6 +5,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -135,9 +136,22 @@ func newDisk(t *testing.T, bytes int64, options ...string) *disk {
 	return d
 }
 
+// mount mounts the image, by a loop device that it has for itself until it is
+// unmounted. mount -o loop would take the one of before, and with it a file system
+// that was stopped, as long as that is mounted in the namespace of another program.
 func (d *disk) mount() {
 	d.t.Helper()
-	if out, err := command(d.t, "mount", "-o", "loop", d.image, d.path); err != nil {
+	losetup := need(d.t, "losetup")
+	device, err := command(d.t, losetup, "--find", "--show", d.image)
+	if err != nil {
+		d.t.Fatalf("%v\n%s", err, device)
+	}
+	device = strings.TrimSpace(device)
+	out, err := command(d.t, "mount", device, d.path)
+	if off, err := command(d.t, losetup, "--detach", device); err != nil { // when it is not mounted any more
+		d.t.Errorf("%v\n%s", err, off)
+	}
+	if err != nil {
 		d.t.Fatalf("%v\n%s", err, out)
 	}
 }

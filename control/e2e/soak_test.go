@@ -119,7 +119,9 @@ func (c *crasher) round(n int, m moment, power bool) {
 	fire := sync.OnceFunc(func() {
 		defer close(dead)
 		if power {
-			c.disk.cutPower()
+			if err := c.disk.stop(); err != nil {
+				t.Error(err) // this is not the test's goroutine
+			}
 		}
 		c.relay.Kill()
 	})
