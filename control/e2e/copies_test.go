@@ -90,7 +90,9 @@ func TestCopiesAtEveryServer(t *testing.T) {
 	if showNode(t, f.Fleet, r.Node, &last); last.Contact.IsZero() {
 		t.Fatal("nobody says when the original was heard last")
 	}
-	eventually(t, 90*time.Second, "a copy has the place", func() bool {
+	// Half a minute of silence, and then up to 45 s until a copy that was refused several
+	// times asks again (maxBackoff and jitter of relay/agent).
+	eventually(t, 2*time.Minute, "a copy has the place", func() bool {
 		for _, c := range copies {
 			if s, err := statusOf(c); err == nil && s.Connected {
 				return true
