@@ -12,7 +12,9 @@ import (
 
 	"github.com/relais-mta/relais/relay"
 	"github.com/relais-mta/relais/relay/outbox"
+	"github.com/relais-mta/relais/relay/store"
 	"github.com/relais-mta/relais/shared/ids"
+	"github.com/relais-mta/relais/shared/mailaddr"
 )
 
 // listener keeps what the log says.
@@ -150,8 +152,8 @@ func (w *ward) afterDamage(kind Damage, log *listener, before map[ids.Message]bo
 		w.t.Errorf("health says %q", problem)
 	}
 	got := w.deliverMost()
-	if kind == EnvelopeDamaged && w.q.Summary().SetAside == 0 {
-		w.t.Error("nothing is counted as set aside")
+	if problem := check.Problem(); kind == EnvelopeDamaged && (w.q.Summary().SetAside != 1 || !strings.Contains(problem, "1 damaged messages are set aside")) {
+		w.t.Errorf("%d messages are counted as set aside, health says %q", w.q.Summary().SetAside, problem)
 	}
 	w.close()
 	for id, state := range w.left {
@@ -177,4 +179,35 @@ func (w *ward) afterDamage(kind Damage, log *listener, before map[ids.Message]bo
 		w.checkQuarantine(before)
 	}
 	w.check()
+}
+
+// TestTheNumberOfALostQueueIsGivenToNoOther: mail of a work queue whose record is
+// missing must not be taken for that of the next domain, and sent to its hosts.
+func TestTheNumberOfALostQueueIsGivenToNoOther(t *testing.T) {
+	f := newFixture(t).open()
+	lost := f.accept("a@one.example")
+	number, ok := f.q.Find(lost, 0)
+	if !ok {
+		t.Fatal("there is no work queue")
+	}
+	b := f.st.NewBatch()
+	b.Delete(store.AppendQueueKey(nil, uint32(number)))
+	if err := f.st.Commit(t.Context(), b); err != nil {
+		t.Fatal(err)
+	}
+	f.reopen()
+	f.accept("b@two.example")
+	got := map[mailaddr.Domain]bool{}
+	for range 2 {
+		w := f.take(10)
+		if w.Key.Domain != w.Env.Recipients[0].Address.Domain {
+			t.Errorf("mail for %s is in the work queue of %s", w.Env.Recipients[0].Address.Domain, w.Key.Domain)
+		}
+		got[w.Env.Recipients[0].Address.Domain] = true
+		f.delivered(w, f.begin(w))
+	}
+	if len(got) != 2 {
+		t.Errorf("delivered mail of %v", got)
+	}
+	f.empty()
 }
