@@ -30,7 +30,7 @@ const SocketName = "admin.sock"
 
 // Bounds of one answer.
 const (
-	defaultListed  = 100
+	DefaultListed  = 100 // messages, if a list is asked for without a limit
 	maxListed      = 10_000
 	maxEventBytes  = 1 << 20
 	headerDeadline = 5 * time.Second
@@ -241,7 +241,7 @@ func (s *Server) message(m *queue.MessageInfo, why bool) Message {
 
 // attribute says who has to do with a recipient.
 func (s *Server) attribute(r *Recipient, env *relay.Envelope, index uint16, st *relay.RecipientState) {
-	if p := s.providerFor(env, index, st); p != unknownProvider {
+	if p := s.providerFor(env, index, st); p != queue.UnknownProvider {
 		r.Provider = p
 	}
 	if st.Source.IsValid() {
@@ -256,18 +256,28 @@ func (s *Server) attribute(r *Recipient, env *relay.Envelope, index uint16, st *
 }
 
 func (s *Server) show(r *http.Request) (any, error) {
-	id, err := ids.ParseMessage(r.PathValue("id"))
+	const op = "admin.show"
+	chosen, err := parseIDs([]string{r.PathValue("id")})
 	if err != nil {
 		return nil, err
 	}
+	id, index := chosen[0].Message, chosen[0].Index
 	m, err := s.cfg.Queue.Show(id)
 	if fault.Is(err, fault.NotFound) {
-		return nil, fault.New(fault.NotFound, "admin.show", "message %s is not in the queue: it was delivered or given up, or another relay has it; `relais-relay events` tells what happened here", id)
+		return nil, fault.New(fault.NotFound, op, "message %s is not in the queue: it was delivered or given up, or another relay has it; `relais-relay events` tells what happened here", id)
 	}
 	if err != nil {
 		return nil, err
 	}
-	return s.message(m, true), nil
+	out := s.message(m, true)
+	if index == queue.AllRecipients {
+		return out, nil
+	}
+	if index >= len(out.Recipients) {
+		return nil, fault.New(fault.NotFound, op, "message %s has %d recipients, counted from 0", id, len(out.Recipients))
+	}
+	out.Recipients = out.Recipients[index : index+1]
+	return out, nil
 }
 
 func (s *Server) list(r *http.Request) (any, error) {
@@ -278,7 +288,7 @@ func (s *Server) list(r *http.Request) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	limit := defaultListed
+	limit := DefaultListed
 	if t := v.Get("after"); t != "" {
 		if f.After, err = ids.ParseMessage(t); err != nil {
 			return nil, err
@@ -289,7 +299,7 @@ func (s *Server) list(r *http.Request) (any, error) {
 			return nil, fault.Field(op, "limit", "%q is not a number from 1 to %d", t, maxListed)
 		}
 	}
-	out := make([]Message, 0, min(limit, defaultListed))
+	out := make([]Message, 0, min(limit, DefaultListed))
 	for len(out) < limit && r.Context().Err() == nil {
 		found, next, err := s.cfg.Queue.List(f, limit-len(out))
 		if err != nil {

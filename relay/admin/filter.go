@@ -97,6 +97,11 @@ func (f *Filter) parse(dir *policy.Directory, now time.Time) (out queue.Filter, 
 	if out.Match, err = f.match(dir); err != nil {
 		return out, err
 	}
+	if f.Provider != queue.UnknownProvider {
+		if err = checkProvider(dir, f.Provider); err != nil {
+			return out, err
+		}
+	}
 	switch f.State {
 	case "":
 	case "waiting":
@@ -174,6 +179,19 @@ func (f *Filter) match(dir *policy.Directory) (m queue.Match, err error) {
 		}
 	}
 	return m, nil
+}
+
+// checkProvider refuses a provider that the policy does not know: a misspelt one
+// would match nothing, and a rule for it never hold anything.
+func checkProvider(dir *policy.Directory, name string) error {
+	if name == "" || dir == nil || dir.Document().KnowsProvider(name) {
+		return nil
+	}
+	var known []string
+	for i := range dir.Document().Providers.Provider {
+		known = append(known, dir.Document().Providers.Provider[i].Name)
+	}
+	return fault.Field("admin.filter", "provider", "%q is not a provider that the policy knows: write %q and a registrable domain, or one of %s", name, policy.UnlistedPrefix, strings.Join(known, ", "))
 }
 
 func tenantOf(dir *policy.Directory, text string) (id ids.Tenant, err error) {

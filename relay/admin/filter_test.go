@@ -106,6 +106,32 @@ func TestFilterMistakes(t *testing.T) {
 	}
 }
 
+// TestFiltersKnowTheProvidersOfThePolicy: of a policy's own ones, too. A misspelt
+// one would match nothing.
+func TestFiltersKnowTheProvidersOfThePolicy(t *testing.T) {
+	dir := directory(t)
+	own := dir.View().Document.Providers.Provider[0]
+	own.Name = "our-partner"
+	dir.View().Document.Providers.Provider = append(dir.View().Document.Providers.Provider, own)
+	for name, known := range map[string]bool{"google": true, "our-partner": true, "mx:example.net": true, "gogle": false, "mx:": false, "GOOGLE": false, "unknown": true} {
+		f := Filter{Provider: name}
+		if _, err := f.parse(dir, filterNow); (err == nil) != known {
+			t.Errorf("%q: %v", name, err)
+		}
+		if _, err := f.parse(nil, filterNow); err != nil {
+			t.Errorf("%q without a view: %v", name, err)
+		}
+		_, err := traceFilter(url.Values{"provider": {name}}, dir)
+		if known = known && name != "unknown"; (err == nil) != known {
+			t.Errorf("trace %q: %v", name, err)
+		}
+	}
+	f := Filter{Provider: "gogle"}
+	if _, err := f.parse(dir, filterNow); !strings.Contains(fault.Public(err), "google, ") || !strings.Contains(fault.Public(err), "our-partner") {
+		t.Errorf("the mistake does not say what there is: %v", err)
+	}
+}
+
 // TestTraceFilterKnowsTenantsByName: as the filters of the queue do.
 func TestTraceFilterKnowsTenantsByName(t *testing.T) {
 	for _, text := range []string{"acme", acme.String()} {

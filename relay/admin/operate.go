@@ -9,7 +9,9 @@ import (
 	"net/http"
 	"os/user"
 	"strconv"
+	"strings"
 	"time"
+	"unicode"
 
 	"golang.org/x/sys/unix"
 
@@ -161,6 +163,12 @@ func (s *Server) putHold(r *http.Request) (any, error) {
 	if f.State != "" || f.OlderThan != "" || f.YoungerThan != "" || f.LastReply != "" || f.Priority != "" || len(f.IDs) > 0 {
 		return nil, fault.Field(op, "filter", "a rule goes by tenant, stream, pool, domains, provider, source and tag, not by state, age, reply, priority or id: hold such mail without a rule")
 	}
+	if strings.ContainsFunc(in.Cause, unicode.IsControl) {
+		return nil, fault.Field(op, "cause", "holds a line end or another control character: write it on one line")
+	}
+	if err := checkProvider(s.directory(), f.Provider); err != nil {
+		return nil, err
+	}
 	match, err := f.match(s.directory())
 	if err != nil {
 		return nil, err
@@ -244,14 +252,11 @@ func (s *Server) poolName(id ids.Pool) string {
 	return id.String()
 }
 
-// unknownProvider stands for domains that were not looked up lately.
-const unknownProvider = "unknown"
-
 func (s *Server) providerOf(d mailaddr.Domain) string {
 	if p := s.cfg.Engine.Provider(d); p != "" {
 		return p
 	}
-	return unknownProvider
+	return queue.UnknownProvider
 }
 
 // actorKey is where a connection's context has who is at its other end.

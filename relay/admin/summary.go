@@ -177,5 +177,5 @@ func (s *Server) providerFor(env *relay.Envelope, index uint16, st *relay.Recipi
 	if st.Provider != "" {
 		return st.Provider
 	}
-	return unknownProvider
+	return queue.UnknownProvider
 }

@@ -78,6 +78,9 @@ func traceFilter(v url.Values, dir *policy.Directory) (f trace.Filter, err error
 	if f.Tenant, err = tenantOf(dir, v.Get("tenant")); err != nil {
 		return f, err
 	}
+	if err = checkProvider(dir, f.Provider); err != nil {
+		return f, err
+	}
 	if f.Incoming && (f.Provider != "" || f.MX != "") {
 		return f, fault.Field(op, "incoming", "who brings mail has no provider and no MX: leave out provider and mx")
 	}

@@ -2,6 +2,7 @@ package queue
 
 import (
 	"bytes"
+	"cmp"
 	"slices"
 	"strings"
 	"time"
@@ -20,6 +21,10 @@ type Chosen struct {
 
 // AllRecipients is the Index of a Chosen that stands for the whole message.
 const AllRecipients = -1
+
+// UnknownProvider stands in a Filter for recipients whose domain was not looked up
+// lately and who have not been tried.
+const UnknownProvider = "unknown"
 
 // Filter selects recipients that are not final; zero fields match all. A
 // message matches when one of its recipients does.
@@ -79,11 +84,7 @@ func (f *Filter) state(s *relay.RecipientState, d mailaddr.Domain, provider func
 	if f.Provider == "" {
 		return true
 	}
-	now := provider(d)
-	if now == "" {
-		now = s.Provider
-	}
-	return now == f.Provider
+	return f.Provider == cmp.Or(provider(d), s.Provider, UnknownProvider)
 }
 
 // inDoubt reports whether an attempt whose end nobody saw may have reached the

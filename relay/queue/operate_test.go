@@ -46,6 +46,7 @@ func TestFilterOfStates(t *testing.T) {
 		{"other source", Filter{Match: Match{Source: netip.MustParseAddr("192.0.2.3")}}, []bool{false, false, false, false, false}},
 		{"provider of the last attempt", Filter{Match: Match{Provider: "orange"}}, []bool{true, false, false, false, false}},
 		{"other provider", Filter{Match: Match{Provider: "google"}}, []bool{false, false, false, false, false}},
+		{"no provider known", Filter{Match: Match{Provider: UnknownProvider}}, []bool{false, true, true, true, false}},
 		{"domain", Filter{Match: Match{Domain: "one.example"}}, []bool{true, true, true, true, false}},
 		{"other domain", Filter{Match: Match{Domain: "two.example"}}, []bool{false, false, false, false, false}},
 		{"two at once", Filter{LastReply: "450", State: relay.StateHeld}, []bool{false, false, false, false, false}},

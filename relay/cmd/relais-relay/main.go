@@ -10,6 +10,7 @@ import (
 	"syscall"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"github.com/relais-mta/relais/relay/config"
 	"github.com/relais-mta/relais/shared/buildinfo"
@@ -73,6 +74,8 @@ func newRoot() *cobra.Command {
 		SilenceErrors: true,
 		Args:          noCommand,
 		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+
+		PersistentPreRunE: func(cmd *cobra.Command, _ []string) error { return checkFlags(cmd) },
 	}
 	root.PersistentFlags().StringVar(&o.data, "data", config.DefaultDataDir, "data directory")
 	root.PersistentFlags().BoolVar(&o.json, "json", false, "print JSON")
@@ -89,6 +92,17 @@ func noCommand(cmd *cobra.Command, args []string) error {
 		return usageError{fmt.Errorf("there is no command %q; see %s --help", args[0], cmd.CommandPath())}
 	}
 	return nil
+}
+
+// checkFlags refuses flags that are there and empty, which are a script's variables
+// that were not set: a filter of which one part is empty would mean more mail.
+func checkFlags(cmd *cobra.Command) (err error) {
+	cmd.Flags().Visit(func(f *pflag.Flag) {
+		if err == nil && f.Value.Type() == "string" && f.Value.String() == "" {
+			err = usageError{fmt.Errorf("--%s is empty: give a value, or leave the flag out", f.Name)}
+		}
+	})
+	return err
 }
 
 // exactly is cobra.ExactArgs with a usage error.

@@ -47,7 +47,8 @@ func TestUnlistedAddressIsLocal(t *testing.T) {
 
 // TestUsageErrors: what no command can mean is a usage error.
 func TestUsageErrors(t *testing.T) {
-	for _, args := range [][]string{{"nonsense"}, {"queue", "nonsense"}, {"queue", "show"}, {"queue", "show", ""}, {"join"}, {"--nonsense"}, {"classify", "--provider", "gogle"}} {
+	for _, args := range [][]string{{"nonsense"}, {"queue", "nonsense"}, {"queue", "show"}, {"queue", "show", ""}, {"join"}, {"--nonsense"}, {"classify", "--provider", "gogle"},
+		{"queue", "purge", "--tenant", "acme", "--domain", "", "--yes"}, {"queue", "list", "--tag", ""}, {"trace", "--provider", ""}} {
 		root := newRoot()
 		root.SetIn(strings.NewReader(""))
 		root.SetArgs(append(args, "--data", t.TempDir()))

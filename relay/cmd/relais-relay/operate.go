@@ -118,16 +118,16 @@ func timeText(t time.Time) string {
 
 func clip(s string) string {
 	const maxShown = 70
-	if len(s) > maxShown {
-		return s[:maxShown] + "…"
+	if r := []rune(s); len(r) > maxShown {
+		return string(r[:maxShown]) + "…"
 	}
 	return s
 }
 
 func newQueueShow(o *options) *cobra.Command {
 	return &cobra.Command{
-		Use: "show ID", Short: "Show one message with the state of each recipient", Args: exactly(1),
-		Example: "  relais-relay queue show msg_01kampxh00041061050r3gg28a",
+		Use: "show ID", Short: "Show one message with the state of each recipient, or of one", Args: exactly(1),
+		Example: "  relais-relay queue show msg_01kampxh00041061050r3gg28a\n  relais-relay queue show rcp_01kampxh00041061050r3gg28a-0",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			var m admin.Message
 			if err := ask(cmd.Context(), o, "/v1/queue/messages/"+url.PathEscape(args[0]), &m); err != nil || o.json {
@@ -149,7 +149,7 @@ func newQueueShow(o *options) *cobra.Command {
 func newQueueWhy(o *options) *cobra.Command {
 	return &cobra.Command{
 		Use: "why ID", Short: "Name the one thing each recipient waits for, and when it ends", Args: exactly(1),
-		Example: "  relais-relay queue why msg_01kampxh00041061050r3gg28a",
+		Example: "  relais-relay queue why msg_01kampxh00041061050r3gg28a\n  relais-relay queue why rcp_01kampxh00041061050r3gg28a-0",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			var m admin.Message
 			if err := ask(cmd.Context(), o, "/v1/queue/messages/"+url.PathEscape(args[0]), &m); err != nil || o.json {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -9,6 +10,7 @@ import (
 	"net/http"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -221,7 +223,13 @@ func newQueueList(o *options) *cobra.Command {
 			for i := range list {
 				printMessage(w, &list[i])
 			}
-			return w.Flush()
+			if err := w.Flush(); err != nil {
+				return err
+			}
+			if n, err := strconv.Atoi(cmp.Or(limit, strconv.Itoa(admin.DefaultListed))); err == nil && len(list) >= n {
+				fmt.Fprintf(os.Stderr, "There may be more: --after %s goes on behind these, --limit lists more at once.\n", list[len(list)-1].ID)
+			}
+			return nil
 		},
 	}
 	filterFlags(cmd, &f)

@@ -82,9 +82,6 @@ func (t *tracing) run(ctx context.Context, o *options, out, told io.Writer) erro
 	if t.length < 0 || t.count < 0 {
 		return usageError{errors.New("--for and --count are not negative")}
 	}
-	if err := checkProvider(t.provider); err != nil {
-		return err
-	}
 	if t.length > 0 {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, t.length)
