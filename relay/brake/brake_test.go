@@ -154,7 +154,7 @@ func TestTheReflexSlowsOneLaneDown(t *testing.T) {
 		t.Errorf("%+v", g)
 	}
 	text := w.k.DescribeLane(a.Lane)
-	if !strings.Contains(text, `/min on 1 connection after "421 4.7.28 an unusual rate of mail" (throttled) at 08:00:`) || !strings.Contains(text, "next step at 08:00:") {
+	if !strings.Contains(text, `/min on 1 connection after "421 4.7.28 an unusual rate of mail" (throttled) at 08:00:`) || !strings.Contains(text, "next step at 08:00:") || strings.Count(text, " UTC") != 2 {
 		t.Errorf("%q", text)
 	}
 	if h, known := w.k.Explain(g.ID); !known || h.Text != "reflex: "+text || h.Reason != "reflex" {
@@ -280,7 +280,7 @@ func TestBrakesBecomeGates(t *testing.T) {
 // A brake for some mail of one source refuses that mail there, and only there.
 func TestBrakesOfSomeMailOfASource(t *testing.T) {
 	w := newWorld(t, policy.Brake{ID: ids.Brake{7}, Source: sourceA, Tenant: tenant, Cause: "complaints", Owner: "anna"})
-	if _, h := w.session(sourceA, "google", tenant, "gmail.example"); h.Reason != "brake" || h.Until.Sub(w.now) != mixedWait {
+	if _, h := w.session(sourceA, "google", tenant, "gmail.example"); h.Reason != "brake" || h.Look.Sub(w.now) != mixedWait || !h.Until.IsZero() {
 		t.Errorf("%+v", h)
 	}
 	for _, c := range []struct {

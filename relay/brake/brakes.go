@@ -239,7 +239,9 @@ func (k *Keeper) refuses(p *engine.Place, l *lane, begins bool, now time.Time) e
 			continue
 		}
 		if b.Percent == 0 {
-			return holdOf(b, now, now.Add(mixedWait))
+			h := holdOf(b, now, endOf(b, now))
+			h.Look = now.Add(mixedWait)
+			return h
 		}
 		if begins && l != nil {
 			if wait := k.paceOf(b, l, now).take(now); wait > 0 {

@@ -152,15 +152,15 @@ func (x *Reflex) text() string {
 	var out strings.Builder
 	switch {
 	case x.Phase == reflex.Held.String():
-		fmt.Fprintf(&out, "held until %s", x.Until.UTC().Format(time.TimeOnly))
+		fmt.Fprintf(&out, "held until %s UTC", x.Until.UTC().Format(time.TimeOnly))
 	case x.Phase == reflex.Probing.String():
 		out.WriteString("probed by one connection")
 	default:
 		out.WriteString(x.allowed())
 	}
-	fmt.Fprintf(&out, " after %q (%s) at %s", x.Reply, x.Class, x.CauseAt.UTC().Format(time.TimeOnly))
+	fmt.Fprintf(&out, " after %q (%s) at %s UTC", x.Reply, x.Class, x.CauseAt.UTC().Format(time.TimeOnly))
 	if x.Phase == reflex.Slowed.String() && !x.Next.IsZero() {
-		fmt.Fprintf(&out, ", next step at %s", x.Next.UTC().Format(time.TimeOnly))
+		fmt.Fprintf(&out, ", next step at %s UTC", x.Next.UTC().Format(time.TimeOnly))
 	}
 	return out.String()
 }

@@ -146,7 +146,10 @@ func (w *worker) giveBack(work *queue.Work, h Hold, started bool) {
 	e.queue.Return(work)
 	now := e.cfg.Now()
 	until := h.Until
-	if until.IsZero() {
+	switch {
+	case !h.Look.IsZero():
+		until = h.Look
+	case until.IsZero():
 		until = now.Add(refusalPause)
 	}
 	if most := now.Add(maxRefusal); until.After(most) {

@@ -101,7 +101,7 @@ func TestNoSessionIsOpenedThatIsRefused(t *testing.T) {
 		x = w.engine.Explain(env, 0, state)
 		return x.Reason == "brake"
 	})
-	if x.Limit != "b1" || x.Scope != "everything" || x.Text != "held by hand" || x.Until.IsZero() {
+	if x.Limit != "b1" || x.Scope != "everything" || x.Text != "held by hand" || !x.Until.IsZero() {
 		t.Errorf("%+v", x)
 	}
 	w.until("the first one to be told", func() bool { return before.read(func() bool { return before.sessions == 0 }) })

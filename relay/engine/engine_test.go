@@ -252,6 +252,25 @@ func TestExplainsWhatMailWaitsFor(t *testing.T) {
 	}
 }
 
+// TestExplainsASlowDelivery: mail that a host is slow to take is on a lane, and for
+// how long it has been is said.
+func TestExplainsASlowDelivery(t *testing.T) {
+	w := newWorld(t, nil, first)
+	reached := w.holdAt(lab.Google, lab.PhaseRcpt, time.Hour)
+	env := w.accept(nil, w.at(lab.Google, 0, lab.Accept))
+	reached()
+	w.skew.Add(int64(time.Hour))
+	x := w.engine.ExplainInFlight(env, 0, relay.RecipientState{State: relay.StateWaiting, Next: env.AcceptedAt})
+	if x.Reason != "in-flight" || !strings.HasPrefix(x.Text, "it is being delivered, for 1h") || x.Source != first.Bind.String() || x.Provider != lab.Google {
+		t.Errorf("%+v", x)
+	}
+	other := *env
+	other.ID = ids.Message{1}
+	if x := w.engine.ExplainInFlight(&other, 0, relay.RecipientState{State: relay.StateWaiting, Provider: lab.Yahoo}); x.Text != "it is being delivered" || x.Provider != lab.Yahoo || x.Source != "" {
+		t.Errorf("mail that no session has: %+v", x)
+	}
+}
+
 // TestSessionsAreKept sends one after the other to one provider: the second
 // mail takes the connection of the first, and the lane is listed meanwhile.
 func TestSessionsAreKept(t *testing.T) {

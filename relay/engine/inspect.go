@@ -6,6 +6,7 @@ import (
 
 	"github.com/relais-mta/relais/relay"
 	"github.com/relais-mta/relais/relay/schedule"
+	"github.com/relais-mta/relais/shared/policy"
 )
 
 // Explanation names the one thing a recipient waits for.
@@ -71,12 +72,10 @@ func (e *Engine) Explain(env *relay.Envelope, index int, st relay.RecipientState
 		x.Text += e.unleased(env.Pool)
 	}
 	if w.Hold.Reason != "" {
-		x.Text, x.Limit, x.Scope = w.Hold.Text, w.Hold.Name, w.Hold.Scope
-		if w.Hold.Until.After(x.Until) {
-			x.Until = w.Hold.Until // it is asked again before that
-		}
+		// It is asked again before that, which is not when it ends.
+		x.Text, x.Limit, x.Scope, x.Until = w.Hold.Text, w.Hold.Name, w.Hold.Scope, w.Hold.Until
 		if h, ok := e.explainGate(w.Hold.Gate); ok {
-			x.Text = h.Text
+			x.Text, x.Until = h.Text, h.Until
 		}
 	}
 	if h, ok := e.explainGate(w.Gate); ok {
@@ -116,7 +115,31 @@ func (e *Engine) ExplainInFlight(env *relay.Envelope, index int, st relay.Recipi
 	if pinned {
 		return e.Explain(env, index, st)
 	}
-	return Explanation{Reason: "in-flight", Text: "it is being delivered", Provider: st.Provider}
+	x := Explanation{Reason: "in-flight", Text: "it is being delivered", Provider: st.Provider}
+	lane, since := e.carrying(env, index)
+	if since.IsZero() {
+		return x
+	}
+	x.Provider, x.Source = lane.Provider, e.sourceName(lane.Source)
+	// A host that takes its time is what it waits for then.
+	if age := e.cfg.Now().Sub(since).Truncate(time.Second); age > 0 {
+		x.Text = fmt.Sprintf("it is being delivered, for %s by now", policy.Duration(age))
+	}
+	return x
+}
+
+// carrying returns the lane of the session that has a recipient in hand, and since
+// when; zero: none has.
+func (e *Engine) carrying(env *relay.Envelope, index int) (lane schedule.Lane, since time.Time) {
+	to := env.Recipients[index].Address.Domain
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for _, w := range e.sessions {
+		if w.carries == env.ID && w.to == to && w.since.After(since) { // one that had it before may be idle
+			lane, since = w.lane, w.since
+		}
+	}
+	return lane, since
 }
 
 // explainRetry says which time a recipient waits for.

@@ -9,6 +9,8 @@ import (
 	"github.com/relais-mta/relais/relay/queue"
 	"github.com/relais-mta/relais/relay/resolve"
 	"github.com/relais-mta/relais/relay/schedule"
+	"github.com/relais-mta/relais/shared/ids"
+	"github.com/relais-mta/relais/shared/mailaddr"
 	"github.com/relais-mta/relais/shared/policy"
 )
 
@@ -22,6 +24,11 @@ type worker struct {
 	orders  chan order
 	source  policy.Source
 	session *delivery.Session
+
+	// Of the work in hand, or had last, for people who ask. e.mu guards it.
+	carries ids.Message
+	to      mailaddr.Domain
+	since   time.Time
 
 	place     Place
 	connected bool // the admitters gave a session
@@ -58,6 +65,7 @@ func (e *Engine) open(f schedule.Effect, now time.Time) {
 	w := &worker{engine: e, id: f.Session, lane: f.Lane, first: f, orders: make(chan order, 1), journal: make(chan error, 1)}
 	ctx, cancel := context.WithCancel(e.sessionCtx)
 	w.abort = cancel
+	w.carry(work, now)
 	e.sessions[w.id] = w
 	route := e.routes[work.Key.Domain]
 	var hosts []resolve.Host
@@ -88,7 +96,17 @@ func (e *Engine) begins(id schedule.Session, lane schedule.Lane, work *queue.Wor
 		return false
 	}
 	e.sched.Started(id)
+	if w := e.sessions[id]; w != nil {
+		w.carry(work, now)
+	}
 	return true
+}
+
+// carry notes the work in hand; what is not loaded yet is noted later. e.mu is held.
+func (w *worker) carry(work *queue.Work, now time.Time) {
+	if work.Loaded() {
+		w.carries, w.to, w.since = work.Env.ID, work.Key.Domain, now
+	}
 }
 
 // ready loads work that waited on disk, with no lock held, and reports whether

@@ -42,7 +42,7 @@ func TestShutUntilTheLeaderLends(t *testing.T) {
 	if wait := time.Until(h.Until); wait > time.Second || wait < -time.Second {
 		t.Errorf("the next one in %v", wait)
 	}
-	for _, part := range []string{"the limit mail allows 600 messages in 1m", "provider google, all relays", "this relay may use 5", " of it until "} {
+	for _, part := range []string{"the limit mail allows 600 messages in 1m", "provider google, all relays", "this relay may use 5", " of it until ", " UTC)"} {
 		if text := w.words(h); !strings.Contains(text, part) {
 			t.Errorf("%q lacks %q", text, part)
 		}

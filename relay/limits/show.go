@@ -70,7 +70,7 @@ func (l *Limits) words(lim *limit, now time.Time, at lease.Instant) string {
 			fmt.Fprintf(&b, " and has %d open", lim.rights.Opened())
 		}
 		if share.Amount = min(share.Amount, usable.Amount); share.Amount > 0 {
-			fmt.Fprintf(&b, " (%s of it until %s)", lim.amount(share.Amount), now.Add(until.Sub(at)).UTC().Format(time.TimeOnly))
+			fmt.Fprintf(&b, " (%s of it until %s UTC)", lim.amount(share.Amount), now.Add(until.Sub(at)).UTC().Format(time.TimeOnly))
 		} else if floor.Amount > 0 {
 			b.WriteString(" (its floor)")
 		}

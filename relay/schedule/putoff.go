@@ -10,7 +10,8 @@ type Hold struct {
 	Scope  string    // whom it counts together, such as "provider google, all relays"
 	Text   string    // who holds how much of it
 	Gate   GateID    // whose owner words it when somebody asks, in place of Text; zero: nobody does
-	Until  time.Time // when to ask again, if that is known
+	Until  time.Time // when that ends, if it is known
+	Look   time.Time // when to ask again all the same; zero: at Until
 }
 
 // putOff is a queue that is left alone for a while.

@@ -169,7 +169,7 @@ func (k *Keeper) Connect(now time.Time, p *engine.Place) engine.Hold {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	_, hold := k.ask(now, p, dir, 1)
-	if hold.Reason != "" && hold.Until.Sub(now) <= diskPause {
+	if hold.Reason != "" && hold.Look.IsZero() && hold.Until.Sub(now) <= diskPause {
 		return engine.Hold{} // the disk is faster than a connection
 	}
 	return hold
@@ -256,7 +256,7 @@ func (k *Keeper) ask(now time.Time, p *engine.Place, dir *policy.Directory, n ui
 		what := k.named(dir, subject, p)
 		scope := what + ", " + name
 		if !ok {
-			return g, engine.Hold{Reason: Reason, Name: subject.Plan, Scope: what, Text: "warm-up of " + what + ": plan " + subject.Plan + " has no quota for " + p.Lane.Provider + " now; see warmup show", Until: now.Add(leaderPause)}
+			return g, engine.Hold{Reason: Reason, Name: subject.Plan, Scope: what, Text: "warm-up of " + what + ": plan " + subject.Plan + " has no quota for " + p.Lane.Provider + " now; see warmup show", Look: now.Add(leaderPause)}
 		}
 		of := key{Subject: warmup.Subject(subject.Number), Class: warmup.Class(class), Day: today}
 		if !subject.Source.IsZero() {
@@ -279,7 +279,7 @@ func (k *Keeper) ask(now time.Time, p *engine.Place, dir *policy.Directory, n ui
 		case aMark:
 			s.want, s.mark, hold.Until = max(s.want, n), true, now.Add(diskPause)
 		case reservation:
-			s.want, hold.Until = max(s.want, n), now.Add(leaderPause)
+			s.want, hold.Look = max(s.want, n), now.Add(leaderPause)
 		case quota:
 			s.want, hold.Until = max(s.want, n), (today + 1).Start(time.UTC)
 			s.refusals.day++
