@@ -203,6 +203,11 @@ func TestPreview(t *testing.T) {
 	if d := out[0].Days; err != nil || d[6].Volume != 1000 || d[7].Volume != 1100 || d[14].Volume != 1210 || d[21].Volume != 1331 {
 		t.Errorf("a volume that grows: %+v, %v", out, err)
 	}
+	// The first week fits, and then the volume outgrows the target.
+	top := p.Track("google")
+	if out, err = Preview(&p, []Volume{{Class: "google", PerDay: top.Target, Growth: 10, Stage: top.Last()}}, 22); err != nil || out[0].Days[0].Waiting != 0 || out[0].Days[21].Waiting == 0 || out[0].Carried != 0 {
+		t.Errorf("a volume that outgrows the quota: carried on day %d, %v", out[0].Carried, err)
+	}
 	for _, v := range []Volume{{Class: "google", PerDay: -1}, {Class: "google", Warm: -1}, {Class: "google", Stage: -1}, {Class: "google", Growth: -1}, {Class: "google", Growth: MaxWeeklyGrowth + 1}} {
 		if _, err := Preview(&p, []Volume{v}, 10); !fault.Is(err, fault.Invalid) {
 			t.Errorf("%+v: %v", v, err)

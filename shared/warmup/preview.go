@@ -21,7 +21,7 @@ type Volume struct {
 type Forecast struct {
 	Class   string
 	Reached []Reached // the stages in their order
-	Carried int       // first day on which nothing waits or overflows, from 1; 0: not within the preview
+	Carried int       // first day from which on nothing waits or overflows, from 1; 0: not within the preview
 	Days    []ForecastDay
 }
 
@@ -87,7 +87,10 @@ func (p *Plan) forecast(v Volume, days int) Forecast {
 		}
 		waiting = due - d.Offered - d.Warm
 		d.Waiting = waiting
-		if waiting == 0 && d.Warm == 0 && f.Carried == 0 {
+		switch {
+		case waiting > 0 || d.Warm > 0:
+			f.Carried = 0 // a volume that grows may outgrow the quota again
+		case f.Carried == 0:
 			f.Carried = day
 		}
 		f.Days = append(f.Days, d)

@@ -184,7 +184,7 @@ func (a *app) warmupPlanShow() *cobra.Command {
 type forecast struct {
 	Class   string        `json:"class"`
 	PerDay  int64         `json:"per_day"`           // recipients that come on the first day
-	Carried int           `json:"carried,omitempty"` // first day on which nothing waits or overflows
+	Carried int           `json:"carried,omitempty"` // first day from which on nothing waits or overflows
 	Warm    int64         `json:"warm"`              // recipients that warm addresses of the pool took, all days
 	Waiting int64         `json:"waiting"`           // the most that waited for the next day
 	Stages  []stageDay    `json:"stages"`            // when each is reached

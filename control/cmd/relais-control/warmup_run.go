@@ -140,10 +140,12 @@ what shows it.`,
 			}
 			proofs = append(proofs, api.WarmProof{Class: class, Volume: uint32(n), Evidence: *evidence})
 		}
-		if len(proofs) > 0 {
-			if *evidence == "" {
-				return usagef("--evidence is missing: say what shows the proven volume")
-			}
+		switch {
+		case len(proofs) > 0 && *evidence == "":
+			return usagef("--evidence is missing: say what shows the proven volume")
+		case len(proofs) == 0 && *evidence != "":
+			return usagef("--evidence belongs to --proven: say what it shows, such as --proven google=40000/day; without that the warm-up begins at stage 1")
+		case len(proofs) > 0:
 			body["proven"] = proofs
 		}
 		return show(a, cmd, call{method: http.MethodPost, path: what.path(), body: body, reason: *reason}, printWarmUp)
