@@ -91,6 +91,8 @@ type PolicyWhy struct {
 	Profile  bool            `json:"profile" doc:"The provider has a profile of its own; else the default holds"`
 	Each     []ProviderLimit `json:"each" doc:"Limits of each source address or relay by itself"`
 	Shared   []SharedLimit   `json:"shared" doc:"Limits of all relays together"`
+	Brakes   []Brake         `json:"brakes" doc:"In force"`
+	WarmUps  []WarmUp        `json:"warmups" doc:"Of the address, if one is named, of pools and of sending domains; with the class of the provider alone, if one is named"`
 }
 
 // ProviderLimit is one limit of a provider's profile.
@@ -103,7 +105,7 @@ type ProviderLimit struct {
 }
 
 func whyOf(w service.Why) PolicyWhy {
-	out := PolicyWhy{Source: w.Mail.Source, Pool: w.Mail.Pool, Tenant: w.Mail.Tenant, Provider: w.Mail.Provider, Domain: w.Mail.Domain, Profile: w.Provider.Listed, Each: []ProviderLimit{}, Shared: []SharedLimit{}}
+	out := PolicyWhy{Source: w.Mail.Source, Pool: w.Mail.Pool, Tenant: w.Mail.Tenant, Provider: w.Mail.Provider, Domain: w.Mail.Domain, Profile: w.Provider.Listed, Each: []ProviderLimit{}, Shared: []SharedLimit{}, Brakes: []Brake{}, WarmUps: []WarmUp{}}
 	for _, l := range w.Provider.Limits {
 		one := ProviderLimit{Kind: string(l.Kind), Scope: string(l.Scope), Max: l.Max, Burst: l.Burst}
 		if l.Per > 0 {
@@ -113,6 +115,12 @@ func whyOf(w service.Why) PolicyWhy {
 	}
 	for _, v := range w.Shared {
 		out.Shared = append(out.Shared, limitOf(v))
+	}
+	for _, b := range w.Brakes {
+		out.Brakes = append(out.Brakes, brakeOf(b))
+	}
+	for _, v := range w.WarmUps {
+		out.WarmUps = append(out.WarmUps, warmUpOf(v))
 	}
 	return out
 }

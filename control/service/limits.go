@@ -184,6 +184,8 @@ type Why struct {
 	Mail     Mail           // with what follows from it: the pool of a source, the tenant of a pool
 	Provider ProviderLimits // of each source or relay by itself
 	Shared   []LimitView    // of all relays together
+	Brakes   []BrakeView    // in force
+	WarmUps  []WarmUpView   // of the address, of pools and of sending domains
 }
 
 // ProviderLimits are the limits of a provider's profile.
@@ -202,8 +204,8 @@ type ProviderLimit struct {
 	Burst int
 }
 
-// PolicyWhy returns every limit that holds for some mail, and who holds how much
-// of those that are shared. What the selection leaves open may or may not match: a
+// PolicyWhy returns every limit, brake and warm-up that holds for some mail, and who
+// holds how much of the limits that are shared. What the selection leaves open may or may not match: a
 // limit is left out only if it certainly does not.
 func (s *Service) PolicyWhy(ctx context.Context, a Actor, m Mail) (Why, error) {
 	if err := s.enter(a, control.RoleViewer, "service.PolicyWhy"); err != nil {
@@ -221,11 +223,13 @@ func (s *Service) PolicyWhy(ctx context.Context, a Actor, m Mail) (Why, error) {
 		}
 		out.Provider = limits
 	}
-	may := func(limit, mail string) bool { return limit == "" || mail == "" || limit == mail }
 	out.Shared = s.limitViews(ctx, r, func(l *control.SharedLimit) bool {
 		return may(l.Provider, m.Provider) && may(l.Tenant, m.Tenant) && may(l.Domain, m.Domain) && may(l.Pool, m.Pool)
 	}, true)
-	return out, nil
+	out.Brakes = brakesOn(r, &m)
+	var err error
+	out.WarmUps, err = s.warmUpsOf(r, &m)
+	return out, err
 }
 
 // completeMail checks that what is named exists, and adds what follows from it.

@@ -63,9 +63,7 @@ and the lanes that a relay slowed down by itself long ago (owner reflex).`,
 		if all {
 			query.Set("ended", "true")
 		}
-		return list(a, cmd, "/brakes", query, "ID SCOPE LEVEL OWNER SINCE UNTIL CAUSE", func(b api.Brake) []string {
-			return []string{b.ID, brakeScope(&b), brakeLevel(&b), brakeOwner(&b), when(b.CreatedAt), brakeEnd(&b), b.Cause}
-		})
+		return list(a, cmd, "/brakes", query, brakeHeader, func(b api.Brake) []string { return brakeRow(&b) })
 	}
 	return group("brake", "Hold or slow down mail, and show and end what does", ls, a.brakeSet(), a.brakePin(), a.brakeCancel(),
 		&cobra.Command{Use: "show BRAKE", Short: "Show a restriction of mail, by id", Example: "  relais-control brake show brk_…", Args: cobra.ExactArgs(1), RunE: func(cmd *cobra.Command, args []string) error {
@@ -147,6 +145,13 @@ func (a *app) brakePin() *cobra.Command {
 		return show(a, cmd, call{method: http.MethodPut, path: "/brakes/" + url.PathEscape(args[0]) + "/pinned", body: map[string]bool{"pinned": !off}, ifMatch: revisionText(cmd, *expect), reason: *reason}, printBrake)
 	}
 	return cmd
+}
+
+// brakeHeader is above rows that brakeRow makes.
+const brakeHeader = "ID SCOPE LEVEL OWNER SINCE UNTIL CAUSE"
+
+func brakeRow(b *api.Brake) []string {
+	return []string{b.ID, brakeScope(b), brakeLevel(b), brakeOwner(b), when(b.CreatedAt), brakeEnd(b), b.Cause}
 }
 
 func brakeScope(b *api.Brake) string {

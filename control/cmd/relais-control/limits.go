@@ -98,11 +98,12 @@ func printLimit(w io.Writer, l api.SharedLimit) error {
 
 func (a *app) policyWhy() *cobra.Command {
 	cmd := &cobra.Command{
-		Use: "why [LANE]", Short: "Show every limit that holds for a lane or for some mail, and who holds how much of it",
+		Use: "why [LANE]", Short: "Show every limit, brake and warm-up that holds for a lane or for some mail",
 		Long: `Show every limit that holds for a lane (a source address and a provider, written
 ADDRESS/PROVIDER as relais-relay lanes shows them) or for mail that flags select:
 those of each address and relay by itself, and those that all relays share, with
-who holds how much. What is left open may match. Which of them holds mail back on
+who holds how much; and the brakes and warm-ups. What is left open may match, but
+the warm-up of an address is shown only if the address is named. Which of them holds mail back on
 one relay, and until when, is told there by relais-relay queue why.`,
 		Example: "  relais-control policy why 198.51.100.7/orange\n  relais-control policy why --tenant acme --domain example.com --provider mx:example.com", Args: cobra.MaximumNArgs(1),
 	}
@@ -160,15 +161,36 @@ func printWhy(w io.Writer, p api.PolicyWhy) error {
 		}
 	}
 	if len(p.Shared) == 0 {
-		_, err := fmt.Fprintln(w, "\nNo limit that all relays share counts this mail.")
-		return err
+		fmt.Fprintln(w, "\nNo limit that all relays share counts this mail.")
+	} else {
+		fmt.Fprintln(w, "\nAll relays together:")
 	}
-	fmt.Fprintln(w, "\nAll relays together:")
 	for _, l := range p.Shared {
 		fmt.Fprintln(w)
 		if err := printLimit(w, l); err != nil {
 			return err
 		}
 	}
-	return nil
+	if len(p.Brakes) > 0 {
+		rows := make([][]string, 0, len(p.Brakes))
+		for i := range p.Brakes {
+			rows = append(rows, brakeRow(&p.Brakes[i]))
+		}
+		fmt.Fprintln(w, "\nBrakes:")
+		if err := printTable(w, brakeHeader, rows); err != nil {
+			return err
+		}
+	}
+	if len(p.WarmUps) == 0 {
+		return nil
+	}
+	fmt.Fprintln(w, "\nWarm-up, today:")
+	var rows [][]string
+	for i := range p.WarmUps {
+		v := &p.WarmUps[i]
+		for _, c := range v.Classes {
+			rows = append(rows, []string{v.Kind, v.Name, v.Plan, c.Class, strconv.Itoa(c.Stage), fmt.Sprint(c.Quota), fmt.Sprint(c.Reserved), fmt.Sprint(c.Used)})
+		}
+	}
+	return printTable(w, "KIND NAME PLAN CLASS STAGE QUOTA RESERVED USED", rows)
 }
