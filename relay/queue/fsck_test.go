@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -35,10 +36,16 @@ type ward struct {
 	b    *store.Batch
 }
 
-// quickDir is a directory that syncs at once, where there is one: nothing here
-// is about what a sync does.
+// quickDir is a directory that syncs at once, where there is one with room: nothing
+// here is about what a sync does. Without room the kernel ends the process, for the
+// index is mapped; containers often have 64 MiB.
 func quickDir(t *testing.T) string {
-	dir, err := os.MkdirTemp("/dev/shm", "relais-fsck-")
+	const shared, room = "/dev/shm", 512 << 20
+	var free syscall.Statfs_t
+	if err := syscall.Statfs(shared, &free); err != nil || int64(free.Bavail)*free.Bsize < room {
+		return t.TempDir()
+	}
+	dir, err := os.MkdirTemp(shared, "relais-fsck-")
 	if err != nil {
 		return t.TempDir()
 	}
@@ -63,6 +70,7 @@ func newWard(t *testing.T, seed uint64) *ward {
 		work := w.take(1 + w.rng.IntN(3))
 		w.begin(work) // and the relay is killed
 	}
+	w.acceptRandom(49) // so that one with a file of its own is open, whoever was taken above
 	for i := range 3 {
 		in := &Inbound{ID: ids.NewMessage(w.clock.Now()), Original: ids.Message{byte(i)}, To: splitAddress("token@bounces.example.com"), ReceivedAt: w.clock.Now()}
 		if err := w.q.AcceptInbound(context.Background(), in, w.body("report "+fmt.Sprint(i))); err != nil {
