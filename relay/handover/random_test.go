@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"sync"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -494,10 +495,17 @@ func TestRandomWorlds(t *testing.T) {
 	t.Logf("%d worlds from seed %d: %d messages, delivered %d times, %d times in doubt", *seeds, *seed, messages, taken, doubts)
 }
 
-// memoryDir returns a directory in memory, if the machine has such: these worlds are
-// about processes that are killed, whose files stay whatever the disk does.
+// memoryDir returns a directory in memory, if the machine has such with room: these
+// worlds are about processes that are killed, whose files stay whatever the disk does.
+// One takes 80 MiB, and without room the kernel ends the process, for the stores' indexes
+// are mapped; containers often have 64 MiB.
 func memoryDir(t testing.TB) string {
-	dir, err := os.MkdirTemp("/dev/shm", "relais-handover-")
+	const shared, room = "/dev/shm", 512 << 20
+	var free syscall.Statfs_t
+	if err := syscall.Statfs(shared, &free); err != nil || int64(free.Bavail)*free.Bsize < room {
+		return t.TempDir()
+	}
+	dir, err := os.MkdirTemp(shared, "relais-handover-")
 	if err != nil {
 		return t.TempDir()
 	}
