@@ -142,6 +142,13 @@ func TestFloatingIsTakenFromTheSilent(t *testing.T) {
 			if a := f.state.Read().Audit(1)[0]; a.Action != "ip.reclaim" || a.Actor != "system" || a.Reason != "its relay edge-0 was silent until its lease was over" {
 				t.Errorf("the audit tail has %+v", a)
 			}
+			if _, again := f.float(2, 1); again <= epoch {
+				t.Errorf("epoch %d after %d", again, epoch)
+			}
+			after(4 * floatingTick)
+			if f.owner(gone) != relayID(1) {
+				t.Error("what was assigned to a relay that never spoke is taken back before it can")
+			}
 		}); err != nil {
 			t.Error(err)
 		}

@@ -106,6 +106,7 @@ func (w *leader) connect() (here *leasedConn, there net.Conn) {
 		w.t.Fatal("no connection may be opened")
 	}
 	conn, there := net.Pipe()
+	w.t.Cleanup(func() { there.Close() })
 	if !here.opened(conn) {
 		w.t.Fatal("the lease ended while it was opened")
 	}
@@ -122,6 +123,18 @@ func ends(there net.Conn, start time.Time) <-chan time.Duration {
 		out <- time.Since(start)
 	}()
 	return out
+}
+
+// wait returns when a connection ended, which it does within two leases.
+func (w *leader) wait(ended <-chan time.Duration) (at time.Duration) {
+	w.t.Helper()
+	never := time.NewTimer(2 * ownership.DefaultConfig().TTL)
+	select {
+	case at = <-ended:
+	case <-never.C:
+		w.t.Error("the connection never ended")
+	}
+	return at
 }
 
 // inBubble runs the loop of leases in a bubble with a clock of its own.
@@ -187,11 +200,14 @@ func TestLease(t *testing.T) {
 		if _, changes := w.said(); w.usable() || changes != 2 || !strings.Contains(w.leases.Why(sourceID(5)), "its lease ends at ") {
 			t.Errorf("in the guard: usable %v, %d changes, %s", w.usable(), changes, w.leases.Why(sourceID(5)))
 		}
+		if status := (Status{Source: floatingSource(1, 3)[0]}); w.leases.admit(&status, func() {}) != nil {
+			t.Error("a connection is opened in the guard")
+		}
 		if _, err := here.Write([]byte("QUIT\r\n")); err != nil {
 			t.Errorf("what is open is not open any more: %v", err)
 		}
 		w.leases.Linked(false)
-		if at := <-ended; at < sent+times.TTL || at > sent+times.TTL+2*time.Millisecond {
+		if at := w.wait(ended); at < sent+times.TTL || at > sent+times.TTL+2*time.Millisecond {
 			t.Errorf("the connection ended at %v, the lease of a report of %v does after %v", at, sent, times.TTL)
 		}
 		if n, _ := w.said(); n < before+int(times.TTL*(renewals-1)/renewals/askAgain)-2 {
@@ -280,7 +296,7 @@ func TestLeaseEndsWithItsAssignment(t *testing.T) {
 					w.answer(w.newest(), 7, 3)
 					told = 0
 				}
-				if at := <-ended; at < sent+tc.lasts || at > max(told, sent+tc.lasts)+2*time.Millisecond {
+				if at := w.wait(ended); at < sent+tc.lasts || at > max(told, sent+tc.lasts)+2*time.Millisecond {
 					t.Errorf("the connection ended at %v", at)
 				}
 				if w.usable() {
@@ -337,7 +353,7 @@ func TestAStoppedProcessSendsNothing(t *testing.T) {
 	w.at = lease.Instant(ownership.DefaultConfig().TTL)
 	w.mu.Unlock()
 	if _, err := c.Write([]byte("b")); !errors.Is(err, net.ErrClosed) {
-		t.Errorf("written after the end: %v", err)
+		t.Fatalf("written after the end: %v", err)
 	}
 	if got, _ := io.ReadAll(there); string(got) != "a" && string(got) != "" { // a reset may overtake what came before it
 		t.Errorf("the host got %q", got)
