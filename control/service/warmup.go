@@ -203,6 +203,9 @@ func (s *Service) StartWarmUp(ctx context.Context, a Actor, kind control.WarmKin
 		if class != proofs[i].Class {
 			return WarmUpView{}, fault.Field(op, "proven", "plan %q has no class %q: name one of its classes, as `warmup plan show %s` lists them", plan, proofs[i].Class, plan)
 		}
+		if _, twice := volumes[class]; twice {
+			return WarmUpView{}, fault.Field(op, "proven", "class %q is named twice: say once what it has shown", class)
+		}
 		volumes[class] = int64(proofs[i].Volume)
 	}
 	cmd := &command.WarmPut{Meta: c.meta(a), Expect: expect, Kind: string(kind), Ref: []byte(ref), Plan: plan}

@@ -138,25 +138,34 @@ one relay, and until when, is told there by relais-relay queue why.`,
 	return cmd
 }
 
+// printEach prints what a provider's profile says.
+func printEach(w io.Writer, p *api.PolicyWhy) error {
+	profile := "its own profile"
+	if !p.Profile {
+		profile = "the default profile"
+	}
+	if len(p.Each) == 0 {
+		_, err := fmt.Fprintf(w, "\nNothing limits an address or a relay by itself, by %s.\n", profile)
+		return err
+	}
+	fmt.Fprintf(w, "\nEach address and relay by itself, by %s:\n", profile)
+	rows := make([][]string, 0, len(p.Each))
+	for _, l := range p.Each {
+		limit := strconv.Itoa(l.Max)
+		if l.Per != "" {
+			limit += "/" + l.Per + " burst=" + strconv.Itoa(l.Burst)
+		}
+		rows = append(rows, []string{l.Kind, l.Scope, limit})
+	}
+	return printTable(w, "KIND SCOPE LIMIT", rows)
+}
+
 func printWhy(w io.Writer, p api.PolicyWhy) error {
 	if err := printPairs(w, "Source", p.Source, "Pool", p.Pool, "Tenant", p.Tenant, "Provider", p.Provider, "Domain", p.Domain); err != nil {
 		return err
 	}
 	if p.Provider != "" {
-		profile := "its own profile"
-		if !p.Profile {
-			profile = "the default profile"
-		}
-		fmt.Fprintf(w, "\nEach address and relay by itself, by %s:\n", profile)
-		rows := make([][]string, 0, len(p.Each))
-		for _, l := range p.Each {
-			limit := strconv.Itoa(l.Max)
-			if l.Per != "" {
-				limit += "/" + l.Per + " burst=" + strconv.Itoa(l.Burst)
-			}
-			rows = append(rows, []string{l.Kind, l.Scope, limit})
-		}
-		if err := printTable(w, "KIND SCOPE LIMIT", rows); err != nil {
+		if err := printEach(w, &p); err != nil {
 			return err
 		}
 	}
