@@ -509,10 +509,11 @@ func (s *session) receiveView(stream link.Stream, conn *wire.Conn, begin *wire.V
 func (s *session) useView(stream link.Stream, conn *wire.Conn, revision *wire.Revision, encoded []byte) error {
 	a := s.agent
 	a.heard()
+	err := a.apply(encoded, revision)
+	// Not before: a large view on a slow disk may take longer than its answer may.
 	if err := stream.SetWriteDeadline(time.Now().Add(ackTimeout)); err != nil {
 		return err
 	}
-	err := a.apply(encoded, revision)
 	a.mu.Lock()
 	a.viewProblem = ""
 	if err != nil {
