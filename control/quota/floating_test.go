@@ -64,10 +64,16 @@ func (f *floater) float(n byte, relay int) (ip ids.Source, epoch uint64) {
 	ip[15] = n
 	if f.state.Read().Source(ip) == nil {
 		f.must(&command.IPPut{Source: &command.Source{Id: ip[:], Bind: []byte{10, 0, 0, n}, Public: []byte{10, 0, 0, n}, Ehlo: "a.example.net", State: "free"}})
+		f.verdict(ip, control.ReverseConfirmed)
 	}
 	node := relayID(relay)
 	f.must(&command.IPAssign{Source: ip[:], Node: node[:]})
 	return ip, f.state.Read().Source(ip).Epoch
+}
+
+func (f *floater) verdict(ip ids.Source, reverse control.ReverseVerdict) {
+	f.t.Helper()
+	f.must(&command.IPVerify{Source: ip[:], Reverse: string(reverse)})
 }
 
 func (f *floater) owner(ip ids.Source) ids.Node { return f.state.Read().Source(ip).Owner }
@@ -268,6 +274,37 @@ func TestASuspendedLeaderTakesNothing(t *testing.T) {
 				t.Error("taken back although nobody could be heard")
 			}
 			after(time.Second)
+			if !f.owner(ip).IsZero() {
+				t.Error("never taken back")
+			}
+		}); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// TestAnAddressThatNobodyMayUseIsNotTaken: a relay is not told of an address whose
+// reverse DNS is not confirmed, so that it does not report of it is no silence. Once it
+// is told, it has its time.
+func TestAnAddressThatNobodyMayUseIsNotTaken(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFloater(t)
+		ip, _ := f.float(1, 0)
+		f.verdict(ip, control.ReverseFailed)
+		other, _ := f.float(2, 1)
+		cfg := ownership.DefaultConfig()
+		wait := lease.Outlast(cfg.TTL) + cfg.Takeover
+		if err := f.lead(func() {
+			after(time.Hour)
+			if f.owner(ip) != relayID(0) || !f.owner(other).IsZero() {
+				t.Fatalf("the addresses are of %s and %s", f.owner(ip), f.owner(other))
+			}
+			f.verdict(ip, control.ReverseConfirmed)
+			after(wait - time.Millisecond)
+			if f.owner(ip).IsZero() {
+				t.Error("taken back before its relay had its time to report")
+			}
+			after(2 * floatingTick)
 			if !f.owner(ip).IsZero() {
 				t.Error("never taken back")
 			}

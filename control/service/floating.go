@@ -53,7 +53,10 @@ func (s *Service) addLeases(ctx context.Context, views []IPView) {
 	for i := range views {
 		if leased(views[i]) {
 			l := leases[views[i].Owner]
-			if l.Problem = problem; l.Until.IsZero() && problem == "" {
+			switch l.Problem = problem; {
+			case views[i].State == control.SourceAssigned && !views[i].Usable(): // its relay is not told of it
+				l = AddressLease{Problem: "there is none while it is not used"}
+			case l.Until.IsZero() && problem == "":
 				l.Problem = "the leader has just begun"
 			}
 			views[i].Lease = &l

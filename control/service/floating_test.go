@@ -37,6 +37,10 @@ func TestFloatingAddresses(t *testing.T) {
 	if a.Pinned || !a.Leased || a.Owner != edge1 {
 		t.Fatalf("got %+v", a)
 	}
+	if v := must[IPView](t)(f.IPView(viewer, "198.51.100.1")); v.Lease == nil || v.Lease.Problem != "there is none while it is not used" {
+		t.Errorf("before its reverse DNS was looked at: %+v", v.Lease)
+	}
+	must[*control.Source](t)(propose[control.Source](ctx, f.Service, &command.IPVerify{Source: a.ID[:], Reverse: string(control.ReverseConfirmed)}))
 	if got := f.LeaseTTL(); got != ownership.DefaultConfig().TTL {
 		t.Errorf("a copied machine would get the first one's place after %v", got)
 	}

@@ -65,10 +65,17 @@ func (a *applier) leaseProcesses(c *command.IPHeard) error {
 	return nil
 }
 
-// LeasedSources returns the addresses that relays use by a lease, oldest first.
+// LeasedSources returns the addresses that relays use by a lease, oldest first. Those
+// that no view offers are left out: their relays do not report of them, which is no
+// silence.
 func (r *Reader) LeasedSources() []*control.Source {
 	var out []*control.Source
-	each(r.txn, sourcesTable, "leased", nil, func(s *control.Source) bool { out = append(out, s); return true })
+	each(r.txn, sourcesTable, "leased", nil, func(s *control.Source) bool {
+		if s.State != control.SourceAssigned || r.offered(s) {
+			out = append(out, s)
+		}
+		return true
+	})
 	return out
 }
 

@@ -195,7 +195,7 @@ func (a *applier) keptBy(old *control.Source, to *control.Node, ownerIsOff bool)
 	case control.SourceQuarantined:
 		return "is in quarantine, and node " + name + " may still use it: switch that machine off and say so with --old-owner-is-off"
 	}
-	if old.Leased {
+	if old.Leased && old.Usable() {
 		return "is assigned to node " + name + ": release it with `relais-control ip release`, or wait: it is floating, and free by itself when that relay is silent"
 	}
 	return "is assigned to node " + name + ": release it with `relais-control ip release`, or switch that machine off and say so with --old-owner-is-off"

@@ -134,11 +134,16 @@ func (r *Reader) viewSources(v *policy.View) {
 	for _, p := range r.Pools() {
 		v.Pools = append(v.Pools, policy.Pool{ID: p.ID, Name: p.Name, Kind: p.Kind, Tenant: p.Tenant})
 	}
-	verdicts := r.Cluster().FSMVersion >= reverseVersion
 	for _, s := range r.Sources() {
-		if verdicts && !s.Usable() || s.State == control.SourceQuarantined || s.State == control.SourceReleasing {
+		if !r.offered(s) || s.State == control.SourceQuarantined || s.State == control.SourceReleasing {
 			continue // a relay must not even try it
 		}
 		v.Sources = append(v.Sources, policy.Source{ID: s.ID, Bind: s.Bind, Public: s.Public, EHLO: s.EHLO, Pool: s.Pool, Owner: s.Owner, Epoch: s.Epoch, Pinned: s.Pinned, Leased: s.Leased})
 	}
+}
+
+// offered reports whether mail may leave from an address, as far as that is not a
+// matter of who has it.
+func (r *Reader) offered(s *control.Source) bool {
+	return r.Cluster().FSMVersion < reverseVersion || s.Usable()
 }

@@ -16,7 +16,7 @@ func leaseText(i api.IP) string {
 	case !i.Leased:
 		return "floating, assigned without a lease"
 	case i.LeaseUntil == nil:
-		return "floating, until: " + i.LeaseProblem
+		return "floating, its lease: " + i.LeaseProblem
 	case !i.LeaseHeard:
 		return "floating, its relay was not heard by this leader; free at " + i.FreeAt.UTC().Format(time.TimeOnly)
 	}
