@@ -188,7 +188,7 @@ func TestBrakesHoldMailEverywhere(t *testing.T) {
 		if json.Unmarshal(relayCommand(t, f.Relays[0], "queue", "list", "--json"), &list) != nil || len(list) == 0 {
 			return false
 		}
-		why = string(relayCommand(t, f.Relays[0], "queue", "why", list[0].ID))
+		why = string(queueWhy(t, f.Relays[0], list[0].ID))
 		return strings.Contains(why, "a test")
 	})
 	if !strings.Contains(why, "a brake of admin holds it") {

@@ -109,6 +109,22 @@ func relayCommand(t *testing.T, r *fleet.Relay, args ...string) []byte {
 	return out
 }
 
+// queueWhy returns what queue why says of a message, and nothing once the message
+// is not in the queue: it may have been delivered since it was listed.
+func queueWhy(t *testing.T, r *fleet.Relay, id string, flags ...string) []byte {
+	t.Helper()
+	args := append([]string{"queue", "why", id, "--data", r.Dir}, flags...)
+	out, err := exec.Command(filepath.Join(binaries, "relais-relay"), args...).CombinedOutput()
+	switch {
+	case err == nil:
+		return out
+	case strings.Contains(string(out), id+" is not in the queue"):
+		return nil
+	}
+	t.Fatalf("relais-relay %v: %v\n%s", args, err, out)
+	return nil
+}
+
 // command runs a program and returns its output whatever its exit code.
 func command(t *testing.T, name string, args ...string) (string, error) {
 	t.Helper()

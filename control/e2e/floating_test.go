@@ -148,7 +148,7 @@ func (f *floater) why(r *fleet.Relay) string {
 	f.t.Helper()
 	for _, word := range strings.Fields(string(relayCommand(f.t, r, "queue", "list"))) {
 		if strings.HasPrefix(word, "msg_") {
-			return string(relayCommand(f.t, r, "queue", "why", word))
+			return string(queueWhy(f.t, r, word))
 		}
 	}
 	return ""

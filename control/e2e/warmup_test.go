@@ -248,7 +248,9 @@ func warmExplained(t *testing.T, f *fleet.Fleet, r *fleet.Relay, provider string
 		if err := json.Unmarshal(relayCommand(t, r, "queue", "list", "--provider", provider, "--limit", "1", "--json"), &list); err != nil || len(list) == 0 {
 			return false
 		}
-		last = relayCommand(t, r, "queue", "why", list[0].ID, "--json")
+		if last = queueWhy(t, r, list[0].ID, "--json"); last == nil {
+			return false // it went while there was still quota to spend
+		}
 		var why struct {
 			Recipients []struct {
 				Why struct {
