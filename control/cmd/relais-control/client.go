@@ -30,6 +30,7 @@ const (
 	requestLimit     = 30 * time.Second // for one request to one server
 	connectLimit     = 2 * time.Second  // for a connection, and again for its handshake
 	hurriedLimit     = 500 * time.Millisecond
+	patientLimit     = 10 * time.Second // once no server has answered in less
 	leaderWait       = 10 * time.Second // for a cluster that is choosing a leader
 	leaderRetryPause = 250 * time.Millisecond
 	maxAnswerBytes   = 64 << 20
@@ -122,6 +123,7 @@ type call struct {
 
 // do sends the request to the servers in turn until one answers, and decodes
 // the answer into out. While the cluster is choosing a leader it waits a little.
+// When every server is silent it asks once more, with more patience.
 func (c *client) do(ctx context.Context, req call, out any) error {
 	deadline := time.Now().Add(leaderWait)
 	for {
@@ -138,7 +140,8 @@ func (c *client) do(ctx context.Context, req call, out any) error {
 }
 
 // tryAll asks every server once. retry says that all of them are waiting for a
-// leader, so that nothing was changed and asking again can help.
+// leader, or that none heard the request in time, so that nothing was changed and
+// asking again can help.
 func (c *client) tryAll(ctx context.Context, req call, out any) (retry bool, err error) {
 	var unreachable []error
 	for _, endpoint := range c.file.Endpoints {
@@ -159,7 +162,10 @@ func (c *client) tryAll(ctx context.Context, req call, out any) (retry bool, err
 		return false, oneErr
 	}
 	if len(unreachable) == len(c.file.Endpoints) {
-		return false, fault.Wrap(errors.Join(unreachable...), fault.Unavailable, "relais-control", "no control server of this cluster can be reached: is one running?")
+		err = errors.Join(unreachable...)
+		// Who took the connection may only be slow, and nobody else is left to ask.
+		retry = errors.Is(err, errNoHandshake) && c.patience.Swap(int64(patientLimit)) < int64(patientLimit)
+		return retry, fault.Wrap(err, fault.Unavailable, "relais-control", "no control server of this cluster can be reached: is one running?")
 	}
 	return retry, err
 }

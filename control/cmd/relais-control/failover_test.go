@@ -5,6 +5,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -38,5 +39,46 @@ func TestASilentServerIsNotWaitedForWhileALeaderIsChosen(t *testing.T) {
 	}
 	if got := time.Duration(c.patience.Load()); got != hurriedLimit {
 		t.Errorf("a silent server is waited for %s, want %s", got, hurriedLimit)
+	}
+}
+
+// TestASlowServerIsAskedOnceMore: on a starved machine a handshake takes longer
+// than a server is waited for while there are others.
+func TestASlowServerIsAskedOnceMore(t *testing.T) {
+	var unanswered atomic.Int32
+	server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		fmt.Fprint(w, `{"name": "acme"}`)
+	}))
+	server.Listener = &slowListener{Listener: server.Listener, left: &unanswered}
+	server.StartTLS()
+	defer server.Close()
+	trusted := server.Client().Transport.(*http.Transport).TLSClientConfig
+	for _, silent := range []int32{0, 1} {
+		unanswered.Store(silent)
+		c := &client{file: cliFile{Endpoints: []string{server.URL}}}
+		c.patience.Store(int64(50 * time.Millisecond))
+		c.http = &http.Client{Transport: &http.Transport{DialTLSContext: c.dialTLS(trusted)}}
+		var out struct{ Name string }
+		if err := c.do(t.Context(), call{method: http.MethodPost, path: "/tenants"}, &out); err != nil || out.Name != "acme" {
+			t.Errorf("with %d silent connections: %v, %+v", silent, err, out)
+		}
+	}
+}
+
+// slowListener takes some connections and never says anything on them.
+type slowListener struct {
+	net.Listener
+	left *atomic.Int32
+
+	silent []net.Conn // kept, or the collector would close them
+}
+
+func (l *slowListener) Accept() (net.Conn, error) {
+	for {
+		conn, err := l.Listener.Accept()
+		if err != nil || l.left.Add(-1) < 0 {
+			return conn, err
+		}
+		l.silent = append(l.silent, conn)
 	}
 }
