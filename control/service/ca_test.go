@@ -64,7 +64,7 @@ func (f *caFixture) now(t *testing.T) CertificateState {
 }
 
 func (f *caFixture) says(node ids.Node, revision uint64, st CertificateState) {
-	f.NodeReported(node, ReportInfo{Revision: revision, Certificate: st})
+	f.NodeReported(node, ReportInfo{Generation: f.Generation(), Revision: revision, Certificate: st})
 }
 
 func (f *caFixture) step(t *testing.T) CAView {

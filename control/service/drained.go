@@ -30,7 +30,8 @@ func (s *Service) SettleDrains(ctx context.Context) error {
 	heard := s.seenAnywhere()
 	for _, n := range draining {
 		seen := heard[n.ID]
-		if !seen.Connected || seen.Report == nil || seen.Report.Revision < n.Revision {
+		// Its row may be ahead of all views, by what no relay has to hear of.
+		if !seen.Connected || seen.Report == nil || seen.Report.Revision < min(n.Revision, r.ViewRevision()) {
 			continue
 		}
 		if seen.Report.WaitingRecipients+seen.Report.InFlightRecipients+seen.Report.HeldRecipients > 0 {

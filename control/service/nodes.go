@@ -17,15 +17,18 @@ type HelloInfo struct {
 	Version   string
 	Remote    netip.AddrPort
 	Addresses []netip.Addr // present on its host
-	Revision  uint64       // it works with; 0: none
 	Quota     bool         // it keeps the limits that relays share
 	Handover  string       // host:port at which it takes mail of others, ":port" for the address it links from; empty: it takes none
+
+	Generation uint64 // of the cluster, of the view that it works with
+	Revision   uint64 // of that view; 0: it has none
 }
 
 // ReportInfo is what a relay says from time to time.
 type ReportInfo struct {
 	Reflexes           []Reflex // lanes that it has slowed down by itself for long
-	Revision           uint64   // it works with; 0: none
+	Generation         uint64   // of the cluster, of the view that it works with
+	Revision           uint64   // of that view; 0: it has none
 	ClockOffset        time.Duration
 	WaitingRecipients  uint64
 	InFlightRecipients uint64
@@ -114,8 +117,18 @@ func (s *Service) NodeSeen(_ context.Context, id ids.Node, info HelloInfo) {
 	n, at := s.heard(id), time.Now()
 	n.Connected, n.Since, n.LastContact = true, at, at
 	n.Version, n.Remote, n.Addresses = info.Version, info.Remote, slices.Clone(info.Addresses)
-	n.Acked, n.Quota = info.Revision, info.Quota
+	n.Acked, n.Quota = s.ofGeneration(info.Generation, info.Revision), info.Quota
 	n.Handover = reachedAt(info.Handover, info.Remote)
+}
+
+// ofGeneration returns the revision of a view if it is of this generation of the
+// cluster, else 0: revisions of views of before a restore cannot be compared with those
+// of after it.
+func (s *Service) ofGeneration(generation, revision uint64) uint64 {
+	if generation != s.Generation() {
+		return 0
+	}
+	return revision
 }
 
 // NodeReported records what a relay said of itself.
@@ -123,6 +136,7 @@ func (s *Service) NodeReported(id ids.Node, report ReportInfo) {
 	s.seenMu.Lock()
 	defer s.seenMu.Unlock()
 	n := s.heard(id)
+	report.Revision = s.ofGeneration(report.Generation, report.Revision)
 	n.Report, n.LastContact = &report, time.Now()
 }
 

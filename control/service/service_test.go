@@ -236,7 +236,7 @@ func TestIPs(t *testing.T) {
 	if v := must[IPView](t)(f.IPView(viewer, "198.51.100.1")); v.Present == nil || !*v.Present {
 		t.Errorf("got %+v", v)
 	}
-	f.NodeReported(edge2, ReportInfo{Revision: f.Revision(), Missing: []ids.Source{b.ID}})
+	f.NodeReported(edge2, ReportInfo{Generation: f.Generation(), Revision: f.Revision(), Missing: []ids.Source{b.ID}})
 	if v := must[IPView](t)(f.IPView(viewer, "198.51.100.1")); v.Present == nil || *v.Present {
 		t.Error("a missing address is shown as present")
 	}
@@ -246,7 +246,7 @@ func TestNodes(t *testing.T) {
 	t.Parallel()
 	f := newFixture(t)
 	id := f.join(t, "edge-1")
-	f.NodeSeen(ctx, id, HelloInfo{Version: "2", Revision: 3})
+	f.NodeSeen(ctx, id, HelloInfo{Version: "2", Generation: f.Generation(), Revision: 3})
 	f.AckView(id, 9)
 	f.NackView(id, 10, strings.Repeat("x", 5000))
 	n := must[NodeView](t)(f.Node(viewer, "edge-1"))

@@ -130,12 +130,13 @@ type PolicyStatus struct {
 
 // RelayStatus is where one relay stands.
 type RelayStatus struct {
-	Node      control.Node
-	Connected bool // to any server
-	Acked     uint64
-	AckedAt   time.Time
-	Refused   bool // the relay refused the newest it was sent and keeps its last good one
-	Why       string
+	Node            control.Node
+	Connected       bool // to any server
+	Acked           uint64
+	AckedAt         time.Time
+	Refused         bool   // the relay refused the policy in force and keeps its last good one
+	RefusedRevision uint64 // the revision that it refused; 0: none
+	Why             string
 }
 
 // PolicyStatus reports how far the policy in force got.
@@ -151,8 +152,10 @@ func (s *Service) PolicyStatus(a Actor) (PolicyStatus, error) {
 			continue
 		}
 		r := RelayStatus{Node: n.Node, Connected: n.Seen.Connected, Acked: n.Seen.Acked, AckedAt: n.Seen.AckedAt}
-		if n.Seen.Refused > n.Seen.Acked {
-			r.Refused, r.Why = true, n.Seen.RefusedWhy
+		// What it refused before this policy was made says nothing of this one: it
+		// has not answered yet.
+		if n.Seen.Refused > n.Seen.Acked && n.Seen.Refused >= out.Revision {
+			r.Refused, r.RefusedRevision, r.Why = true, n.Seen.Refused, n.Seen.RefusedWhy
 		}
 		out.Total++
 		if r.Acked > 0 && r.Acked >= out.Revision {

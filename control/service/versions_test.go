@@ -86,8 +86,8 @@ func TestPolicyStatus(t *testing.T) {
 	}
 	old := must[PolicyView](t)(f.PutPolicy(ctx, operator, map[string]string{"queue": "retry_max = \"6h\"\n"}, nil, Change{})).Revision
 	now := must[PolicyView](t)(f.PutPolicy(ctx, operator, map[string]string{"queue": "retry_max = \"7h\"\n"}, nil, Change{})).Revision
-	f.NodeSeen(ctx, one, HelloInfo{Revision: old})
-	f.NodeSeen(ctx, two, HelloInfo{Revision: old})
+	f.NodeSeen(ctx, one, HelloInfo{Generation: f.Generation(), Revision: old})
+	f.NodeSeen(ctx, two, HelloInfo{Generation: f.Generation(), Revision: old})
 	f.AckView(one, now)
 	f.NackView(two, now, "queue.retry_max: no")
 	second := func(s PolicyStatus) RelayStatus {
@@ -97,6 +97,14 @@ func TestPolicyStatus(t *testing.T) {
 	if r := second(s); s.Revision != now || s.Applied != 1 || s.Total != 2 || !r.Refused || r.Why != "queue.retry_max: no" || r.Acked != old {
 		t.Errorf("got %+v", s)
 	}
+	// What a relay holds of before a restore has a higher number, and is another policy.
+	before := f.Generation() - 1
+	f.NodeSeen(ctx, one, HelloInfo{Generation: before, Revision: now + 1000})
+	f.NodeReported(one, ReportInfo{Generation: before, Revision: now + 1000})
+	if s = must[PolicyStatus](t)(f.PolicyStatus(viewer)); s.Applied != 0 || must[NodeView](t)(f.Node(viewer, "edge-1")).Seen.Report.Revision != 0 {
+		t.Errorf("a view of before a restore counts: %+v", s)
+	}
+	f.AckView(one, now)
 	f.AckView(two, now+1) // the next one suits it
 	if s = must[PolicyStatus](t)(f.PolicyStatus(viewer)); s.Applied != 2 || second(s).Refused {
 		t.Errorf("got %+v", s)

@@ -50,12 +50,12 @@ type relays struct{ *service.Service }
 
 // NodeConnected implements dispatch.Nodes.
 func (r relays) NodeConnected(id ids.Node, h dispatch.Hello) {
-	r.NodeSeen(context.Background(), id, service.HelloInfo{Version: h.Version, Remote: h.Remote, Addresses: h.Addresses, Revision: h.Revision, Quota: h.Quota, Handover: h.Handover})
+	r.NodeSeen(context.Background(), id, service.HelloInfo{Version: h.Version, Remote: h.Remote, Addresses: h.Addresses, Generation: h.Generation, Revision: h.Revision, Quota: h.Quota, Handover: h.Handover})
 }
 
 // NodeReported implements dispatch.Nodes.
 func (r relays) NodeReported(id ids.Node, in dispatch.Report) {
-	out := service.ReportInfo{Revision: in.Revision, ClockOffset: in.ClockOffset, WaitingRecipients: in.WaitingRecipients, InFlightRecipients: in.InFlightRecipients,
+	out := service.ReportInfo{Generation: in.Generation, Revision: in.Revision, ClockOffset: in.ClockOffset, WaitingRecipients: in.WaitingRecipients, InFlightRecipients: in.InFlightRecipients,
 		HeldRecipients: in.HeldRecipients, Handover: handoverOf(in.Handover), QueueBytes: in.QueueBytes, FreeBytes: in.FreeBytes, Problems: in.Problems, Certificate: service.CertificateState{BundleSum: in.BundleSum, Issuer: in.LeafIssuer}}
 	for _, s := range in.Sources {
 		if !s.Present {
