@@ -73,14 +73,15 @@ type PolicyStatus struct {
 
 // RelayStatus is where one relay stands.
 type RelayStatus struct {
-	ID            string     `json:"id"`
-	Name          string     `json:"name"`
-	State         string     `json:"state"`
-	Connected     bool       `json:"connected" doc:"To any server"`
-	AckedRevision uint64     `json:"acked_revision"`
-	AckedAt       *time.Time `json:"acked_at,omitempty"`
-	Refused       bool       `json:"refused,omitempty" doc:"It refused the newest revision and works with its last good one"`
-	RefusedWhy    string     `json:"refused_why,omitempty"`
+	ID              string     `json:"id"`
+	Name            string     `json:"name"`
+	State           string     `json:"state"`
+	Connected       bool       `json:"connected" doc:"To any server"`
+	AckedRevision   uint64     `json:"acked_revision"`
+	AckedAt         *time.Time `json:"acked_at,omitempty"`
+	Refused         bool       `json:"refused,omitempty" doc:"It refused the policy in force and works with its last good one"`
+	RefusedRevision uint64     `json:"refused_revision,omitempty" doc:"The revision that it refused, not below that of the policy in force"`
+	RefusedWhy      string     `json:"refused_why,omitempty"`
 }
 
 func previewOf(p service.Preview) PolicyPreview {
@@ -108,7 +109,7 @@ func statusOf(s service.PolicyStatus) PolicyStatus {
 	out := PolicyStatus{Revision: s.Revision, Applied: s.Applied, Total: s.Total, Relays: []RelayStatus{}}
 	for _, r := range s.Relays {
 		out.Relays = append(out.Relays, RelayStatus{ID: r.Node.ID.String(), Name: r.Node.Name, State: string(r.Node.State), Connected: r.Connected,
-			AckedRevision: r.Acked, AckedAt: optionalTime(r.AckedAt.UTC()), Refused: r.Refused, RefusedWhy: r.Why})
+			AckedRevision: r.Acked, AckedAt: optionalTime(r.AckedAt.UTC()), Refused: r.Refused, RefusedRevision: r.RefusedRevision, RefusedWhy: r.Why})
 	}
 	return out
 }

@@ -208,7 +208,13 @@ func mergeStatus(answers []api.PolicyStatus) api.PolicyStatus {
 			}
 		}
 	}
-	for _, r := range out.Relays {
+	for i := range out.Relays {
+		r := &out.Relays[i]
+		// Refused by the word of a server that knows an older policy only. A server
+		// of a release before does not tell the revision.
+		if r.Refused && r.RefusedRevision != 0 && r.RefusedRevision < out.Revision {
+			r.Refused, r.RefusedRevision, r.RefusedWhy = false, 0, ""
+		}
 		out.Total++
 		if r.AckedRevision > 0 && r.AckedRevision >= out.Revision {
 			out.Applied++
