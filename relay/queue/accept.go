@@ -215,6 +215,7 @@ func (q *Queue) accepted(mail *placedMail, err error) {
 	m.setEnvelope(env, mail.firstDue)
 	m.known = true // nothing is final yet
 	nowMS := q.nowMS()
+	q.giveWay(env, nowMS)
 	keep := q.roomFor(env, mail.firstDue, nowMS)
 	for i, wq := range mail.queues {
 		wq.stored = true

@@ -8,13 +8,15 @@ import (
 
 // Mail that was not tried yet waits with its envelope in memory, so that it is
 // delivered without a read, when there is room. Room is bounded in bytes, and
-// mail that has waited in vain gives way to new mail: what its host does not
-// take need not be at hand.
+// mail that has waited in vain gives way to new mail, sooner than there is need
+// for room: what its host does not take need not be at hand, and each collection of
+// garbage would look at the half dozen objects of every such message.
 const (
 	freshBytesPerRecipient = 256 // of policy's bound on recipients in memory
 	freshPatience          = 30 * time.Second
 	freshBytes             = 1024 // about what a message takes, with its recipient in a window
 	furtherBytes           = 192  // and each further recipient
+	wayFor                 = 4    // times its own bytes that a new message has given up
 )
 
 // freshList is the messages that wait with their envelopes, longest first.
@@ -75,6 +77,20 @@ func (q *Queue) roomFor(env *relay.Envelope, dueMS, nowMS int64) bool {
 		q.strip(oldest)
 	}
 	return true
+}
+
+// giveWay lets mail that has waited in vain wait without its envelopes: as much as
+// a few of the message that just came, so that nobody pays for many. Call with the
+// lock held.
+func (q *Queue) giveWay(env *relay.Envelope, nowMS int64) {
+	for left := wayFor * envelopeBytes(env); left > 0; {
+		oldest := q.fresh.first
+		if oldest == nil || nowMS-oldest.freshAt < freshPatience.Milliseconds() {
+			return
+		}
+		left -= oldest.freshBytes
+		q.strip(oldest)
+	}
 }
 
 // strip lets a message's recipients wait without its envelope. Call with the

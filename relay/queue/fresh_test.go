@@ -106,8 +106,8 @@ func TestMailThatWaitedInVainGivesWayToNewMail(t *testing.T) {
 	for range 3 {
 		f.accept("a@two.example")
 	}
-	if n := f.books(); n != 10 {
-		t.Errorf("%d messages are in memory, want 10", n)
+	if n := f.books(); n != 3 {
+		t.Errorf("%d messages are in memory, want the 3 that are new", n)
 	}
 	for range 3 {
 		w := f.takeHeadOf("two.example", 1)
@@ -120,6 +120,43 @@ func TestMailThatWaitedInVainGivesWayToNewMail(t *testing.T) {
 	// What gave way is delivered all the same.
 	for range 12 + 3 {
 		w := f.take(1)
+		f.delivered(w, f.begin(w))
+	}
+	f.empty()
+	f.books()
+}
+
+// Mail that waits in vain is not kept in memory because there is room, where each
+// collection of garbage would look at it; and no new message pays for much of it.
+func TestMailThatWaitedInVainGivesWayBeforeRoomIsShort(t *testing.T) {
+	f := roomForTen(t)
+	for range wayFor + 2 {
+		f.accept("a@stuck.example")
+	}
+	f.clock.Add(freshPatience - time.Millisecond)
+	f.accept("a@new.example")
+	if n := f.books(); n != wayFor+3 {
+		t.Errorf("%d messages are in memory, want all %d while none has waited for long", n, wayFor+3)
+	}
+	f.clock.Add(time.Millisecond)
+	for i, want := range []int{2 + 1 + 1, 1 + 2, 1 + 3} { // left of those that wait, and the new ones
+		f.accept("a@new.example")
+		if n := f.books(); n != want {
+			t.Errorf("%d messages are in memory after %d new ones, want %d", n, i+1, want)
+		}
+	}
+	for range wayFor + 2 {
+		w := f.takeHeadOf("stuck.example", 1)
+		if w.Loaded() || !f.q.Load(w) {
+			t.Error("mail that waited in vain is in memory, or cannot be loaded")
+		}
+		f.delivered(w, f.begin(w))
+	}
+	for range 4 {
+		w := f.takeHeadOf("new.example", 1)
+		if !w.Loaded() {
+			t.Error("new mail is not in memory")
+		}
 		f.delivered(w, f.begin(w))
 	}
 	f.empty()

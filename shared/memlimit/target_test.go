@@ -27,7 +27,7 @@ func TestTargetFollowsWhatLives(t *testing.T) {
 		{"absurd", math.MaxInt64, math.MaxInt64, 1, 0},
 	} {
 		var set []int64
-		g := &Target{hard: tc.hard, last: tc.hard, read: func() int64 { return tc.live }, set: func(n int64) { set = append(set, n) }}
+		g := &Target{hard: tc.hard, last: tc.hard, read: func() held { return held{live: tc.live} }, set: func(n int64) { set = append(set, n) }}
 		g.Set(tc.wanted)
 		g.adjust()
 		g.adjust()
@@ -46,10 +46,48 @@ func TestTargetFollowsWhatLives(t *testing.T) {
 	}
 }
 
+// Where collections are dear, garbage may fill what the limit leaves; otherwise no
+// more of it is left lying than by default.
+func TestTargetLeavesMoreGarbageWhereCollectionsAreDear(t *testing.T) {
+	const mib = 1 << 20
+	is := held{live: 300 * mib}
+	var set []int
+	g := &Target{
+		hard: math.MaxInt64, last: math.MaxInt64, percent: usualPercent,
+		read: func() held { return is }, set: func(int64) {}, setPercent: func(n int) { set = append(set, n) },
+	}
+	step := func(what string, pointers int64, want ...int) {
+		t.Helper()
+		is.pointers = pointers
+		g.adjust()
+		g.adjust()
+		if !slices.Equal(set, want) {
+			t.Errorf("%s: garbage of %v percent was allowed, want %v", what, set, want)
+		}
+		set = nil
+	}
+	const dear = 640 * mib / fillFrom
+	step("no target", dear)
+	g.Set(640 * mib)
+	is.collections++
+	step("cheap collections", dear-1)
+	step("what came since may be garbage", 2*dear)
+	is.collections++
+	step("dear collections", dear, fillPercent)
+	is.collections++
+	step("dear ones again", 2*dear)
+	is.live = 1024 * mib // the limit is 1,344 MiB
+	step("a larger limit", 1344*mib/fillFrom-1, usualPercent)
+	is.collections++
+	step("dear ones by that", 1344*mib/fillFrom, fillPercent)
+	g.Set(0)
+	step("no target any more", dear, usualPercent)
+}
+
 func TestTargetRunsUntilTheEnd(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var set []int64
-		g := &Target{hard: math.MaxInt64, last: math.MaxInt64, read: func() int64 { return 1 }, set: func(n int64) { set = append(set, n) }}
+		g := &Target{hard: math.MaxInt64, last: math.MaxInt64, read: func() held { return held{live: 1} }, set: func(n int64) { set = append(set, n) }}
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan struct{})
 		go func() {
@@ -71,26 +109,48 @@ func TestTargetRunsUntilTheEnd(t *testing.T) {
 
 // Garbage of a program that holds little does not grow beyond the target.
 func TestTargetOfThisProgram(t *testing.T) {
-	was := debug.SetMemoryLimit(math.MaxInt64)
-	defer debug.SetMemoryLimit(was)
+	limit, percent := debug.SetMemoryLimit(math.MaxInt64), debug.SetGCPercent(usualPercent)
+	defer func() {
+		debug.SetMemoryLimit(limit)
+		debug.SetGCPercent(percent)
+	}()
 	g := NewTarget(func(string) string { return "" })
 	g.Set(128 << 20)
 	g.adjust()
 	if got := debug.SetMemoryLimit(-1); got < 128<<20 || got == math.MaxInt64 {
 		t.Fatalf("the runtime's limit is %d", got)
 	}
-	held := make([]byte, 256<<20)
+	held := make([]*[1 << 20]*byte, 32) // of 8 MiB each
+	for i := range held {
+		held[i] = new([1 << 20]*byte)
+	}
 	runtime.GC()
 	g.adjust()
 	if got := debug.SetMemoryLimit(-1); got < 320<<20 {
 		t.Errorf("256 MiB live, and the limit is %d MiB", got>>20)
 	}
+	if got := gcPercent(); got != fillPercent {
+		t.Errorf("256 MiB are looked at by each collection, and garbage may be %d percent", got)
+	}
 	runtime.KeepAlive(held)
 	debug.SetMemoryLimit(math.MaxInt64)
-	off := NewTarget(func(string) string { return "1GiB" })
-	off.Set(128 << 20)
-	off.adjust()
-	if got := debug.SetMemoryLimit(-1); got != math.MaxInt64 {
-		t.Errorf("with GOMEMLIMIT in the environment the limit became %d", got)
+	debug.SetGCPercent(usualPercent)
+	for _, name := range []string{"GOMEMLIMIT", "GOGC"} {
+		off := NewTarget(func(key string) string { return map[string]string{name: "1000000000"}[key] })
+		off.Set(128 << 20)
+		off.adjust()
+		if got := debug.SetMemoryLimit(-1); name == "GOMEMLIMIT" && got != math.MaxInt64 {
+			t.Errorf("with %s in the environment the limit became %d", name, got)
+		}
+		if got := gcPercent(); got != usualPercent {
+			t.Errorf("with %s in the environment garbage may be %d percent", name, got)
+		}
 	}
+}
+
+// gcPercent returns the runtime's GOGC.
+func gcPercent() int {
+	is := debug.SetGCPercent(usualPercent)
+	debug.SetGCPercent(is)
+	return is
 }
