@@ -33,6 +33,7 @@ const (
 	maxJoining   = 8 // at once
 	watchPeriod  = 10 * time.Millisecond
 	joinTimeout  = 2 * time.Minute // for all
+	joinPause    = time.Second     // while the cluster has no leader that could let anybody join
 	freeBytes    = 1 << 40         // what the reports say of the queue's disk
 	maxNameBytes = 32
 )
@@ -95,7 +96,7 @@ func run() error {
 	name := func(i int) string { return fmt.Sprintf("%s-%03d", *prefix, i) }
 	for i := range *n {
 		group.Go(func() error {
-			_, err := agent.Join(joining, agent.JoinOptions{
+			err := join(joining, agent.JoinOptions{
 				Token: *token, Servers: flag.Args(), Dir: filepath.Join(*dir, name(i)), Name: name(i),
 				Version: buildinfo.Get().Version, Logger: log.With("agent", i),
 			})
@@ -113,6 +114,24 @@ func run() error {
 		working.Go(func() error { return hold(ctx, out, i, filepath.Join(*dir, name(i)), log.With("agent", i)) })
 	}
 	return working.Wait()
+}
+
+// join joins as operators are told to: again, while no server can say yes or no. A
+// cluster may choose a leader anew at any time, sooner on a machine that is busy with
+// the joins of many.
+func join(ctx context.Context, options agent.JoinOptions) error {
+	for {
+		_, err := agent.Join(ctx, options)
+		if kind := fault.KindOf(err); err == nil || kind != fault.Unavailable && kind != fault.Timeout {
+			return err
+		}
+		options.Logger.Warn("joining again", "error", err)
+		select {
+		case <-time.After(joinPause):
+		case <-ctx.Done():
+			return err
+		}
+	}
 }
 
 // hold keeps the link of one agent until ctx ends.
