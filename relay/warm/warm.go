@@ -1,6 +1,7 @@
 package warm
 
 import (
+	"fmt"
 	"log/slog"
 	"sync"
 	"time"
@@ -274,7 +275,12 @@ func (k *Keeper) ask(now time.Time, p *engine.Place, dir *policy.Directory, n ui
 			continue
 		}
 		hold = engine.Hold{Reason: Reason, Name: subject.Plan, Scope: scope}
-		words := func() string { return s.text(subject, what, name) }
+		words := func() string {
+			if lack == anHour {
+				return s.text(subject, what, name) + fmt.Sprintf("; of its %d an hour %d are spent", s.hourly(), s.inHour)
+			}
+			return s.text(subject, what, name)
+		}
 		switch lack {
 		case aMark:
 			s.want, s.mark, hold.Until = max(s.want, n), true, now.Add(diskPause)

@@ -393,7 +393,11 @@ func TestAnHourHasItsPart(t *testing.T) {
 		r.now = r.now.Add(100 * time.Millisecond)
 	}
 	if offered != 20 || len(r.gates) != 1 {
-		t.Errorf("%d were offered within an hour, gates %+v", offered, r.gates)
+		t.Fatalf("%d were offered within an hour, gates %+v", offered, r.gates)
+	}
+	h, ok := r.k.Explain(r.gates[0].ID)
+	if !ok || !strings.HasSuffix(h.Text, "; of its 20 an hour 20 are spent") || !h.Until.Equal(r.now.Truncate(time.Hour).Add(time.Hour)) {
+		t.Errorf("the hour is explained as %+v", h)
 	}
 	r.now = r.now.Add(time.Hour)
 	r.look()
