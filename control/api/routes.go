@@ -206,7 +206,7 @@ func (s *server) registerSending(a huma.API) {
 func (s *server) registerIPs(a huma.API) {
 	handle(s, a, route{method: http.MethodGet, path: "/ips", id: "list-ips", summary: "List source addresses"},
 		func(ctx context.Context, _ *struct{}) (*List[IP], error) {
-			rows, err := s.svc.IPs(actorOf(ctx))
+			rows, err := s.svc.IPs(ctx, actorOf(ctx))
 			return list(rows, ipOf), err
 		})
 	handle(s, a, route{method: http.MethodPost, path: "/ips", id: "add-ip", summary: "Add a source address and, if named, assign it", status: http.StatusCreated},
@@ -231,7 +231,7 @@ func (s *server) registerIPs(a huma.API) {
 		func(ctx context.Context, in *struct {
 			IP string `path:"ip" doc:"The address or its id"`
 		}) (*Out[IP], error) {
-			v, err := s.svc.IPView(actorOf(ctx), in.IP)
+			v, err := s.svc.IPView(ctx, actorOf(ctx), in.IP)
 			if err != nil {
 				return nil, err
 			}
@@ -256,7 +256,7 @@ func (s *server) ipOut(ctx context.Context, row *control.Source, err error) (*Ou
 	if err != nil {
 		return nil, err
 	}
-	v, err := s.svc.IPView(actorOf(ctx), row.ID.String())
+	v, err := s.svc.IPView(ctx, actorOf(ctx), row.ID.String())
 	if err != nil {
 		return nil, err
 	}

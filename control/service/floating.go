@@ -90,9 +90,9 @@ func (s *Service) checkLease(ctx context.Context, src *control.Source, node []by
 	}
 	last := "which has not reported to this leader"
 	if l.Heard {
-		last = "whose lease ends at " + l.Until.UTC().Format(time.TimeOnly) + " if it is not heard again"
+		last = "whose lease ends at " + l.Until.UTC().Format(time.TimeOnly) + " UTC if it is not heard again"
 	}
-	e := fault.New(fault.Conflict, op, "%s", fmt.Sprintf("%s is leased to node %q, %s: it is free at %s then; release it with `relais-control ip release`, wait, or switch that machine off and say so with --old-owner-is-off",
+	e := fault.New(fault.Conflict, op, "%s", fmt.Sprintf("%s is leased to node %q, %s: it is free at %s UTC then; release it with `relais-control ip release`, wait, or switch that machine off and say so with --old-owner-is-off",
 		src.Bind, name, last, l.FreeAt.UTC().Format(time.TimeOnly)))
 	e.Field = "node"
 	return e

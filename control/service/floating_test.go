@@ -19,9 +19,11 @@ type addressLeader struct {
 	lender
 	leases []quota.FloatingStatus
 	fails  error
+	asked  context.Context
 }
 
-func (l *addressLeader) FloatingStatus(context.Context) ([]quota.FloatingStatus, error) {
+func (l *addressLeader) FloatingStatus(ctx context.Context) ([]quota.FloatingStatus, error) {
+	l.asked = ctx
 	return l.leases, l.fails
 }
 
@@ -37,7 +39,7 @@ func TestFloatingAddresses(t *testing.T) {
 	if a.Pinned || !a.Leased || a.Owner != edge1 {
 		t.Fatalf("got %+v", a)
 	}
-	if v := must[IPView](t)(f.IPView(viewer, "198.51.100.1")); v.Lease == nil || v.Lease.Problem != "there is none while it is not used" {
+	if v := must[IPView](t)(f.IPView(ctx, viewer, "198.51.100.1")); v.Lease == nil || v.Lease.Problem != "there is none while it is not used" {
 		t.Errorf("before its reverse DNS was looked at: %+v", v.Lease)
 	}
 	must[*control.Source](t)(propose[control.Source](ctx, f.Service, &command.IPVerify{Source: a.ID[:], Reverse: string(control.ReverseConfirmed)}))
@@ -51,13 +53,13 @@ func TestFloatingAddresses(t *testing.T) {
 	if err := assign("edge-2", false); !fault.Is(err, fault.Conflict) || !strings.Contains(fault.Public(err), "free by itself when that relay is silent") {
 		t.Errorf("without a leader's word: %v", err)
 	}
-	if v := must[IPView](t)(f.IPView(viewer, "198.51.100.1")); v.Lease == nil || v.Lease.Problem != "this server leases no addresses" {
+	if v := must[IPView](t)(f.IPView(ctx, viewer, "198.51.100.1")); v.Lease == nil || v.Lease.Problem != "this server leases no addresses" {
 		t.Errorf("without a leader: %+v", v.Lease)
 	}
 	leader := &addressLeader{leases: []quota.FloatingStatus{{Node: edge1, Heard: true, EndsMS: 100_000, ReclaimMS: 111_250}}}
 	f.SetLender(leader)
 	asked := time.Now()
-	v := must[[]IPView](t)(f.IPs(viewer))[0]
+	v := must[[]IPView](t)(f.IPs(ctx, viewer))[0]
 	if v.Lease == nil || !v.Lease.Heard || v.Lease.Problem != "" || v.Lease.Until.Before(asked.Add(99*time.Second)) || v.Lease.FreeAt.Sub(v.Lease.Until) != 11_250*time.Millisecond {
 		t.Errorf("got %+v", v.Lease)
 	}
@@ -73,7 +75,7 @@ func TestFloatingAddresses(t *testing.T) {
 		t.Errorf("to the relay that has it: %v", err)
 	}
 	leader.fails = fault.New(fault.Unavailable, "test", "nobody leads")
-	if v := must[IPView](t)(f.IPView(viewer, "198.51.100.1")); v.Lease == nil || v.Lease.Problem != "nobody leads" {
+	if v := must[IPView](t)(f.IPView(ctx, viewer, "198.51.100.1")); v.Lease == nil || v.Lease.Problem != "nobody leads" {
 		t.Errorf("without a leader: %+v", v.Lease)
 	}
 	if err := assign("edge-2", true); err != nil || f.state.Read().Source(a.ID).Owner != edge2 {
@@ -81,11 +83,16 @@ func TestFloatingAddresses(t *testing.T) {
 	}
 	f.SetLender(leader)
 	leader.fails, leader.leases = nil, nil
-	if v := must[IPView](t)(f.IPView(viewer, "198.51.100.1")); v.Lease == nil || v.Lease.Problem != "the leader has just begun" {
+	if v := must[IPView](t)(f.IPView(ctx, viewer, "198.51.100.1")); v.Lease == nil || v.Lease.Problem != "the leader has just begun" {
 		t.Errorf("of a leader that begins: %+v", v.Lease)
 	}
+	gone, cancel := context.WithCancel(ctx)
+	cancel()
+	if must[[]IPView](t)(f.IPs(gone, viewer)); leader.asked.Err() == nil {
+		t.Error("the leader is asked for one who has gone")
+	}
 	pinned := must[*control.Source](t)(f.AddIP(ctx, operator, IPRequest{Bind: netip.MustParseAddr("198.51.100.2"), EHLO: "mta2.example.net", Node: "edge-1"}, Change{}))
-	if v := must[IPView](t)(f.IPView(viewer, "198.51.100.2")); v.Lease != nil || pinned.Leased {
+	if v := must[IPView](t)(f.IPView(ctx, viewer, "198.51.100.2")); v.Lease != nil || pinned.Leased {
 		t.Errorf("a pinned address has a lease: %+v", v)
 	}
 }

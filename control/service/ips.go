@@ -219,7 +219,7 @@ type IPView struct {
 }
 
 // IPs returns the addresses, oldest first.
-func (s *Service) IPs(a Actor) ([]IPView, error) {
+func (s *Service) IPs(ctx context.Context, a Actor) ([]IPView, error) {
 	if err := s.enter(a, control.RoleViewer, "service.IPs"); err != nil {
 		return nil, err
 	}
@@ -230,12 +230,12 @@ func (s *Service) IPs(a Actor) ([]IPView, error) {
 	for _, src := range rows {
 		out = append(out, ipView(r, src, heard))
 	}
-	s.addLeases(context.Background(), out)
+	s.addLeases(ctx, out)
 	return out, nil
 }
 
 // IPView returns one address with its names.
-func (s *Service) IPView(a Actor, ref string) (IPView, error) {
+func (s *Service) IPView(ctx context.Context, a Actor, ref string) (IPView, error) {
 	if err := s.enter(a, control.RoleViewer, "service.IPView"); err != nil {
 		return IPView{}, err
 	}
@@ -245,7 +245,7 @@ func (s *Service) IPView(a Actor, ref string) (IPView, error) {
 		return IPView{}, err
 	}
 	out := []IPView{ipView(r, src, s.seenAnywhere())}
-	s.addLeases(context.Background(), out)
+	s.addLeases(ctx, out)
 	return out[0], nil
 }
 

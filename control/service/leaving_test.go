@@ -30,7 +30,7 @@ func TestReleaseWaitsForTheRelay(t *testing.T) {
 	f.refused(t, fault.Invalid, "reason", func() error { _, err := f.QuarantineIP(ctx, operator, "192.0.2.2", Change{}); return err })
 	must[*control.Source](t)(f.ReleaseIP(ctx, operator, "192.0.2.1", false, Change{Reason: "moves"}))
 	must[*control.Source](t)(f.QuarantineIP(ctx, operator, "192.0.2.2", Change{Reason: "listed"}))
-	if v := must[IPView](t)(f.IPView(viewer, "192.0.2.1")); v.State != control.SourceReleasing || v.Unused != "relay edge1 finishes what it has begun" {
+	if v := must[IPView](t)(f.IPView(ctx, viewer, "192.0.2.1")); v.State != control.SourceReleasing || v.Unused != "relay edge1 finishes what it has begun" {
 		t.Errorf("got %+v", v)
 	}
 	settle := func(what string, first, second ids.Node) {

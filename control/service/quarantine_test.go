@@ -18,7 +18,7 @@ func TestWhyAnAddressIsUnused(t *testing.T) {
 	src := must[*control.Source](t)(f.AddIP(ctx, operator, IPRequest{Bind: netip.MustParseAddr("192.0.2.1"), EHLO: "mta1.example.net", Pool: "default"}, Change{}))
 	is := func(want string) {
 		t.Helper()
-		v := must[IPView](t)(f.IPView(viewer, "192.0.2.1"))
+		v := must[IPView](t)(f.IPView(ctx, viewer, "192.0.2.1"))
 		if v.Unused != want {
 			t.Errorf("it is unused because %q, want %q", v.Unused, want)
 		}

@@ -53,7 +53,7 @@ func TestRelaysHeardElsewhereCount(t *testing.T) {
 	if status.Applied != 1 || status.Total != 2 {
 		t.Errorf("applied by %d of %d", status.Applied, status.Total)
 	}
-	if ips := must[[]IPView](t)(f.IPs(viewer)); len(ips) != 1 || ips[0].Present == nil || !*ips[0].Present {
+	if ips := must[[]IPView](t)(f.IPs(ctx, viewer)); len(ips) != 1 || ips[0].Present == nil || !*ips[0].Present {
 		t.Errorf("the address is %+v", ips)
 	}
 	// Whoever saw most of a copied machine is believed, not who heard last.

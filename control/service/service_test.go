@@ -229,15 +229,15 @@ func TestIPs(t *testing.T) {
 	if b.Owner != edge2 || b.Epoch <= a.Epoch {
 		t.Errorf("got %+v after %+v", b, a)
 	}
-	if v := must[IPView](t)(f.IPView(viewer, "198.51.100.1")); v.OwnerName != "edge-2" || v.PoolName != "default" || v.Present != nil {
+	if v := must[IPView](t)(f.IPView(ctx, viewer, "198.51.100.1")); v.OwnerName != "edge-2" || v.PoolName != "default" || v.Present != nil {
 		t.Errorf("got %+v", v)
 	}
 	f.NodeSeen(ctx, edge2, HelloInfo{Addresses: []netip.Addr{bind}})
-	if v := must[IPView](t)(f.IPView(viewer, "198.51.100.1")); v.Present == nil || !*v.Present {
+	if v := must[IPView](t)(f.IPView(ctx, viewer, "198.51.100.1")); v.Present == nil || !*v.Present {
 		t.Errorf("got %+v", v)
 	}
 	f.NodeReported(edge2, ReportInfo{Generation: f.Generation(), Revision: f.Revision(), Missing: []ids.Source{b.ID}})
-	if v := must[IPView](t)(f.IPView(viewer, "198.51.100.1")); v.Present == nil || *v.Present {
+	if v := must[IPView](t)(f.IPView(ctx, viewer, "198.51.100.1")); v.Present == nil || *v.Present {
 		t.Error("a missing address is shown as present")
 	}
 }

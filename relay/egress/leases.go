@@ -59,7 +59,7 @@ type Leases struct {
 	linked   bool
 	nonce    uint64
 	asked    map[uint64]lease.Instant // when reports that wait for an answer were made
-	dueAt    lease.Instant            // of the next report
+	dueAt    lease.Instant            // of the next report; 0: now
 }
 
 // held is a floating address of this relay, or one from which something is open.
@@ -163,7 +163,8 @@ func (l *Leases) Answer(m *wire.AddressAnswer) {
 			h.use.Renew(sent, s.GetEpoch())
 		}
 	}
-	if m.GetNonce() == l.nonce { // else a newer report waits for its answer
+	// Else a newer report waits for its answer, or is due now: of what came meanwhile.
+	if m.GetNonce() == l.nonce && l.dueAt != 0 {
 		period := l.cfg.Times.TTL / renewals
 		l.dueAt = sent.Add(period - rand.N(period/10))
 	}
@@ -305,7 +306,7 @@ func (l *Leases) Why(id ids.Source) string {
 	}
 	now, until := l.cfg.Clock(), h.use.Until()
 	clock := func(at lease.Instant) string {
-		return time.Now().Add(at.Sub(now)).UTC().Format(time.TimeOnly)
+		return time.Now().Add(at.Sub(now)).UTC().Format(time.TimeOnly) + " UTC"
 	}
 	text := fmt.Sprintf("floating address %s: ", h.source.Bind)
 	switch standing := h.use.Standing(now); {

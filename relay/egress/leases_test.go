@@ -370,3 +370,32 @@ func TestAStoppedProcessSendsNothing(t *testing.T) {
 		t.Errorf("a pinned address has a %T", pinned)
 	}
 }
+
+// TestNewAddressIsAskedForAtOnce: the answer to a report of before an address came does
+// not put off the report that earns it.
+func TestNewAddressIsAskedForAtOnce(t *testing.T) {
+	w := newLeader(t, nil)
+	l := w.leases
+	w.at = lease.Instant(time.Second)
+	l.SetView(floatingSource(1, 3), nil)
+	l.Linked(true)
+	l.round()
+	<-l.speak
+	l.nonce, l.asked[1] = 1, w.at // as report does
+	other := floatingSource(1, 9)[0]
+	other.ID = sourceID(6)
+	l.SetView(append(floatingSource(1, 3), other), nil)
+	w.answer(1, 7, 3)
+	l.round()
+	select {
+	case <-l.speak:
+	default:
+		t.Error("nothing is reported of the new address")
+	}
+	l.nonce, l.asked[2] = 2, w.at
+	w.answer(2, 7, 3)
+	w.at = lease.Instant(20 * time.Second)
+	if l.round(); len(l.speak) > 0 {
+		t.Error("it is reported on although all was answered")
+	}
+}

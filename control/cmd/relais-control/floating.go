@@ -18,7 +18,7 @@ func leaseText(i api.IP) string {
 	case i.LeaseUntil == nil:
 		return "floating, its lease: " + i.LeaseProblem
 	case !i.LeaseHeard:
-		return "floating, its relay was not heard by this leader; free at " + i.FreeAt.UTC().Format(time.TimeOnly)
+		return "floating, its relay was not heard by this leader; free at " + i.FreeAt.UTC().Format(time.TimeOnly) + " UTC"
 	}
-	return "floating, until " + i.LeaseUntil.UTC().Format(time.TimeOnly)
+	return "floating, until " + i.LeaseUntil.UTC().Format(time.TimeOnly) + " UTC"
 }
