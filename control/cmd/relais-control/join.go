@@ -169,18 +169,54 @@ func (j *joiner) join(ctx context.Context, text string, addresses []string) (out
 	}
 	dialer := link.NewDialer(link.DialerConfig{ResetKey: j.key.Derive("quic stateless reset")})
 	defer dialer.Close()
+	err = whileLeaderless(ctx, func() (leaderless bool, err error) {
+		out, leaderless, err = j.tryAll(ctx, dialer, addresses)
+		return leaderless, err
+	})
+	return out, err
+}
+
+// tryAll joins at the first address that lets this server. leaderless says that a
+// server would have, had the cluster a leader now.
+func (j *joiner) tryAll(ctx context.Context, dialer *link.Dialer, addresses []string) (out joinOutput, leaderless bool, err error) {
 	var failures []error
 	for _, address := range addresses {
 		out, err = j.try(ctx, dialer, address)
 		if err == nil || ctx.Err() != nil || fault.Is(err, fault.Denied) || fault.Is(err, fault.Conflict) || fault.Is(err, fault.Invalid) {
-			return out, err
+			return out, false, err
 		}
+		leaderless = leaderless || saysLeaderless(err)
 		failures = append(failures, err)
 	}
 	if len(failures) == 1 {
-		return out, failures[0]
+		return out, leaderless, failures[0]
 	}
-	return out, fault.Wrap(errors.Join(failures...), fault.KindOf(failures[0]), op, "no server let this one join")
+	return out, leaderless, fault.Wrap(errors.Join(failures...), fault.KindOf(failures[0]), "relais-control.join", "no server let this one join")
+}
+
+// saysLeaderless reports whether err is a server's word that it may let this one join
+// in a few seconds. One that does not answer says nothing.
+func saysLeaderless(err error) bool {
+	var said *fault.Error
+	return errors.As(err, &said) && said.Op == wire.PeerOp && said.Kind == fault.Unavailable
+}
+
+// whileLeaderless repeats a join while the cluster is choosing a leader, as every
+// other command does. The request is the same each time, so that one whose outcome
+// nobody knew costs no second use of the token.
+func whileLeaderless(ctx context.Context, join func() (leaderless bool, err error)) error {
+	deadline := time.Now().Add(leaderWait)
+	for {
+		leaderless, err := join()
+		if err == nil || !leaderless || time.Now().After(deadline) {
+			return err
+		}
+		select {
+		case <-time.After(leaderRetryPause):
+		case <-ctx.Done():
+			return err
+		}
+	}
 }
 
 // claim makes the directory, which is empty or left from an earlier try.
