@@ -56,7 +56,10 @@ func (q *offlineQueue) count(ctx context.Context) (admin.Summary, error) {
 	defer tick.Stop()
 	for {
 		if s := q.Summary(); s.Counted {
-			return admin.Summary{Queues: s.Queues, Waiting: s.Waiting, InFlight: s.InFlight, OverdueSecond: s.OldestOverdue.Seconds(), LastEvent: q.outbox.Last()}, nil
+			return admin.Summary{
+				Queues: s.Queues, Waiting: s.Waiting, Held: s.Held, InFlight: s.InFlight, Counted: true,
+				OverdueSecond: s.OldestOverdue.Seconds(), LastEvent: q.outbox.Last(),
+			}, nil
 		}
 		select {
 		case <-tick.C:
