@@ -6,7 +6,9 @@ import (
 	"time"
 
 	"github.com/relais-mta/relais/relay"
+	"github.com/relais-mta/relais/relay/queue"
 	"github.com/relais-mta/relais/relay/schedule"
+	"github.com/relais-mta/relais/shared/ids"
 )
 
 // LaneInfo describes a lane for people.
@@ -31,7 +33,7 @@ type LaneInfo struct {
 	Hold         string    `json:"hold,omitempty"`         // what keeps due mail from the lane now, a word as in Explanation
 	HoldText     string    `json:"hold_text,omitempty"`    // the same for people
 	HoldUntil    time.Time `json:"hold_until,omitzero"`    // when that ends, if it is known
-	WaitingSince time.Time `json:"waiting_since,omitzero"` // a recipient has been due at least since then
+	WaitingSince time.Time `json:"waiting_since,omitzero"` // when what is due longest became due
 }
 
 // Lanes lists the lanes that have sessions or work, busiest first.
@@ -42,7 +44,11 @@ func (e *Engine) Lanes() []LaneInfo {
 	e.mu.Unlock()
 	out := make([]LaneInfo, 0, len(lanes))
 	dir := e.cfg.Directory()
+	due := e.dueSince(now)
 	for _, l := range lanes {
+		if since, ok := due[poolProvider{l.Pool, l.Lane.Provider}]; ok && l.Waiting > 0 && (l.Since.IsZero() || since.Before(l.Since)) {
+			l.Since = since // the scheduler knows when it served the lane's hosts last
+		}
 		info := LaneInfo{
 			Source: e.sourceName(l.Lane.Source), Provider: l.Lane.Provider, Pool: l.Pool.String(), Sessions: l.Sessions, Waiting: l.Waiting,
 			Hold: l.Hold, HoldText: whyTexts[l.Hold], HoldUntil: l.Until, WaitingSince: l.Since,
@@ -54,9 +60,6 @@ func (e *Engine) Lanes() []LaneInfo {
 			}
 		}
 		info.Reflex = e.describe(l.Lane)
-		if h, ok := e.explainGate(l.Gate); ok {
-			info.HoldText = h.Text
-		}
 		if dir != nil {
 			if p, ok := dir.Pool(l.Pool); ok {
 				info.Pool = p.Name
@@ -74,6 +77,29 @@ func (e *Engine) Lanes() []LaneInfo {
 			return a.Waiting > b.Waiting
 		}
 		return a.Provider+a.Source < b.Provider+b.Source
+	})
+	return out
+}
+
+// poolProvider names the lanes that the same mail may take.
+type poolProvider struct {
+	pool     ids.Pool
+	provider string
+}
+
+// dueSince finds since when what is due longest has been due, for each pool and
+// provider of which some is.
+func (e *Engine) dueSince(now time.Time) map[poolProvider]time.Time {
+	out := make(map[poolProvider]time.Time)
+	e.queue.Queues(func(q queue.QueueInfo) bool {
+		if q.Next.IsZero() || q.Next.After(now) {
+			return true
+		}
+		of := poolProvider{q.Key.Pool, e.Provider(q.Key.Domain)}
+		if have, ok := out[of]; !ok || q.Next.Before(have) {
+			out[of] = q.Next
+		}
+		return true
 	})
 	return out
 }
