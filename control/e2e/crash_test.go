@@ -1,11 +1,14 @@
 package e2e
 
 import (
+	"context"
 	"fmt"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -30,28 +33,26 @@ sign_dkim = false
 `, crashSessions),
 }
 
-// shown says whether a crash test is over: it has its number of rounds and, on a slow
-// machine, more of them until so much was accepted that the test shows something.
-func shown(done, rounds int, submitted []fleet.Submitted, enough int) bool {
-	return done >= 4*rounds || done >= rounds && countState(submitted, lab.StateAccepted) >= enough
-}
+// crashAfter bounds how many mails of a round are accepted before the moment of its
+// crash is drawn: a machine that is too slow to take any by then would show nothing.
+const crashAfter = 20
 
 // TestKilledRelayLosesNothing kills a relay with SIGKILL at twenty random
 // moments under load.
 func TestKilledRelayLosesNothing(t *testing.T) {
-	const rounds, enough = 20, 200
+	const kills = 20
 	f := start(t, fleet.Config{Open: true, NoDKIM: true, Sources: 4, Policy: crashPolicy})
 	r := f.Relays[0]
 	rng := rand.New(rand.NewPCG(11, 1))
 	var submitted []fleet.Submitted
-	kills := 0
-	for ; !shown(kills, rounds, submitted, enough); kills++ {
-		wait := time.Duration(20+rng.IntN(400)) * time.Millisecond
-		dead := make(chan struct{})
-		submitted = append(submitted, submitUnderFire(t, f, kills, func() {
-			time.AfterFunc(wait, func() { r.Kill(); close(dead) })
+	enough := 0
+	for round := range kills {
+		after, wait := 1+rng.IntN(crashAfter), time.Duration(rng.IntN(400))*time.Millisecond
+		enough += after
+		submitted = append(submitted, submitUnderFire(t, f, round, after, func() {
+			<-time.After(wait)
+			r.Kill()
 		})...)
-		<-dead
 		checkQueue(t, r)
 		if err := f.Restart(within(t, time.Minute), r); err != nil {
 			t.Fatal(err)
@@ -64,9 +65,9 @@ func TestKilledRelayLosesNothing(t *testing.T) {
 		t.Errorf("%d messages ended without arriving, at providers that take everything", a.accepted-a.delivered)
 	}
 	if a.accepted < enough {
-		t.Errorf("only %d messages were accepted: the test shows little", a.accepted)
+		t.Errorf("only %d messages were accepted, the kills waited for %d", a.accepted, enough)
 	}
-	if rep.Duplicated > int64(kills*crashSessions) {
+	if rep.Duplicated > kills*crashSessions {
 		t.Errorf("%d duplicates, at most the %d in flight at each of %d kills are allowed", rep.Duplicated, crashSessions, kills)
 	}
 }
@@ -79,18 +80,43 @@ func checkQueue(t *testing.T, r *fleet.Relay) {
 	}
 }
 
-// submitUnderFire submits a batch while fire ends the relay; what it could not
-// hand over is the client's, not ours.
-func submitUnderFire(t *testing.T, f *fleet.Fleet, round int, fire func()) []fleet.Submitted {
+// Of submitUnderFire.
+const (
+	fireTimeout = 2 * time.Minute        // for the mails before the fire
+	lastReplies = 500 * time.Millisecond // in which clients read what the relay said before its end
+)
+
+// submitUnderFire submits a batch, and has fire end the relay once so many of it were
+// accepted; what it could not hand over is the client's, not ours.
+func submitUnderFire(t *testing.T, f *fleet.Fleet, round, after int, fire func()) []fleet.Submitted {
 	t.Helper()
 	to := make([]string, 1200)
 	for i := range to {
 		to[i] = fmt.Sprintf("accept-%d-%d@boutique-%02d.test", round, i, 1+i%40)
 	}
-	fire()
-	submitted, err := f.Submit(within(t, 1500*time.Millisecond), fleet.Stream{Recipients: to, Size: 4000, Connections: 20, Tag: fmt.Sprint("fire", round)})
-	if err != nil && len(submitted) == 0 {
-		t.Logf("round %d: %v", round, err)
+	ctx, cancel := context.WithTimeout(t.Context(), fireTimeout)
+	defer cancel()
+	var accepted atomic.Int64
+	var once sync.Once
+	over := make(chan struct{})
+	begin := func() {
+		once.Do(func() {
+			go func() {
+				defer close(over)
+				fire()
+				time.AfterFunc(lastReplies, cancel)
+			}()
+		})
+	}
+	submitted, err := f.Submit(ctx, fleet.Stream{Recipients: to, Size: 4000, Connections: 20, Tag: fmt.Sprint("fire", round), Done: func(r *lab.Result) {
+		if r.State == lab.StateAccepted && accepted.Add(1) == int64(after) {
+			begin()
+		}
+	}})
+	begin() // if fewer were accepted, which is said at the end
+	<-over
+	if n := countState(submitted, lab.StateAccepted); n < after {
+		t.Logf("round %d: %d mails were accepted: %v", round, n, err)
 	}
 	return submitted
 }
@@ -218,25 +244,24 @@ func diskPolicy(minFree int64) map[string]string {
 // TestPowerCutLosesNothing cuts the power of the relay's disk during
 // acceptance, several times.
 func TestPowerCutLosesNothing(t *testing.T) {
-	const rounds, enough = 5, 50
+	const cuts = 5
 	d := newDisk(t, 1<<30)
 	f := start(t, fleet.Config{Open: true, NoDKIM: true, Sources: 4, Policy: diskPolicy(64 << 20), Dirs: map[int]string{0: filepath.Join(d.path, "relay")}})
 	r := f.Relays[0]
 	rng := rand.New(rand.NewPCG(12, 1))
 	var submitted []fleet.Submitted
-	cuts := 0
-	for ; !shown(cuts, rounds, submitted, enough); cuts++ {
-		wait := time.Duration(50+rng.IntN(400)) * time.Millisecond
-		cut := make(chan error, 1)
-		submitted = append(submitted, submitUnderFire(t, f, cuts, func() {
-			time.AfterFunc(wait, func() {
-				err := d.stop()
-				r.Kill()
-				cut <- err
-			})
+	enough := 0
+	for round := range cuts {
+		after, wait := 1+rng.IntN(crashAfter), time.Duration(rng.IntN(400))*time.Millisecond
+		enough += after
+		var cut error
+		submitted = append(submitted, submitUnderFire(t, f, round, after, func() {
+			<-time.After(wait)
+			cut = d.stop()
+			r.Kill()
 		})...)
-		if err := <-cut; err != nil {
-			t.Fatal(err)
+		if cut != nil {
+			t.Fatal(cut)
 		}
 		d.replug()
 		checkQueue(t, r)
@@ -250,7 +275,7 @@ func TestPowerCutLosesNothing(t *testing.T) {
 		t.Errorf("%d messages ended without arriving, at providers that take everything", a.accepted-a.delivered)
 	}
 	if a.accepted < enough {
-		t.Errorf("only %d messages were accepted: the test shows little", a.accepted)
+		t.Errorf("only %d messages were accepted, the cuts waited for %d", a.accepted, enough)
 	}
 	if err := r.Stop(); err != nil {
 		t.Error(err)
@@ -286,11 +311,7 @@ func TestFullDiskAnswers452AndRecovers(t *testing.T) {
 		t.Fatalf("%d of 30 accepted before the disk is full", n)
 	}
 	filler := filepath.Join(d.path, "filler")
-	// cat writes until there is no space left, which is its error and our aim.
-	out, err := command(t, "sh", "-c", "cat /dev/zero > "+filler)
-	if err == nil {
-		t.Fatalf("the disk does not fill up: %s", out)
-	}
+	d.fill(filler)
 	// Free space is measured ten times a second: before it was, a mail fits still.
 	mustSay(t, r, "left for mail")
 	full := submit("full")

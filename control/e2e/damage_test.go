@@ -3,7 +3,6 @@ package e2e
 import (
 	"bufio"
 	"bytes"
-	"context"
 	"encoding/json"
 	"fmt"
 	"net/http"
@@ -151,12 +150,16 @@ func TestCommitLatency(t *testing.T) {
 	leads, _ := f.leader()
 	h := startHistory(t, f, 1, time.Hour) // for its key and client: they pause
 	machine := newYardstick(t, h, leads)
-	before, samples := commitSeconds(t, leads)
-	for n := range commitSamples {
-		h.ask(http.MethodPost, leads, "/api/v1/tenants", fmt.Sprintf(`{"name":"latency%d"}`, n))
+	before, samples := commitSeconds(t, f.servers)
+	tries := 0
+	for range commitSamples {
+		h.must(func() bool {
+			tries++ // of one that failed nobody knows whether it was made
+			return h.ask(http.MethodPost, leads, "/api/v1/tenants", fmt.Sprintf(`{"name":"latency%d"}`, tries))
+		})
 		machine.measure()
 	}
-	after, total := commitSeconds(t, leads)
+	after, total := commitSeconds(t, f.servers)
 	p50 := median(before, after, total-samples)
 	limit, sync, request := machine.limit()
 	t.Logf("three servers: p50 of %d commits is %s; of a sync %s, of a request that changes nothing %s", total-samples,
@@ -169,26 +172,38 @@ func TestCommitLatency(t *testing.T) {
 	}
 }
 
-// ask has a server do what must work.
-func (h *history) ask(method string, s *fleet.ControlServer, path, body string) {
+// must repeats what no server can do while there is no leader: on a busy machine one
+// may step down that was not heard in time.
+func (h *history) must(ask func() bool) {
 	h.t.Helper()
-	ctx, cancel := context.WithTimeout(h.t.Context(), 10*time.Second)
-	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, method, "https://"+s.API()+path, strings.NewReader(body))
+	eventually(h.t, time.Minute, "a server's answer", ask)
+}
+
+// ask asks a server for what is right, and reports whether it did that.
+func (h *history) ask(method string, s *fleet.ControlServer, path, body string) bool {
+	h.t.Helper()
+	req, err := http.NewRequestWithContext(h.t.Context(), method, "https://"+s.API()+path, strings.NewReader(body))
 	if err != nil {
 		h.t.Fatal(err)
 	}
 	req.Header.Set("Authorization", "Bearer "+h.key)
 	req.Header.Set("Content-Type", "application/json")
-	resp, err := h.web.Do(req)
+	resp, err := h.web.Do(req) // within touchTimeout
 	if err != nil {
-		h.t.Fatal(err)
+		h.t.Log(err)
+		return false
 	}
 	defer resp.Body.Close()
-	var row struct{ Name string }
-	if err := json.NewDecoder(resp.Body).Decode(&row); err != nil || row.Name == "" {
-		h.t.Fatalf("%s %s: %s: %v", method, path, resp.Status, err)
+	var row struct{ Name, Detail string }
+	err = json.NewDecoder(resp.Body).Decode(&row)
+	switch {
+	case err == nil && row.Name != "":
+		return true
+	case err == nil && resp.StatusCode != http.StatusServiceUnavailable:
+		h.t.Fatalf("%s %s: %s: %s", method, path, resp.Status, row.Detail)
 	}
+	h.t.Logf("%s %s: %s: %s (%v)", method, path, resp.Status, row.Detail, err)
+	return false
 }
 
 // yardstick measures what the machine takes, beside the commits, for the two things
@@ -222,7 +237,7 @@ func (y *yardstick) measure() {
 		y.t.Fatal(err)
 	}
 	synced := time.Now()
-	y.h.ask(http.MethodGet, y.server, "/api/v1/tenants/register0", "")
+	y.h.must(func() bool { return y.h.ask(http.MethodGet, y.server, "/api/v1/tenants/register0", "") })
 	y.syncs, y.requests = append(y.syncs, synced.Sub(begin)), append(y.requests, time.Since(synced))
 }
 
@@ -244,8 +259,27 @@ type bucket struct {
 	count uint64
 }
 
-// commitSeconds reads the histogram of commits from a server's metrics.
-func commitSeconds(t *testing.T, s *fleet.ControlServer) (out []bucket, count uint64) {
+// commitSeconds reads the histograms of commits from the servers' metrics, and adds
+// them up: each is of the commits that its server made as the leader.
+func commitSeconds(t *testing.T, servers []*fleet.ControlServer) (sum []bucket, count uint64) {
+	t.Helper()
+	for _, s := range servers {
+		out, n := commitSecondsOf(t, s)
+		if count += n; sum == nil {
+			sum = out
+			continue
+		}
+		for i := range sum {
+			if sum[i].limit != out[i].limit {
+				t.Fatalf("%s has other buckets", s.Name)
+			}
+			sum[i].count += out[i].count
+		}
+	}
+	return sum, count
+}
+
+func commitSecondsOf(t *testing.T, s *fleet.ControlServer) (out []bucket, count uint64) {
 	t.Helper()
 	resp, err := http.Get(s.Metrics() + "/metrics")
 	if err != nil {

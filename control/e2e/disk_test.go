@@ -3,6 +3,7 @@ package e2e
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -39,11 +40,17 @@ func mails(t *testing.T, f *fleet.Fleet, n int, tag string) []fleet.Submitted {
 // mailsFor gives up after a while what could not be handed over.
 func mailsFor(t *testing.T, f *fleet.Fleet, n int, tag string, most time.Duration) []fleet.Submitted {
 	t.Helper()
+	return mailsUntil(within(t, most), t, f, n, tag)
+}
+
+// mailsUntil gives up what could not be handed over until ctx ends.
+func mailsUntil(ctx context.Context, t *testing.T, f *fleet.Fleet, n int, tag string) []fleet.Submitted {
+	t.Helper()
 	to := make([]string, n)
 	for i := range to {
 		to[i] = fmt.Sprintf("accept-%s-%d@boutique-%02d.test", tag, i, 1+i%40)
 	}
-	out, err := f.Submit(within(t, most), fleet.Stream{Recipients: to, Size: 20_000, Connections: 4, Tag: tag})
+	out, err := f.Submit(ctx, fleet.Stream{Recipients: to, Size: 20_000, Connections: 4, Tag: tag})
 	if err != nil && len(out) == 0 {
 		t.Logf("%s: %v", tag, err)
 	}
@@ -78,13 +85,29 @@ func untilAccepted(t *testing.T, f *fleet.Fleet, all []fleet.Submitted) []fleet.
 // arrived waits until so many mails have arrived.
 func arrived(t *testing.T, f *fleet.Fleet, n int) {
 	t.Helper()
-	deadline := time.Now().Add(30 * time.Second)
+	deadline := time.Now().Add(time.Minute)
 	for f.Lab.Report().Accepted < int64(n) {
 		if time.Now().After(deadline) {
 			t.Fatalf("only %d mails arrived", f.Lab.Report().Accepted)
 		}
 		<-time.After(5 * time.Millisecond)
 	}
+}
+
+// underFault submits mail, has a fault come once so much has arrived in all, and
+// returns what became of the mail until a little later.
+func underFault(t *testing.T, f *fleet.Fleet, n int, fault func()) (under []fleet.Submitted) {
+	t.Helper()
+	ctx, stop := context.WithCancel(t.Context())
+	var submitting sync.WaitGroup
+	defer submitting.Wait()
+	defer stop()
+	submitting.Go(func() { under = mailsUntil(ctx, t, f, 600, "under") })
+	arrived(t, f, n)
+	fault()
+	time.AfterFunc(5*time.Second, stop)
+	submitting.Wait()
+	return under
 }
 
 // greeting is the first line that a server says.
@@ -146,12 +169,7 @@ func TestReadOnlyDiskAnswers451AndRecovers(t *testing.T) {
 	d := newDisk(t, 1<<30)
 	f, r := onDisk(t, d)
 	pid := r.PID()
-	var wg sync.WaitGroup
-	var under []fleet.Submitted
-	wg.Go(func() { under = mailsFor(t, f, 600, "under", 5*time.Second) })
-	arrived(t, f, 60)
-	d.readOnly()
-	wg.Wait()
+	under := underFault(t, f, 60, d.readOnly)
 	mustSay(t, r, "read-only")
 	refused := mails(t, f, 20, "refused")
 	if n := countState(refused, lab.StateRefused); n != 20 {
@@ -193,13 +211,7 @@ func TestDeadDiskIsOpenedAgain(t *testing.T) {
 	f, r := onDisk(t, d)
 	pid := r.PID()
 	all := mails(t, f, 100, "before")
-	var wg sync.WaitGroup
-	var under []fleet.Submitted
-	wg.Go(func() { under = mailsFor(t, f, 600, "under", 5*time.Second) })
-	arrived(t, f, 120)
-	d.cutPower()
-	wg.Wait()
-	all = append(all, under...)
+	all = append(all, underFault(t, f, len(all)+20, d.cutPower)...)
 	mustSay(t, r, "the queue's disk or index failed")
 	d.unmountSoon()
 	mustSay(t, r, "the queue's disk or index failed") // while it waits as well
@@ -255,8 +267,10 @@ func TestDiskWithoutInodesAnswers452AndRecovers(t *testing.T) {
 	}
 	mustSay(t, r, "inodes")
 	full := mails(t, f, 20, "full")
-	if n := countState(full, lab.StateRefused); n != 20 || full[0].Result.Code != 452 {
-		t.Errorf("%d of 20 refused without inodes, the first with %d %s", n, full[0].Result.Code, full[0].Result.Reply)
+	if n := countState(full, lab.StateRefused); n != 20 {
+		t.Errorf("%d of 20 refused without inodes", n)
+	} else if full[0].Result.Code != 452 {
+		t.Errorf("got %d %s, want 452", full[0].Result.Code, full[0].Result.Reply)
 	}
 	if err := os.RemoveAll(dir); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		t.Fatal(err)

@@ -64,6 +64,8 @@ type Stream struct {
 	Connections int // at once, to each relay
 	Tag         string
 	Only        *Relay // that gets it all; nil: the relays in turn
+	// Done is called as each message is decided, from several goroutines; may be nil.
+	Done func(*lab.Result)
 }
 
 // Submitted is a message a relay answered for.
@@ -102,6 +104,9 @@ func (f *Fleet) Submit(ctx context.Context, s Stream) ([]Submitted, error) {
 				Messages: len(to), Connections: max(1, s.Connections/streams), Size: s.Size, Overlap: true,
 				Tag: fmt.Sprintf("%s-%d-%d", s.Tag, i, kind), From: func(int) string { return "news@" + Domain },
 				To: func(i int) string { return to[i] },
+			}
+			if s.Done != nil {
+				load.Done = func(_ int, r *lab.Result) { s.Done(r) }
 			}
 			if kind == 1 {
 				load.Headers = "X-Relais-Stream: " + secondStream + "\r\n"
