@@ -67,12 +67,11 @@ type Keeper struct {
 	slowed   map[uint64]*lane // those with a gate, by its number
 	swept    time.Time
 	brakes   []policy.Brake // in force, as the view says
-	mixed    []policy.Brake // of those, the ones that cannot be gates
+	mixed    []policy.Brake // of those, the ones that hold some mail of one source
 	view     *policy.Directory
 	stale    bool // the gates of brakes are to be made anew
 	numbers  map[brakeGate]uint64
 	byNumber map[uint64]brakeGate
-	buckets  map[brakeGate]*pace
 	last     uint64
 	attached bool // the brakes of the view on disk are in force
 	tells    chan struct{}
@@ -107,7 +106,7 @@ func New(cfg Config) (*Keeper, error) {
 	k := &Keeper{
 		cfg: cfg, kick: make(chan struct{}, 1), tells: make(chan struct{}, 1), stale: true,
 		lanes: make(map[schedule.Lane]*lane), visits: make(map[*engine.Place]*visit), slowed: make(map[uint64]*lane),
-		numbers: make(map[brakeGate]uint64), byNumber: make(map[uint64]brakeGate), buckets: make(map[brakeGate]*pace),
+		numbers: make(map[brakeGate]uint64), byNumber: make(map[uint64]brakeGate),
 	}
 	var err error
 	k.metrics, err = newMetrics(cfg.Registerer, k)
@@ -197,7 +196,7 @@ func (k *Keeper) Connect(now time.Time, p *engine.Place) engine.Hold {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	l := k.laneOf(p, now)
-	if h := k.refuses(p, l, false, now); h.Reason != "" {
+	if h := k.refuses(p, now); h.Reason != "" {
 		return h
 	}
 	if l != nil {
@@ -223,13 +222,13 @@ func (k *Keeper) Begin(now time.Time, p *engine.Place) engine.Hold {
 	defer k.mu.Unlock()
 	v := k.visits[p]
 	if v == nil {
-		return k.refuses(p, nil, true, now)
+		return k.refuses(p, now)
 	}
 	if !v.open {
 		v.open = true
 		v.lane.state.Opened(now)
 	}
-	return k.refuses(p, v.lane, true, now)
+	return k.refuses(p, now)
 }
 
 // Done implements engine.Admitter.

@@ -2,22 +2,20 @@ package brake
 
 import (
 	"fmt"
-	"slices"
 	"time"
 
 	"github.com/relais-mta/relais/relay/engine"
 	"github.com/relais-mta/relais/relay/schedule"
 	"github.com/relais-mta/relais/shared/ids"
 	"github.com/relais-mta/relais/shared/policy"
-	"github.com/relais-mta/relais/shared/throttle"
 )
 
 // defaultPerHour stands for the rate of a provider whose profile has none, when a
 // brake is to leave a part of it.
 const defaultPerHour = 100 * 3600
 
-// mixedWait is how long mail is left alone that a brake holds on one source only:
-// another source of its pool may carry it.
+// mixedWait is how long mail is left alone that was given to the one source on which
+// a brake holds it before the brake's gate was there.
 const mixedWait = time.Second
 
 // brakeGate is what a brake becomes at one place.
@@ -26,9 +24,6 @@ type brakeGate struct {
 	source   ids.Source
 	provider string
 }
-
-// pace is the part of a lane's rate that a brake leaves to some of its mail.
-type pace struct{ bucket throttle.Bucket }
 
 // lookAtView takes over the brakes of the view, and makes their gates anew if
 // they, the lanes or the profiles have changed.
@@ -53,7 +48,7 @@ func (k *Keeper) lookAtView(gates Gates, now time.Time) {
 			continue
 		}
 		k.brakes = append(k.brakes, *b)
-		if mixed(b) {
+		if mixed(b) && b.Percent == 0 {
 			k.mixed = append(k.mixed, *b)
 		}
 	}
@@ -135,8 +130,7 @@ func (k *Keeper) slows(l *lane) bool {
 	return false
 }
 
-// mixed reports whether a brake cannot be a gate, because it is for some mail of
-// one source: such mail is refused where it is to begin.
+// mixed reports whether a brake is for some mail of one source.
 func mixed(b *policy.Brake) bool { return !b.Source.IsZero() && !b.ByLane() }
 
 // brakeGates returns the gates of all brakes, and all their numbers. k.mu is held.
@@ -154,15 +148,17 @@ func (k *Keeper) brakeGates(dir *policy.Directory) (set []schedule.Gate, keep ma
 	for i := range k.brakes {
 		b := &k.brakes[i]
 		switch {
-		case mixed(b):
 		case b.Percent == 0:
 			add(brakeGate{brake: b.ID}, schedule.Gate{Match: matchOf(b), Slots: b.ByLane(), NoMessages: true, NoSessions: b.ByLane()})
-		case b.ByLane():
+		case b.ByLane() || mixed(b):
 			for _, l := range k.lanes {
 				if b.MatchesLane(l.key.Provider, l.pool, l.key.Source) {
 					rate, connections := partOf(dir, l.key.Provider, b.Percent, 1)
-					add(brakeGate{b.ID, l.key.Source, l.key.Provider}, schedule.Gate{
-						Match: schedule.Match{Source: l.key.Source, Provider: l.key.Provider}, Slots: true, Messages: rate, Sessions: connections})
+					g := schedule.Gate{Match: schedule.Match{Source: l.key.Source, Provider: l.key.Provider, Tenant: b.Tenant, Domain: b.Domain}, Messages: rate}
+					if b.ByLane() {
+						g.Slots, g.Sessions = true, connections
+					}
+					add(brakeGate{b.ID, l.key.Source, l.key.Provider}, g)
 				}
 			}
 		default:
@@ -178,11 +174,6 @@ func (k *Keeper) brakeGates(dir *policy.Directory) (set []schedule.Gate, keep ma
 		if !keep[n] {
 			delete(k.numbers, id)
 			delete(k.byNumber, n)
-		}
-	}
-	for id := range k.buckets {
-		if !slices.ContainsFunc(k.mixed, func(b policy.Brake) bool { return b.ID == id.brake }) {
-			delete(k.buckets, id)
 		}
 	}
 	return set, keep
@@ -230,47 +221,18 @@ func partOf(dir *policy.Directory, provider string, percent, sources int) (sched
 	return rateOf(max(1, perHour*int64(percent)*int64(sources)/100)), connections
 }
 
-// refuses returns the mixed brake that holds the mail of a place now. k.mu is
-// held; l is nil for a lane that is not kept.
-func (k *Keeper) refuses(p *engine.Place, l *lane, begins bool, now time.Time) engine.Hold {
+// refuses returns the mixed brake that holds the mail of a place. Its gate keeps such
+// mail away; this is for what was under way when the gate came, or if there are too
+// many gates. k.mu is held.
+func (k *Keeper) refuses(p *engine.Place, now time.Time) engine.Hold {
 	for i := range k.mixed {
-		b := &k.mixed[i]
-		if !b.MatchesLane(p.Lane.Provider, p.Key.Pool, p.Lane.Source) || !b.MatchesMail(p.Key.Tenant, p.Key.Domain) {
-			continue
-		}
-		if b.Percent == 0 {
+		if b := &k.mixed[i]; b.MatchesLane(p.Lane.Provider, p.Key.Pool, p.Lane.Source) && b.MatchesMail(p.Key.Tenant, p.Key.Domain) {
 			h := holdOf(b, now, endOf(b, now))
 			h.Look = now.Add(mixedWait)
 			return h
 		}
-		if begins && l != nil {
-			if wait := k.paceOf(b, l, now).take(now); wait > 0 {
-				return holdOf(b, now, now.Add(wait))
-			}
-		}
 	}
 	return engine.Hold{}
-}
-
-func (k *Keeper) paceOf(b *policy.Brake, l *lane, now time.Time) *pace {
-	part, _ := partOf(k.view, l.key.Provider, b.Percent, 1)
-	rate, err := throttle.NewRate(part.Max, part.Per, part.Burst)
-	if err != nil { // partOf keeps to the bounds of a rate; a limit must fail closed
-		rate, _ = throttle.NewRate(1, throttle.MaxPer, 1)
-	}
-	id := brakeGate{b.ID, l.key.Source, l.key.Provider}
-	p := k.buckets[id]
-	if p == nil {
-		p = &pace{bucket: throttle.NewBucket(rate)}
-		k.buckets[id] = p
-	}
-	p.bucket.Set(rate, now) // the profile may have changed
-	return p
-}
-
-func (p *pace) take(now time.Time) time.Duration {
-	_, wait := p.bucket.Take(now, 1)
-	return wait
 }
 
 // endOf is when a brake ends by itself, if nobody tells more; zero: that is not

@@ -49,7 +49,7 @@ func (st *site) rank(l *lane) int {
 }
 
 // ranks reports of which ranks a lane may serve the site now: those whose every
-// better lane is backing off there or was tried in vain for what waits. A family
+// better lane is backing off there, is barred or was tried in vain for what waits. A family
 // without an address is tried only for what no other lane may carry, so that it
 // does not wait for ever.
 func (s *Scheduler) ranks(st *site, now time.Time) (may [ruledOut + 1]bool) {
@@ -63,7 +63,7 @@ func (s *Scheduler) ranks(st *site, now time.Time) (may [ruledOut + 1]bool) {
 			continue
 		}
 		may[pointless] = false
-		if r == preferred && !st.backingOff(l, now) {
+		if r == preferred && !st.backingOff(l, now) && !st.shutTo(l.key, now) {
 			may[fallback] = false
 		}
 	}

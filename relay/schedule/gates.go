@@ -16,8 +16,7 @@ type GateID struct {
 	Number uint64
 }
 
-// Match says what passes through a gate. A zero field matches everything. With a
-// source it must name no tenant and no domain.
+// Match says what passes through a gate. A zero field matches everything.
 type Match struct {
 	Source   ids.Source
 	Provider string
@@ -31,7 +30,7 @@ type Match struct {
 type Gate struct {
 	ID         GateID
 	Match      Match
-	Slots      bool      // it counts sessions; those with mail of its tenant or domain carry no other
+	Slots      bool      // it counts sessions; those with mail of its tenant or domain carry no other. Not for some mail of a source
 	Reason     string    // the word of Waiting
 	Messages   Rate      // begun; Max 0: no limit
 	Sessions   int       // of one that counts them: open or being opened; 0: no limit
@@ -40,8 +39,9 @@ type Gate struct {
 	Until      time.Time // of these two: when to look again, if that is known
 }
 
-// gate is a Gate in use. By what it matches it belongs to lanes, to groups or to
-// queues, and has those wait in its lists that it holds.
+// gate is a Gate in use. By what it matches it belongs to lanes, to groups, to
+// queues or to sites of some mail, see bars, and has those wait in its lists that it
+// holds.
 type gate struct {
 	Gate
 	bucket   throttle.Bucket
@@ -56,6 +56,7 @@ type gate struct {
 	line    fifo[*groupGate] // held by the rate
 	waiters fifo[*groupGate] // held by the sessions
 	sites   fifo[*site]      // likewise, of a gate with a tenant or domain
+	barred  fifo[*site]      // held by the rate of a bar
 	parked  int              // queues that wait
 	waiting int              // recipients known to be due that it matches, of a gate with a tenant or domain
 	lines   waitlist[*gateLine]
@@ -101,6 +102,9 @@ type gateTable struct {
 }
 
 func (m *Match) ofQueues() bool { return !m.Tenant.IsZero() || m.Domain != "" }
+
+// ofMailOfASource reports whether a gate is a bar.
+func (m *Match) ofMailOfASource() bool { return m.ofQueues() && !m.Source.IsZero() }
 
 func (m *Match) group(key groupKey) bool {
 	return (m.Provider == "" || m.Provider == key.provider) && (m.Pool.IsZero() || m.Pool == key.pool)
@@ -162,7 +166,7 @@ func (s *Scheduler) SetGate(g Gate, now time.Time) {
 		gt = &gate{Gate: Gate{ID: g.ID, Match: g.Match, Slots: g.Slots, NoMessages: true}}
 		s.attachGate(gt, now)
 	}
-	shut := gt.NoMessages || gt.Messages.Max == 0
+	shut, changed := gt.NoMessages || gt.Messages.Max == 0, gt.Gate != g
 	gt.Gate = g
 	gt.bucket.Set(rate(g.Messages), now)
 	if shut && g.Messages.Max > 0 {
@@ -170,6 +174,9 @@ func (s *Scheduler) SetGate(g Gate, now time.Time) {
 	}
 	s.closeExcess(gt)
 	s.freeGate(gt)
+	if changed {
+		s.freeBar(gt)
+	}
 }
 
 // DropGate removes a gate; what it held goes on.
@@ -193,7 +200,7 @@ type GateState struct {
 }
 
 // GateStates returns the states of an owner's gates that have work or sessions, in
-// no order.
+// no order. Those for some mail of one source count neither and are left out.
 func (s *Scheduler) GateStates(owner string, dst []GateState) []GateState {
 	for id, gt := range s.gates.all {
 		if id.Owner != owner {
@@ -245,9 +252,6 @@ func (s *Scheduler) attachGate(gt *gate, now time.Time) {
 	t.all[gt.ID] = gt
 	m := &gt.Match
 	switch {
-	case !m.Source.IsZero():
-		t.ofLanes = append(t.ofLanes, gt)
-		s.eachGroup(func(g *group) { s.gateLanes(g) })
 	case m.ofQueues():
 		if m.Tenant.IsZero() {
 			t.byDomain[m.Domain] = append(t.byDomain[m.Domain], gt)
@@ -255,6 +259,9 @@ func (s *Scheduler) attachGate(gt *gate, now time.Time) {
 			t.byTenant[m.Tenant] = append(t.byTenant[m.Tenant], gt)
 		}
 		s.regate(m, now)
+	case !m.Source.IsZero():
+		t.ofLanes = append(t.ofLanes, gt)
+		s.eachGroup(func(g *group) { s.gateLanes(g) })
 	default:
 		t.ofGroups = append(t.ofGroups, gt)
 		s.eachGroup(func(g *group) {
@@ -275,9 +282,6 @@ func (s *Scheduler) detachGate(gt *gate, now time.Time) {
 	m := &gt.Match
 	is := func(other *gate) bool { return other == gt }
 	switch {
-	case !m.Source.IsZero():
-		t.ofLanes = slices.DeleteFunc(t.ofLanes, is)
-		s.eachGroup(func(g *group) { s.gateLanes(g) })
 	case m.ofQueues():
 		if m.Tenant.IsZero() {
 			t.byDomain[m.Domain] = slices.DeleteFunc(t.byDomain[m.Domain], is)
@@ -285,6 +289,9 @@ func (s *Scheduler) detachGate(gt *gate, now time.Time) {
 			t.byTenant[m.Tenant] = slices.DeleteFunc(t.byTenant[m.Tenant], is)
 		}
 		s.regate(m, now)
+	case !m.Source.IsZero():
+		t.ofLanes = slices.DeleteFunc(t.ofLanes, is)
+		s.eachGroup(func(g *group) { s.gateLanes(g) })
 	default:
 		t.ofGroups = slices.DeleteFunc(t.ofGroups, is)
 		for _, gg := range gt.groups {
@@ -345,12 +352,17 @@ func (g *group) leaveGates() {
 	g.gates = nil
 }
 
-// gatesOf returns the gates of a queue behind a provider; apart are those that
-// count sessions, so that its mail needs sessions of its own.
-func (s *Scheduler) gatesOf(k *Key, provider string) (all, apart []*gate) {
+// gatesOf returns the gates of a queue behind a provider. For two kinds its mail
+// needs sessions of its own: apart are those that count sessions, bars those for one
+// source, which are not in all.
+func (s *Scheduler) gatesOf(k *Key, provider string) (all, apart, bars []*gate) {
 	for _, list := range [...][]*gate{s.gates.byTenant[k.Tenant], s.gates.byDomain[k.Domain]} {
 		for _, gt := range list {
-			if gt.Match.queue(k, provider) {
+			switch {
+			case !gt.Match.queue(k, provider):
+			case gt.Match.ofMailOfASource():
+				bars = append(bars, gt)
+			default:
 				all = append(all, gt)
 				if gt.Slots {
 					apart = append(apart, gt)
@@ -358,7 +370,7 @@ func (s *Scheduler) gatesOf(k *Key, provider string) (all, apart []*gate) {
 			}
 		}
 	}
-	return all, apart
+	return all, apart, bars
 }
 
 // regate finds the gates anew of all queues that something matches.

@@ -59,6 +59,9 @@ func TestAGateHoldsWhatItMatchesAndNothingElse(t *testing.T) {
 		"domain and pool":       {Domain: "d2.test", Pool: testPool(2)},
 		"source":                {Source: ids.Source{14: 1, 15: 1}},
 		"source and provider":   {Source: ids.Source{14: 1, 15: 1}, Provider: "p1"},
+		"source and tenant":     {Source: ids.Source{14: 1, 15: 1}, Tenant: ids.Tenant{15: 1}},
+		"source and domain":     {Source: ids.Source{14: 0, 15: 2}, Domain: "d2.test"},
+		"source and all else":   {Source: ids.Source{14: 1, 15: 1}, Tenant: ids.Tenant{15: 1}, Domain: "d3.test", Provider: "p1", Pool: testPool(2)},
 		"what there is none of": {Tenant: ids.Tenant{15: 9}},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -236,7 +239,8 @@ func TestTheGateThatHoldsMailSaysSo(t *testing.T) {
 }
 
 func TestAShutGateOpens(t *testing.T) {
-	for name, m := range map[string]Match{"provider": {Provider: "p1"}, "tenant": {Tenant: ids.Tenant{15: 1}}, "source": {Source: ids.Source{14: 1, 15: 1}}} {
+	for name, m := range map[string]Match{"provider": {Provider: "p1"}, "tenant": {Tenant: ids.Tenant{15: 1}}, "source": {Source: ids.Source{14: 1, 15: 1}},
+		"source and tenant": {Source: ids.Source{14: 1, 15: 1}, Tenant: ids.Tenant{15: 1}}} {
 		t.Run(name, func(t *testing.T) {
 			w := gatedWorld(t, 10)
 			gate := Gate{ID: GateID{"test", 1}, Match: m, Reason: "brake", NoMessages: true, Until: w.now.Add(time.Minute)}
@@ -293,6 +297,7 @@ func TestRandomGatesLoseNothing(t *testing.T) {
 				w.after(9*time.Second, func() { w.s.DropGate(GateID{"test", i}, w.now) })
 			}
 			w.onCheck = w.checkGates
+			w.onStart = w.checkBars
 			w.run(time.Hour)
 			if w.done != total {
 				t.Fatalf("%d of %d messages were sent; stuck: %s", w.done, total, w.stuck())
@@ -307,7 +312,7 @@ func TestRandomGatesLoseNothing(t *testing.T) {
 
 func randomGate(rng *rand.Rand) Gate {
 	g := Gate{ID: GateID{"test", rng.Uint64N(12)}, Reason: "limit", Slots: rng.IntN(3) == 0}
-	switch rng.IntN(6) {
+	switch rng.IntN(8) {
 	case 0:
 		g.Match.Provider = fmt.Sprint("p", rng.IntN(3))
 	case 1:
@@ -320,6 +325,10 @@ func randomGate(rng *rand.Rand) Gate {
 		g.Match.Source = ids.Source{14: byte(rng.IntN(2)), 15: byte(1 + rng.IntN(3))}
 	case 5:
 		g.Match.Tenant, g.Match.Provider = ids.Tenant{15: byte(rng.IntN(3))}, fmt.Sprint("p", rng.IntN(3))
+	case 6:
+		g.Match.Source, g.Match.Tenant, g.Slots = ids.Source{14: byte(rng.IntN(2)), 15: byte(1 + rng.IntN(3))}, ids.Tenant{15: byte(rng.IntN(3))}, false
+	case 7:
+		g.Match.Source, g.Match.Domain, g.Slots = ids.Source{14: byte(rng.IntN(2)), 15: byte(1 + rng.IntN(3))}, mailaddr.Domain(fmt.Sprintf("d%d.p%d.test", rng.IntN(3), rng.IntN(3))), false
 	}
 	switch {
 	case g.Slots && rng.IntN(3) == 0:
@@ -351,6 +360,11 @@ func (w *world) checkGates() {
 				waiting += q.waiting
 			}
 		}
+		for i := gt.barred.head; i < len(gt.barred.items); i++ {
+			if !slices.Contains(gt.barred.items[i].barredAt, gt) {
+				w.t.Fatalf("a site waits for gate %v and does not know it", id)
+			}
+		}
 		if open != gt.sessions || waiting != gt.waiting || parked != gt.parked || gt.closing < 0 {
 			w.t.Fatalf("gate %v counts %d sessions of %d, %d queues of %d, %d recipients of %d", id, gt.sessions, open, gt.parked, parked, gt.waiting, waiting)
 		}
@@ -359,6 +373,11 @@ func (w *world) checkGates() {
 		waiting := 0
 		for _, st := range g.order {
 			waiting += st.backlog + st.gated
+			for _, gt := range st.barredAt {
+				if gt.gone || !slices.Contains(gt.barred.items[gt.barred.head:], st) {
+					w.t.Fatalf("a site thinks that it waits for gate %v", gt.ID)
+				}
+			}
 		}
 		if waiting != g.waiting {
 			w.t.Fatalf("the group of %s counts %d recipients of %d", g.key.provider, g.waiting, waiting)

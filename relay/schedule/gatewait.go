@@ -320,6 +320,10 @@ func (s *Scheduler) serveGate(gt *gate, now time.Time) {
 			s.pump(q.site.group, now)
 		}
 	}
+	for n := gt.barred.len(); n > 0 && s.gateRoom(gt, now); n-- {
+		st := s.unbar(gt)
+		s.pump(st.group, now)
+	}
 	for n := gt.waiters.len(); n > 0 && s.gateSlot(gt, now); n-- {
 		gg, _ := gt.waiters.pop()
 		gg.inWaiters, gg.group.gateTurn = false, gt
@@ -374,6 +378,9 @@ func (s *Scheduler) emptyGate(gt *gate, now time.Time) {
 	for gt.parked > 0 {
 		s.release(gt, true, now)
 	}
+	for gt.barred.len() > 0 {
+		s.unbar(gt)
+	}
 }
 
 // takeGates takes one message from the gates that it passes.
@@ -388,6 +395,11 @@ func (s *Scheduler) takeGates(ss *session, q *queue, now time.Time) {
 		gt.bucket.Take(now, 1)
 		if gt.parked > 0 {
 			s.freeGate(gt) // there may be room for one more
+		}
+	}
+	for _, gt := range ss.site.bars {
+		if gt.Match.Source == ss.lane.key.Source {
+			gt.bucket.Take(now, 1)
 		}
 	}
 	ss.lane.group.gateTurn = nil
@@ -406,5 +418,11 @@ func (s *Scheduler) untake(ss *session) {
 	for _, gt := range ss.passed {
 		gt.bucket.Untake(ss.began, 1)
 		s.freeGate(gt)
+	}
+	for _, gt := range ss.site.bars {
+		if gt.Match.Source == ss.lane.key.Source {
+			gt.bucket.Untake(ss.began, 1)
+			s.freeGate(gt)
+		}
 	}
 }

@@ -105,6 +105,8 @@ type site struct {
 	key      string // in group.sites
 	group    *group
 	gates    []*gate // count its sessions, because of its mail's tenant or domain
+	bars     []*gate // keep its mail from particular lanes, likewise
+	barredAt []*gate // of these, those where it waits for their rate
 	families Families
 	turns    map[*member]*turn
 	orders   [ways]order
@@ -280,19 +282,22 @@ func (s *Scheduler) siteOf(q *queue) (*site, []*gate) {
 	if g == nil {
 		g = s.newGroup(groupKey{q.key.Pool, route.Provider}, route.Shape)
 	}
-	gates, apart := s.gatesOf(&q.key, route.Provider)
+	gates, apart, bars := s.gatesOf(&q.key, route.Provider)
 	key := route.Site
-	for _, gt := range apart {
-		key = fmt.Sprintf("%s\x00%s%d", key, gt.ID.Owner, gt.ID.Number)
+	for _, list := range [...][]*gate{apart, bars} {
+		for _, gt := range list {
+			key = fmt.Sprintf("%s\x00%s%d", key, gt.ID.Owner, gt.ID.Number)
+		}
 	}
 	st := g.sites[key]
 	if st == nil {
-		st = &site{id: route.Site, key: key, group: g, gates: apart, turns: make(map[*member]*turn), byLane: make(map[*lane]*post), window: 1}
+		st = &site{id: route.Site, key: key, group: g, turns: make(map[*member]*turn), byLane: make(map[*lane]*post), window: 1}
 		st.seat = seat{site: st, in: &g.open}
 		g.sites[key] = st
 		g.order = append(g.order, st)
 	}
 	st.families = route.Families
+	st.gates, st.bars = apart, bars // a gate may be another one by the same number
 	return st, gates
 }
 

@@ -41,7 +41,7 @@ func (s *Scheduler) evaluate(st *site, now time.Time) {
 	g := st.group
 	served := false
 	for _, p := range st.posts {
-		if s.evaluatePost(st, p) {
+		if s.evaluatePost(st, p, now) {
 			served = true
 		}
 	}
@@ -51,7 +51,7 @@ func (s *Scheduler) evaluate(st *site, now time.Time) {
 		s.siteTimers.remove(st)
 		s.unaside(st)
 	case st.aside || st.trial != nowhere || st.gateWait != nil:
-	case !served || g.otherLanes() || st.pinnedApart():
+	case !served || g.otherLanes() || st.pinnedApart(now):
 		var at time.Time
 		if want, at = st.wantsSession(now); !want && !at.IsZero() && (st.timer.index == 0 || at.Before(st.timer.at)) {
 			s.siteTimers.set(st, at)
@@ -69,8 +69,8 @@ func (f *strand) stream() *flow {
 
 // evaluatePost enters a site's idle sessions of a lane for what they can carry,
 // if there is anything.
-func (s *Scheduler) evaluatePost(st *site, p *post) (served bool) {
-	served = st.backlog > 0 && len(p.idle) > 0 && !p.lane.gone && st.best(general, p.lane) != nil
+func (s *Scheduler) evaluatePost(st *site, p *post, now time.Time) (served bool) {
+	served = st.backlog > 0 && len(p.idle) > 0 && !p.lane.gone && st.best(general, p.lane) != nil && !s.barred(st, p.lane, now)
 	p.seat.evaluated(served)
 	if served {
 		s.activateLane(p.lane)
@@ -81,14 +81,14 @@ func (s *Scheduler) evaluatePost(st *site, p *post) (served bool) {
 
 // pinnedApart reports whether work waits for a lane that has no session to the
 // site.
-func (st *site) pinnedApart() bool {
+func (st *site) pinnedApart(now time.Time) bool {
 	if st.pinned == 0 {
 		return false
 	}
 	for i := range st.orders[general].items {
 		p := st.orders[general].items[i].place
 		for _, f := range p.turn.strands {
-			if f.head != nil && f.pinned && !st.hasSession(f.only) {
+			if f.head != nil && f.pinned && !st.hasSession(f.only) && !st.shutTo(f.only, now) {
 				return true
 			}
 		}
@@ -110,7 +110,7 @@ func (st *site) hasSession(lane Lane) bool {
 func (st *site) wantsSession(now time.Time) (bool, time.Time) {
 	total := st.open + st.opening
 	switch {
-	case total == 0 || st.pinnedApart():
+	case total == 0 || st.pinnedApart(now) || st.barredApart(now):
 		return true, time.Time{}
 	case st.opening > st.open || total >= st.room(now):
 		// As in slow start: a host that has not answered yet, or takes long for
@@ -340,7 +340,7 @@ func (s *Scheduler) chooseLane(st *site, now time.Time) *lane {
 			continue
 		}
 		i++
-		if !ranks[st.rank(l)] || st.backingOff(l, now) || slices.Contains(s.tried, l) {
+		if !ranks[st.rank(l)] || st.backingOff(l, now) || s.barred(st, l, now) || slices.Contains(s.tried, l) {
 			continue
 		}
 		l.credit += l.weight

@@ -65,7 +65,7 @@ func (s *Scheduler) NextFor(id Session, now time.Time) (Queue, Answer) {
 		ss.state = closing
 		return 0, End
 	}
-	if st.backlog == 0 {
+	if st.backlog == 0 || s.barred(st, ss.lane, now) {
 		return 0, s.park(ss)
 	}
 	if reason, until := g.laneHolds(ss.lane, false, now); reason != "" {
@@ -164,7 +164,7 @@ func (s *Scheduler) makesWay(ss *session) bool {
 	if ss.trial && s.trials.len() > 0 && spent {
 		return true
 	}
-	if g.laneFull(ss.lane) && ss.lane.aside.len() > 0 && spent {
+	if other, ok := ss.lane.aside.first(); ok && (other != st || ss.lane.aside.len() > 1) && g.laneFull(ss.lane) && spent {
 		return true
 	}
 	return mine && s.makesWayAtHome(ss, spent, calm)

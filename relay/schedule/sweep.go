@@ -88,7 +88,7 @@ func (g *group) sweepSites(s *Scheduler, now time.Time) {
 // inUse reports whether something waits at the site or is known of it that
 // counts.
 func (st *site) inUse(now time.Time) bool {
-	if len(st.turns) > 0 || st.open+st.opening > 0 || st.touched || st.aside || st.trial != nowhere || st.gateWait != nil || len(st.asideOn) > 0 || st.proven(now) {
+	if len(st.turns) > 0 || st.open+st.opening > 0 || st.touched || st.aside || st.trial != nowhere || st.gateWait != nil || len(st.asideOn)+len(st.barredAt) > 0 || st.proven(now) {
 		return true
 	}
 	for _, p := range st.posts {

@@ -193,7 +193,7 @@ func (s *Scheduler) reserve(ss *session, q *queue, now time.Time) {
 	g.rateTurn = false
 	ss.began = now
 	ss.reserved, ss.passed = true, q.gates
-	if len(ss.lane.gates)+len(g.gates)+len(q.gates) > 0 {
+	if len(ss.lane.gates)+len(g.gates)+len(q.gates)+len(ss.site.bars) > 0 {
 		s.takeGates(ss, q, now)
 	}
 }

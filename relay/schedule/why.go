@@ -67,12 +67,19 @@ func (s *Scheduler) whySite(q *queue, now time.Time) Waiting {
 		return w
 	}
 	banned := false
+	var barred Waiting // named if no other lane is nearer
 	for _, l := range g.lanes {
 		if q.pinned && l.key != q.only {
 			continue
 		}
 		if q.site.rank(l) == ruledOut {
 			banned = true
+			continue
+		}
+		if gt, until := q.site.bar(l.key, now); gt != nil {
+			if barred.Reason == "" || !until.IsZero() && (barred.Until.IsZero() || until.Before(barred.Until)) {
+				barred = Waiting{Site: q.site.id, Lane: l.key, Reason: gt.Reason, Until: until, Gate: gt.ID}
+			}
 			continue
 		}
 		reason, until := s.laneReady(l, q.site, true, now)
@@ -84,7 +91,11 @@ func (s *Scheduler) whySite(q *queue, now time.Time) Waiting {
 			w.Lane, w.Reason, w.Until, w.Gate = l.key, reason, until, q.site.gateOf(l, reason, now)
 		}
 	}
-	if w.Reason == "" && banned {
+	switch {
+	case w.Reason != "":
+	case barred.Reason != "":
+		return barred
+	case banned:
 		w.Reason = "family"
 	}
 	return w
