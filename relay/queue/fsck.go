@@ -46,6 +46,7 @@ const (
 	GivenDamaged          Damage = "given-damaged"           // unreadable record of a message on its way to another relay: that relay is asked
 	TakenDamaged          Damage = "taken-damaged"           // unreadable memory of a message that another relay handed over: written again
 	EventsDamaged         Damage = "events-damaged"          // unreadable events: moved aside, a gap takes their place
+	IndexDamaged          Damage = "index-damaged"           // file of the index, of which what can be read was kept when the store was opened
 	UnknownKey            Damage = "unknown-key"             // record that no part of this release writes: moved aside
 )
 
@@ -124,6 +125,9 @@ func Fsck(ctx context.Context, st *store.Store, cfg FsckConfig) (FsckCount, erro
 	}
 	c := &checker{ctx: ctx, st: st, cfg: cfg, moved: make(map[ids.Message]struct{}), lost: make(map[ids.Message]struct{}), stepAt: time.Now()}
 	c.count.Found, c.count.Notes = make(map[Damage]int), make(map[Damage]int)
+	for _, d := range st.Salvaged() {
+		c.report(Finding{Kind: IndexDamaged, File: d.File, Detail: d.Detail})
+	}
 	if cfg.Events {
 		if err := c.events(); err != nil {
 			return c.count, err

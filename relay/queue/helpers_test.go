@@ -95,12 +95,18 @@ func (f *fixture) log() *slog.Logger {
 
 func (f *fixture) open() *fixture {
 	f.t.Helper()
-	log := f.log()
-	var err error
-	f.st, err = store.Open(context.Background(), store.Config{Dir: f.dir, Storage: f.storage, Logger: log, MemTableBytes: 8 << 20, FS: f.fs})
+	st, err := store.Open(context.Background(), store.Config{Dir: f.dir, Storage: f.storage, Logger: f.log(), MemTableBytes: 8 << 20, FS: f.fs})
 	if err != nil {
 		f.t.Fatal(err)
 	}
+	return f.openOn(st)
+}
+
+func (f *fixture) openOn(st *store.Store) *fixture {
+	f.t.Helper()
+	log := f.log()
+	f.st = st
+	var err error
 	if f.ob, err = outbox.Open(f.st, outbox.Config{MaxBytes: f.storage.MaxOutboxBytes, Logger: log}); err != nil {
 		f.t.Fatal(err)
 	}

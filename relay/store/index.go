@@ -62,13 +62,13 @@ func (l *badgerLog) Debugf(string, ...any)       {}
 
 func logLine(f string, a []any) string { return strings.TrimSpace(fmt.Sprintf(f, a...)) }
 
-func (s *Store) memPath(n uint64) string {
-	return filepath.Join(s.indexDir, fmt.Sprintf("%05d.mem", n))
-}
+func memName(n uint64) string { return fmt.Sprintf("%05d.mem", n) }
 
-// memLogs returns the numbers of the memory tables' logs on disk.
-func (s *Store) memLogs() ([]uint64, error) {
-	paths, err := filepath.Glob(filepath.Join(s.indexDir, "*.mem"))
+func (s *Store) memPath(n uint64) string { return filepath.Join(s.indexDir, memName(n)) }
+
+// memLogs returns the numbers of the memory tables' logs in the index folder.
+func memLogs(dir string) ([]uint64, error) {
+	paths, err := filepath.Glob(filepath.Join(dir, "*.mem"))
 	if err != nil {
 		return nil, err
 	}
@@ -85,7 +85,7 @@ func (s *Store) memLogs() ([]uint64, error) {
 // removeUnusedLogs removes logs of length 0: Badger refuses to open with one,
 // and there is one after every run, because the next log is made ahead of time.
 func (s *Store) removeUnusedLogs() error {
-	logs, err := s.memLogs()
+	logs, err := memLogs(s.indexDir)
 	if err != nil {
 		return err
 	}
@@ -104,9 +104,12 @@ func (s *Store) removeUnusedLogs() error {
 }
 
 // openIndex opens Badger and gives the files it maps real blocks.
-func (s *Store) openIndex() error {
+func (s *Store) openIndex(salvage string) error {
 	if err := s.removeUnusedLogs(); err != nil {
 		return diskFault(err, "store.Open")
+	}
+	if err := s.verifyIndex(salvage); err != nil {
+		return err
 	}
 	opt := indexOptions(s.indexDir, s.memTableBytes, s.log)
 	db, err := badger.Open(opt)
@@ -118,7 +121,7 @@ func (s *Store) openIndex() error {
 	// own writes.
 	s.maxGroupBytes = db.MaxBatchSize() * 3 / 4
 	s.maxGroupEntries = int(db.MaxBatchCount() * 3 / 4)
-	logs, err := s.memLogs()
+	logs, err := memLogs(s.indexDir)
 	if err != nil {
 		return diskFault(err, "store.Open")
 	}

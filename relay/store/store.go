@@ -32,6 +32,7 @@ type Config struct {
 	MemTableBytes int64                 // size of one of Badger's tables in memory; 0: 32 MiB; at least 8 MiB
 	FS            FileSystem            // of bodies and reserve; nil: the operating system's
 	Inspect       bool                  // nothing found at start is counted, swept or cut: somebody looks for damage first
+	Salvage       string                // folder for copies of damaged files of the index, of which what can be read is used; empty: the store does not open with them
 }
 
 // minMemTableBytes keeps the largest transaction above one message of 1,000
@@ -83,6 +84,8 @@ type Store struct {
 	logReady            bool           // of commitLoop
 	prepareMemtableSoon atomic.Bool
 
+	salvaged []IndexDamage // of Open
+
 	limitsNow    atomic.Pointer[policy.Storage]
 	measuring    sync.Mutex
 	measuredAt   atomic.Int64 // Unix nanoseconds
@@ -114,7 +117,7 @@ type Store struct {
 }
 
 // Open opens or creates the data directory. Errors are faults: Invalid for a
-// directory of a newer format, Conflict when another process has it open,
+// directory of a newer format and for one whose index is damaged, Conflict when another process has it open,
 // NoSpace when there is too little room to open it safely.
 func Open(ctx context.Context, cfg Config) (*Store, error) {
 	if err := ctx.Err(); err != nil {
@@ -181,7 +184,7 @@ func (s *Store) open(cfg Config) error {
 	if err := s.openBallast(); err != nil {
 		return err
 	}
-	if err := s.openIndex(); err != nil {
+	if err := s.openIndex(cfg.Salvage); err != nil {
 		return err
 	}
 	s.publish()

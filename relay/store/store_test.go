@@ -571,7 +571,7 @@ func TestLogsOfTheIndexAreAllocatedAheadOfTime(t *testing.T) {
 		if err := s.Commit(context.Background(), b); err != nil {
 			t.Fatal(err)
 		}
-		logs, err := s.memLogs()
+		logs, err := memLogs(s.indexDir)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -37,7 +37,8 @@ With --repair the queue of a relay that is stopped is put in order. No mail is l
 cannot be delivered any more, because its envelope or body is damaged, is moved
 to the folder quarantine of the data directory, with its text as far as it can
 be read (.eml) and a description (.json). Send such a text again with any client,
-or remove the files. --list shows what is there.
+or remove the files. --list shows what is there. Of a damaged file of the index
+what can be read is used; the folder quarantine/index has the file as it was.
 
 Notes are what a crash may leave behind and a start clears up by itself.
 --json prints one object a line: findings, then the counts.`,
@@ -78,7 +79,11 @@ func fsckOffline(ctx context.Context, o *options, cfg queue.FsckConfig) (count q
 		return count, fault.Wrap(err, fault.NotFound, "relais-relay.fsck", "%s holds no queue: name the data directory of a relay with --data", o.data)
 	}
 	cfg.Logger = slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelWarn}))
-	st, err := store.Open(ctx, store.Config{Dir: dir, Storage: defaults().Storage, Logger: cfg.Logger, Inspect: true})
+	salvage := ""
+	if cfg.Repair {
+		salvage = filepath.Join(cfg.Quarantine, "index")
+	}
+	st, err := store.Open(ctx, store.Config{Dir: dir, Storage: defaults().Storage, Logger: cfg.Logger, Inspect: true, Salvage: salvage})
 	if err != nil {
 		return count, err
 	}
