@@ -142,20 +142,21 @@ func refusalOf(s api.PolicyStatus) error {
 	return nil
 }
 
-// waitApplied waits until every connected relay applied or refused a revision.
+// waitApplied waits until every connected relay applied or refused a revision. That
+// no server tells for a while, as when the cluster chooses a leader, undoes no change.
 func (c *client) waitApplied(ctx context.Context, revision uint64, most time.Duration) (api.PolicyStatus, error) {
 	deadline := time.Now().Add(most)
 	for {
 		s, err := c.policyStatus(ctx)
-		if err != nil {
-			return s, err
-		}
-		waiting := s.Revision < revision // this server is behind the one that made the change
+		waiting := err != nil || s.Revision < revision // this server is behind the one that made the change
 		for _, r := range s.Relays {
 			waiting = waiting || r.Connected && !r.Refused && r.AckedRevision < revision
 		}
-		if !waiting || time.Now().After(deadline) {
+		switch late := time.Now().After(deadline); {
+		case !waiting, late && err == nil:
 			return s, nil
+		case late:
+			return s, fault.Wrap(err, fault.Unavailable, "relais-control", "the policy is changed, its revision is %d; which relays apply it is not known, ask with `relais-control policy status`", revision)
 		}
 		select {
 		case <-time.After(applyPause):
@@ -175,15 +176,21 @@ func (c *client) policyStatus(ctx context.Context) (api.PolicyStatus, error) {
 	}
 	var answers []api.PolicyStatus
 	var failed []error
+	var said error // by a server that was reached
 	for _, endpoint := range c.file.Endpoints {
 		var s api.PolicyStatus
 		if _, err := c.once(ctx, endpoint, req, &s); err != nil {
-			failed = append(failed, err)
+			if failed = append(failed, err); answered(err) {
+				said = err
+			}
 			continue
 		}
 		answers = append(answers, s)
 	}
-	if len(answers) == 0 {
+	switch {
+	case len(answers) == 0 && said != nil:
+		return api.PolicyStatus{}, said
+	case len(answers) == 0:
 		return api.PolicyStatus{}, fault.Wrap(errors.Join(failed...), fault.Unavailable, "relais-control", "no control server of this cluster can be reached: is one running?")
 	}
 	return mergeStatus(answers), nil
