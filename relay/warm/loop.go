@@ -349,7 +349,7 @@ func (k *Keeper) reply(s *slot, r *wire.WarmReply) {
 	case wire.WarmSettle:
 		s.settled = max(s.settled, r.GetUsed())
 	case wire.WarmTell:
-		s.known = s.said // what it has not taken, it does not want
+		s.heardTally(int64(r.GetAttempts()))
 		return
 	case wire.WarmReserve:
 		if !s.spender.Granted(warmup.Reply{Seq: r.GetSeq(), Amount: r.GetAmount(), Used: r.GetUsed()}) {

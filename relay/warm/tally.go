@@ -106,6 +106,17 @@ func (k *Keeper) Observe(a *relay.Attempt) {
 	}
 }
 
+// heardTally takes the leader's answer: how many attempts it knows of. More than before
+// but fewer than it was told last, it answers what it was told before that. No more than
+// before, and it has not taken it, so it does not want it.
+func (s *slot) heardTally(attempts int64) {
+	if attempts > s.known && attempts < s.said {
+		s.known = attempts
+		return
+	}
+	s.known = s.said
+}
+
 // tell is what providers answered, if the leader does not know it; nil: it does, or
 // was told a moment ago. Only what is on the disk is told: of two tallies the one with
 // more attempts counts, so a relay that was killed must not have fewer than it told.

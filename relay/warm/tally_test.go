@@ -174,3 +174,32 @@ func TestRefusedSessionsCount(t *testing.T) {
 		}
 	}
 }
+
+// TestLateAnswerOfATally: an answer to what was told before does not stand for what was
+// told last, which may be lost.
+func TestLateAnswerOfATally(t *testing.T) {
+	s := &slot{saved: true}
+	now := time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
+	tell := func(attempts int64) bool {
+		now = now.Add(settleEvery)
+		return s.tell(now, &warmup.Tally{Attempts: attempts, Accepted: attempts}, false) != nil
+	}
+	if !tell(10) || !tell(20) {
+		t.Fatal("what was answered is not told")
+	}
+	s.heardTally(10)
+	if now = now.Add(tellAgain); !tell(20) {
+		t.Error("what may be lost is not told again")
+	}
+	s.heardTally(10) // its day is over: the leader does not take it
+	if now = now.Add(tellAgain); tell(20) {
+		t.Error("what the leader does not take is told again")
+	}
+	if !tell(30) {
+		t.Error("what came since is not told")
+	}
+	s.heardTally(30)
+	if now = now.Add(tellAgain); tell(30) {
+		t.Error("what the leader knows is told again")
+	}
+}
