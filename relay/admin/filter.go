@@ -3,6 +3,7 @@ package admin
 import (
 	"net/netip"
 	"net/url"
+	"slices"
 	"strings"
 	"time"
 
@@ -181,6 +182,20 @@ func (f *Filter) match(dir *policy.Directory) (m queue.Match, err error) {
 	return m, nil
 }
 
+// rule gives the filter of a rule its meaning.
+func (f *Filter) rule(dir *policy.Directory) (m queue.Match, err error) {
+	if f.State != "" || f.OlderThan != "" || f.YoungerThan != "" || f.LastReply != "" || f.Priority != "" || len(f.IDs) > 0 {
+		return m, fault.Field("admin.filter", "filter", "a rule goes by tenant, stream, pool, domains, provider, source and tag, not by state, age, reply, priority or id: hold such mail without a rule")
+	}
+	if err := checkProvider(dir, f.Provider); err != nil {
+		return m, err
+	}
+	if err := checkStream(dir, f.Stream); err != nil {
+		return m, err
+	}
+	return f.match(dir)
+}
+
 // checkProvider refuses a provider that the policy does not know: a misspelt one
 // would match nothing, and a rule for it never hold anything.
 func checkProvider(dir *policy.Directory, name string) error {
@@ -192,6 +207,22 @@ func checkProvider(dir *policy.Directory, name string) error {
 		known = append(known, dir.Document().Providers.Provider[i].Name)
 	}
 	return fault.Field("admin.filter", "provider", "%q is not a provider that the policy knows: write %q and a registrable domain, or one of %s", name, policy.UnlistedPrefix, strings.Join(known, ", "))
+}
+
+// checkStream refuses a stream that the policy has for nobody: a rule for a misspelt
+// one would never hold anything. Mail of a stream that is gone is held without a rule.
+func checkStream(dir *policy.Directory, name string) error {
+	if name == "" || dir == nil {
+		return nil
+	}
+	var known []string
+	for i := range dir.Document().Streams.Stream {
+		if known = append(known, dir.Document().Streams.Stream[i].Name); known[i] == name {
+			return nil
+		}
+	}
+	slices.Sort(known)
+	return fault.Field("admin.filter", "stream", "%q is not a stream that the policy knows: write one of %s", name, strings.Join(slices.Compact(known), ", "))
 }
 
 func tenantOf(dir *policy.Directory, text string) (id ids.Tenant, err error) {

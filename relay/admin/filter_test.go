@@ -146,3 +146,29 @@ func TestTraceFilterKnowsTenantsByName(t *testing.T) {
 		t.Errorf("nothing: %+v, %v", f, err)
 	}
 }
+
+// TestRulesKnowTheStreamsOfThePolicy: a rule for a misspelt one would never hold
+// anything. What is queued is found by any name, for its stream may be gone.
+func TestRulesKnowTheStreamsOfThePolicy(t *testing.T) {
+	dir := directory(t)
+	dir.View().Document.Streams.Stream = []policy.Stream{{Tenant: "*", Project: "*", Name: "bulk"}, {Tenant: "acme", Project: "*", Name: "bulk"}, {Tenant: "acme", Project: "*", Name: "alerts"}}
+	for name, known := range map[string]bool{"bulk": true, "alerts": true, "": true, "bulky": false, "BULK": false} {
+		f := Filter{Stream: name, Tag: "june"}
+		if m, err := f.rule(dir); (err == nil) != known || known && (m != queue.Match{Stream: name, Tag: "june"}) {
+			t.Errorf("%q: %+v, %v", name, m, err)
+		} else if err != nil && !strings.HasSuffix(fault.Public(err), "write one of alerts, bulk") {
+			t.Errorf("%q: %v", name, err)
+		}
+		if _, err := f.rule(nil); err != nil {
+			t.Errorf("%q without a view: %v", name, err)
+		}
+		if _, err := f.parse(dir, filterNow); err != nil {
+			t.Errorf("%q of queued mail: %v", name, err)
+		}
+	}
+	for _, f := range []Filter{{State: "held"}, {Provider: "gogle"}, {Tenant: "nobody"}} {
+		if _, err := f.rule(dir); err == nil {
+			t.Errorf("a rule for %+v", f)
+		}
+	}
+}

@@ -159,17 +159,10 @@ func (s *Server) putHold(r *http.Request) (any, error) {
 	if err := decode(r, &in); err != nil {
 		return nil, err
 	}
-	f := in.Filter
-	if f.State != "" || f.OlderThan != "" || f.YoungerThan != "" || f.LastReply != "" || f.Priority != "" || len(f.IDs) > 0 {
-		return nil, fault.Field(op, "filter", "a rule goes by tenant, stream, pool, domains, provider, source and tag, not by state, age, reply, priority or id: hold such mail without a rule")
-	}
 	if strings.ContainsFunc(in.Cause, unicode.IsControl) {
 		return nil, fault.Field(op, "cause", "holds a line end or another control character: write it on one line")
 	}
-	if err := checkProvider(s.directory(), f.Provider); err != nil {
-		return nil, err
-	}
-	match, err := f.match(s.directory())
+	match, err := in.Filter.rule(s.directory())
 	if err != nil {
 		return nil, err
 	}

@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"errors"
 	"fmt"
 	"strconv"
 	"time"
@@ -97,6 +98,31 @@ func (d *Duration) UnmarshalText(text []byte) error {
 
 // MarshalText implements encoding.TextMarshaler for TOML.
 func (d Duration) MarshalText() ([]byte, error) { return []byte(d.String()), nil }
+
+// DurationFlag is a flag of a command, in the form that ParseDuration reads: people
+// write lengths of time alike wherever they do. It is a pflag.Value; none has no text.
+type DurationFlag time.Duration
+
+// Set implements pflag.Value.
+func (f *DurationFlag) Set(text string) error {
+	d, err := ParseDuration(text)
+	if err != nil {
+		return errors.New(fault.Public(err)) // a command line shows what it has itself
+	}
+	*f = DurationFlag(d)
+	return nil
+}
+
+// String implements pflag.Value.
+func (f *DurationFlag) String() string {
+	if f == nil || *f == 0 {
+		return ""
+	}
+	return Duration(*f).String()
+}
+
+// Type implements pflag.Value.
+func (*DurationFlag) Type() string { return "duration" }
 
 // String returns the text form, "0s" for none. Parts below a millisecond,
 // which no document holds, are written in Go's own form.

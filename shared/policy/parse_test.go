@@ -263,3 +263,23 @@ func FuzzParse(f *testing.F) {
 		}
 	})
 }
+
+// TestDurationFlag: commands read lengths of time as documents do.
+func TestDurationFlag(t *testing.T) {
+	var d time.Duration
+	f := (*DurationFlag)(&d)
+	if f.String() != "" || f.Type() != "duration" {
+		t.Errorf("none is shown as %q of type %q", f, f.Type())
+	}
+	if err := f.Set("4d12h"); err != nil || d != 108*time.Hour || f.String() != "4d12h" {
+		t.Errorf("got %v, shown as %q, %v", d, f, err)
+	}
+	for _, text := range []string{"", "-1s", "1.5h", "2w"} {
+		if err := f.Set(text); err == nil || d != 108*time.Hour {
+			t.Errorf("%q is taken as %v", text, d)
+		}
+	}
+	if err := f.Set("2w"); err == nil || !strings.HasPrefix(err.Error(), `"2w" is not a duration: `) {
+		t.Errorf("got %v", err)
+	}
+}

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/relais-mta/relais/control/api"
+	"github.com/relais-mta/relais/shared/policy"
 )
 
 // brakesPeriod is how often the leader looks whether the time of a brake is over,
@@ -93,7 +94,7 @@ the earliest. Mail that is held stays in the queue, and its deadline counts.`,
 	f.StringVar(&body.Domain, "domain", "", "domain of recipients")
 	f.BoolVar(&hold, "hold", false, "send nothing")
 	f.IntVar(&body.Percent, "slow", 0, "percent of what policy allows, 1 to 99")
-	f.DurationVar(&ttl, "ttl", 0, "how long (default: until it is cancelled)")
+	f.Var((*policy.DurationFlag)(&ttl), "ttl", "how long, such as 2h or 7d (default: until it is cancelled)")
 	f.StringVar(&body.Cause, "cause", "", "why; it is shown to who wonders why mail waits")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		switch {

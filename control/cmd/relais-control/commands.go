@@ -15,6 +15,7 @@ import (
 	"github.com/relais-mta/relais/control/api"
 	"github.com/relais-mta/relais/control/command"
 	"github.com/relais-mta/relais/control/service"
+	"github.com/relais-mta/relais/shared/policy"
 )
 
 func sortedKeys(m map[string]string) []string { return slices.Sorted(maps.Keys(m)) }
@@ -108,7 +109,7 @@ func (a *app) tokenCreate() *cobra.Command {
 	}
 	reason := reasonFlag(cmd)
 	cmd.Flags().StringVar(&body.Role, "role", "", "relay or control")
-	cmd.Flags().DurationVar(&ttl, "ttl", 0, "life, at most 24h (default: 1h for relays, 15m for servers)")
+	cmd.Flags().Var((*policy.DurationFlag)(&ttl), "ttl", "life, at most 24h (default: 1h for relays, 15m for servers)")
 	cmd.Flags().IntVar(&body.Uses, "uses", 1, "how many machines may join with it, at most 1000")
 	cmd.Flags().StringToStringVar(&body.Labels, "label", nil, "label for every node that joins, key=value; may be repeated")
 	cmd.Flags().StringSliceVar(&body.CIDRs, "cidr", nil, "network the machine must come from; may be repeated")
@@ -218,7 +219,7 @@ func (a *app) credentialCommand() *cobra.Command {
 	var ttl time.Duration
 	create := &cobra.Command{
 		Use: "create --tenant TENANT", Short: "Create an SMTP credential and print its secret once",
-		Example: "  relais-control credential create --tenant acme\n  relais-control credential create --tenant acme --project shop --name web1 --stream bulk --ttl 720h --json\n  relais-control credential create --tenant acme --domain shop.example --cidr 192.0.2.0/24 --rate 1000 --require-client-cert web1.pem",
+		Example: "  relais-control credential create --tenant acme\n  relais-control credential create --tenant acme --project shop --name web1 --stream bulk --ttl 30d --json\n  relais-control credential create --tenant acme --domain shop.example --cidr 192.0.2.0/24 --rate 1000 --require-client-cert web1.pem",
 		Args:    cobra.NoArgs,
 	}
 	reason := reasonFlag(create)
@@ -226,7 +227,7 @@ func (a *app) credentialCommand() *cobra.Command {
 	create.Flags().StringVar(&body.Project, "project", "", "project, id or name (default: the project \"default\")")
 	create.Flags().StringVar(&body.Name, "name", "", "what it is for")
 	create.Flags().StringVar(&body.Stream, "stream", "", "stream used when a message names none")
-	create.Flags().DurationVar(&ttl, "ttl", 0, "life (default: without end)")
+	create.Flags().Var((*policy.DurationFlag)(&ttl), "ttl", "life, such as 90d (default: without end)")
 	scope := scopeFlags(create, &body.CredentialScope)
 	create.RunE = func(cmd *cobra.Command, _ []string) error {
 		if body.Tenant == "" {
@@ -277,12 +278,13 @@ in sessions that are open. The user name stays.`,
 		Args:    cobra.ExactArgs(1),
 	}
 	reason := reasonFlag(cmd)
-	overlap := cmd.Flags().Duration("overlap", 24*time.Hour, "the old secret stays good this long, at most 720h")
+	overlap := 24 * time.Hour
+	cmd.Flags().Var((*policy.DurationFlag)(&overlap), "overlap", "the old secret stays good this long, at most 30d")
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		if *overlap < 0 || *overlap > service.MaxRotationOverlap {
-			return usagef("--overlap is %s: the old secret stays good for 0s to %s", *overlap, service.MaxRotationOverlap)
+		if overlap < 0 || overlap > service.MaxRotationOverlap {
+			return usagef("--overlap is %s: the old secret stays good for 0s to %s", policy.Duration(overlap), policy.Duration(service.MaxRotationOverlap))
 		}
-		seconds := int64(*overlap / time.Second)
+		seconds := int64(overlap / time.Second)
 		return show(a, cmd, call{method: http.MethodPost, path: "/credentials/" + url.PathEscape(args[0]) + "/rotate", body: api.CredentialRotate{OverlapSeconds: &seconds}, reason: *reason}, func(w io.Writer, c api.Credential) error {
 			return printPairs(w, "User name", c.ID, "Password", c.Secret, "Old password ends", whenOr(c.PreviousUntil, "now"), "Note", "the password is not shown again")
 		})
@@ -330,12 +332,12 @@ func (a *app) auditCommand() *cobra.Command {
 
 // parseSince reads a span before now or a time.
 func parseSince(text string, now time.Time) (time.Time, error) {
-	if span, err := time.ParseDuration(text); err == nil && span > 0 {
-		return now.Add(-span), nil
+	if span, err := policy.ParseDuration(text); err == nil && span > 0 {
+		return now.Add(-span.D()), nil
 	}
 	at, err := time.Parse(time.RFC3339, text)
 	if err != nil {
-		return at, usagef("--since is %q: use a span such as 24h, or a time such as 2026-01-02T15:04:05Z", text)
+		return at, usagef("--since is %q: use a span such as 24h or 7d, or a time such as 2026-01-02T15:04:05Z", text)
 	}
 	return at, nil
 }

@@ -12,6 +12,7 @@ import (
 
 	"github.com/relais-mta/relais/control/api"
 	"github.com/relais-mta/relais/shared/fault"
+	"github.com/relais-mta/relais/shared/policy"
 )
 
 // drainPause is how often the queue of a draining relay is looked at; it
@@ -30,11 +31,9 @@ for the queue to be empty, showing what is left.`,
 		Args:    cobra.ExactArgs(1),
 	}
 	reason := reasonFlag(cmd)
-	wait := cmd.Flags().Duration("wait", 0, "wait at most this long for the queue to be empty")
+	var wait time.Duration
+	cmd.Flags().Var((*policy.DurationFlag)(&wait), "wait", "wait at most this long for the queue to be empty")
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		if *wait < 0 {
-			return usagef("--wait is %s: use a positive duration", *wait)
-		}
 		c, err := a.client()
 		if err != nil {
 			return err
@@ -44,8 +43,8 @@ for the queue to be empty, showing what is left.`,
 		if err := c.do(cmd.Context(), call{method: http.MethodPut, path: path + "/state", body: map[string]string{"state": "draining"}, reason: *reason}, &n); err != nil {
 			return err
 		}
-		if *wait > 0 {
-			if n, err = c.waitDrained(cmd.Context(), cmd.ErrOrStderr(), n.ID, *wait); err != nil {
+		if wait > 0 {
+			if n, err = c.waitDrained(cmd.Context(), cmd.ErrOrStderr(), n.ID, wait); err != nil {
 				return err
 			}
 		} else if seen, err := c.nodeAnywhere(cmd.Context(), n.ID); err == nil {

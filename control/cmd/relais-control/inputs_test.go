@@ -11,6 +11,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -35,6 +36,7 @@ func TestInputsThatMeanNothing(t *testing.T) {
 		"credential's life":   {"credential", "create", "--tenant", "acme", "--ttl", "1ms"},
 		"no certificate":      {"credential", "create", "--tenant", "acme", "--require-client-cert", "/nowhere.pem"},
 		"long overlap":        {"credential", "rotate", "crd_1", "--overlap", "721h"},
+		"life by the week":    {"token", "create", "--role", "relay", "--ttl", "2w"},
 		"no entries":          {"audit", "--limit", "0"},
 		"too many entries":    {"audit", "--limit", "1001"},
 		"two keys":            {"backup", "verify", "b", "--kek", "a", "--recovery-key-file", "b"},
@@ -138,6 +140,27 @@ func TestEndpointsWithoutTLS(t *testing.T) {
 		_, err := (&app{cliFile: path}).client()
 		if err == nil || !strings.Contains(message(err), tc.says) || strings.Contains(message(err), "secret") {
 			t.Errorf("%s: got %v, want it to say %q", name, err, tc.says)
+		}
+	}
+}
+
+// TestLengthsOfTime: every flag for one takes days, as the policy does.
+func TestLengthsOfTime(t *testing.T) {
+	for _, of := range []string{"token create --ttl", "credential create --ttl", "credential rotate --overlap", "brake set --ttl", "node drain --wait", "policy put --wait"} {
+		words := strings.Fields(of)
+		cmd, _, err := (&app{}).root().Find(words[:2])
+		if err != nil {
+			t.Fatal(err)
+		}
+		flag := cmd.Flags().Lookup(strings.TrimPrefix(words[2], "--"))
+		if flag == nil || flag.Value.Set("4d12h") != nil || flag.Value.String() != "4d12h" || flag.Value.Type() != "duration" {
+			t.Errorf("%s does not take 4d12h: %+v", of, flag)
+		}
+	}
+	now := time.Date(2026, 3, 8, 12, 0, 0, 0, time.UTC)
+	for text, want := range map[string]time.Time{"7d": now.AddDate(0, 0, -7), "1d12h": now.Add(-36 * time.Hour), "2026-03-01T00:00:00Z": time.Date(2026, 3, 1, 0, 0, 0, 0, time.UTC), "-1h": {}, "0": {}, "yesterday": {}} {
+		if at, err := parseSince(text, now); !at.Equal(want) || (err == nil) != !want.IsZero() {
+			t.Errorf("%q: %v, %v", text, at, err)
 		}
 	}
 }

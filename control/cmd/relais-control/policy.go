@@ -14,6 +14,7 @@ import (
 
 	"github.com/relais-mta/relais/control/api"
 	"github.com/relais-mta/relais/shared/fault"
+	"github.com/relais-mta/relais/shared/policy"
 )
 
 // How a command waits for relays to take a policy.
@@ -83,10 +84,9 @@ type waitFlags struct {
 }
 
 func addWaitFlags(cmd *cobra.Command) waitFlags {
-	return waitFlags{
-		no:   cmd.Flags().Bool("no-wait", false, "do not wait for relays to apply it"),
-		most: cmd.Flags().Duration("wait", applyWait, "wait at most this long for connected relays to apply it"),
-	}
+	most := time.Duration(applyWait)
+	cmd.Flags().Var((*policy.DurationFlag)(&most), "wait", "wait at most this long for connected relays to apply it")
+	return waitFlags{no: cmd.Flags().Bool("no-wait", false, "do not wait for relays to apply it"), most: &most}
 }
 
 // changePolicy previews a change, makes it, and waits for relays to apply it.

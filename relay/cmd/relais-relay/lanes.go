@@ -9,6 +9,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/relais-mta/relais/relay/engine"
+	"github.com/relais-mta/relais/shared/policy"
 )
 
 // Bounds of how often the view is drawn anew.
@@ -56,6 +57,6 @@ Where standard output is no terminal --top prints once.`,
 	}
 	cmd.Flags().BoolVar(&top, "top", false, "show the list anew all the time, until q or Ctrl-C")
 	cmd.Flags().StringVar(&sorting, "sort", sorting, "order: "+sortNames)
-	cmd.Flags().DurationVar(&interval, "interval", interval, "with --top: time between two looks")
+	cmd.Flags().Var((*policy.DurationFlag)(&interval), "interval", "with --top: time between two looks")
 	return cmd
 }

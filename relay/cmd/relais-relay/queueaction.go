@@ -66,7 +66,7 @@ func newQueueActions(o *options) []*cobra.Command {
 			Long: "Hold what waits until it is released by hand. With --rule also what comes, until the rule\n" +
 				"is released or --until; --reason is the cause that the rule shows. The deadlines of held\n" +
 				"mail count.",
-			Example: "  relais-relay queue hold --stream newsletter --rule --reason \"complaints, see ticket 4711\" --until 4h\n" +
+			Example: "  relais-relay queue hold --stream bulk --rule --reason \"complaints, see ticket 4711\" --until 4h\n" +
 				"  relais-relay queue hold msg_01kampxh00041061050r3gg28a",
 		}),
 		newQueueAction(o, queueAction{action: queue.ActionRelease, past: "released"}, &cobra.Command{

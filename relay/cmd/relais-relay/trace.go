@@ -19,6 +19,7 @@ import (
 	"github.com/relais-mta/relais/relay/admin"
 	"github.com/relais-mta/relais/relay/trace"
 	"github.com/relais-mta/relais/shared/fault"
+	"github.com/relais-mta/relais/shared/policy"
 )
 
 // tracing is what a trace was asked for.
@@ -52,7 +53,7 @@ comes than can be shown, lines are left out and counted; mail never waits for it
 	f.StringVar(&t.tenant, "tenant", "", "about mail of this tenant, by id or name")
 	f.BoolVar(&t.headers, "headers", false, "show the header sections of messages, too (not of bounces)")
 	f.BoolVar(&t.inbound, "inbound", false, "dialogues of clients and servers that connect to the relay")
-	f.DurationVar(&t.length, "for", 0, "end after this time, such as 30s (default: never)")
+	f.Var((*policy.DurationFlag)(&t.length), "for", "end after this time, such as 30s (default: never)")
 	f.IntVar(&t.count, "count", 0, "end after so many lines (default: never)")
 	return cmd
 }

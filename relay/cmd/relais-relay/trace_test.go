@@ -43,3 +43,18 @@ func TestTraceText(t *testing.T) {
 		t.Errorf("%d sessions are remembered", len(p.seen))
 	}
 }
+
+// TestLengthsOfTime: every flag for one takes what the policy does.
+func TestLengthsOfTime(t *testing.T) {
+	for _, of := range []string{"trace for", "lanes interval"} {
+		name, flagName, _ := strings.Cut(of, " ")
+		cmd, _, err := newRoot().Find([]string{name})
+		if err != nil {
+			t.Fatal(err)
+		}
+		flag := cmd.Flags().Lookup(flagName)
+		if flag == nil || flag.Value.Set("1d12h") != nil || flag.Value.String() != "1d12h" || flag.Value.Set("-1s") == nil {
+			t.Errorf("%s does not take 1d12h, or takes what is negative: %+v", of, flag)
+		}
+	}
+}
