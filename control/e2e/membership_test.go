@@ -106,14 +106,26 @@ func (f *trio) out(asked, removed *fleet.ControlServer) bool {
 	return err == nil && !slices.ContainsFunc(rows, func(r serverRow) bool { return strings.HasPrefix(r.RaftAddress, removed.Addr.String()+":") })
 }
 
-// id finds a server's id, by which it is removed.
-func (f *trio) id(asked, of *fleet.ControlServer) string {
+// id finds a server's id, by which it is removed, once the leader hears everybody:
+// a server that was started a moment ago counts as off until it was asked again
+// (memberCheckPeriod of control/cluster), and nobody may be removed without whom too
+// few would answer.
+func (f *trio) id(asked, of *fleet.ControlServer) (id string) {
 	f.t.Helper()
-	row, ok := f.row(asked, of)
-	if !ok {
-		f.t.Fatalf("%s does not know %s", asked.Name, of.Name)
-	}
-	return row.ID
+	eventually(f.t, 30*time.Second, fmt.Sprintf("%s to know %s, and all to answer", asked.Name, of.Name), func() bool {
+		rows, err := f.list(asked)
+		id = ""
+		for _, r := range rows {
+			if !r.Alive {
+				return false
+			}
+			if strings.HasPrefix(r.RaftAddress, of.Addr.String()+":") {
+				id = r.ID
+			}
+		}
+		return err == nil && id != ""
+	})
+	return id
 }
 
 // says waits until a server says text of its own health.

@@ -21,9 +21,17 @@ func TestRelayThatCannotApply(t *testing.T) {
 	view := filepath.Join(r.Dir, "view")
 	mount := func(args ...string) {
 		t.Helper()
-		if out, err := command(t, need(t, args[0]), args[1:]...); err != nil {
-			t.Fatalf("%v: %v\n%s", args, err, out)
-		}
+		out, err := "", error(nil)
+		defer func() {
+			if err != nil {
+				t.Logf("%v: %v\n%s", args, err, out)
+			}
+		}()
+		// The relay may be writing there: the place is busy until that is on disk.
+		eventually(t, time.Minute, args[0], func() bool {
+			out, err = command(t, need(t, args[0]), args[1:]...)
+			return err == nil
+		})
 	}
 	mount("mount", "--bind", view, view)
 	mounted := true

@@ -13,6 +13,7 @@ const (
 	maxBreachesKept     = 1000      // breaches described per provider; all are counted
 	maxHeloNames        = 8         // EHLO names kept per lane
 	connectionGrace     = 250 * time.Millisecond
+	graceSteps          = 10 // in which it is waited for
 )
 
 // LimitName names one of Limits.
@@ -107,13 +108,15 @@ func (l *lane) connect(limit int, done <-chan struct{}) (seen int, over bool) {
 }
 
 // waitBelow waits, with l.mu held on entry and exit, until no more than limit
-// connections are open or the grace has passed.
+// connections are open or the grace has passed. It passes in steps: a process that
+// did not run for a while finds its timers due before it sees which connections
+// ended meanwhile, and a ticker counts what it slept through as one step.
 func (l *lane) waitBelow(limit int, done <-chan struct{}) {
-	grace := time.NewTimer(connectionGrace)
-	defer grace.Stop()
+	step := time.NewTicker(connectionGrace / graceSteps)
+	defer step.Stop()
 	l.waiting++
 	defer func() { l.waiting-- }()
-	for l.open > limit {
+	for passed := 0; l.open > limit && passed < graceSteps; {
 		if l.left == nil {
 			l.left = make(chan struct{})
 		}
@@ -122,9 +125,9 @@ func (l *lane) waitBelow(limit int, done <-chan struct{}) {
 		select {
 		case <-left:
 			l.mu.Lock()
-		case <-grace.C:
+		case <-step.C:
 			l.mu.Lock()
-			return
+			passed++
 		case <-done:
 			l.mu.Lock()
 			return
