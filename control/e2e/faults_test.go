@@ -187,9 +187,11 @@ func TestStoppedAndKilledLeaders(t *testing.T) {
 		t.Fatal(err)
 	}
 	o.write(paused, time.Now())
+	// On a busy machine it may be elected again; whoever changed something meanwhile
+	// does not take it for the leader of before.
 	eventually(t, 20*time.Second, "the former leader to follow", func() bool {
 		row, ok := o.row(follows, paused)
-		return ok && row.Role == "voter" && row.Alive && row.Problem == ""
+		return ok && (row.Role == "voter" || row.Role == "leader") && row.Alive && row.Problem == ""
 	})
 	o.survived("SIGSTOP of the leader")
 

@@ -10,7 +10,7 @@ import (
 )
 
 const (
-	bothMessages = 1800 // for the three relays: more than goes in the test
+	bothMessages = 3000 // for the three relays: more than goes in the test
 	bothAnswer   = 50 * time.Millisecond
 	bothWindow   = 90 * time.Second
 	bothUse      = 0.85 // of the rate: 95 % are lent out, and when a connection changes hands its part of them rests for half a second
@@ -44,20 +44,27 @@ func TestRateMovesWithConnections(t *testing.T) {
 		}
 		to = append(to, address)
 	}
-	if _, err := f.Submit(within(t, 2*time.Minute), fleet.Stream{Recipients: to, Size: 1000, Connections: 4, Tag: "both"}); err != nil {
-		t.Fatal(err)
-	}
+	supply(t, f, fleet.Stream{Recipients: to, Size: 1000, Connections: 4, Tag: "both"})
 	eventually(t, sharedStart, "both to be used", func() bool {
 		now := time.Now()
 		rate, open, _ := m.use(now.Add(-5*time.Second), now, netip.Addr{})
 		return rate > bothUse && open > bothUse/2
 	})
-	begun := time.Now()
-	rest(t, bothWindow, "turns to be taken")
-	rate, open, _ := m.use(begun, time.Now(), netip.Addr{})
-	t.Logf("%.0f %% of the rate was used in %v, and %.0f %% of the connections were open", 100*rate, bothWindow, 100*open)
-	if rate < bothUse {
-		t.Errorf("%.1f %% of the rate were used, want %.0f %%", 100*rate, 100*bothUse)
+	var begun time.Time
+	for try := 1; ; try++ {
+		before := lenders(t, m.servers)
+		begun = time.Now()
+		rest(t, bothWindow, "turns to be taken")
+		rate, open, _ := m.use(begun, time.Now(), netip.Addr{})
+		t.Logf("%.0f %% of the rate was used in %v, and %.0f %% of the connections were open", 100*rate, bothWindow, 100*open)
+		if rate >= bothUse {
+			break
+		}
+		// A server that could not write for seconds, on a busy machine, lends anew.
+		if more := lenders(t, m.servers) - before; more == 0 || try == sharedTries {
+			t.Errorf("%.1f %% of the rate were used, want %.0f %%", 100*rate, 100*bothUse)
+			break
+		}
 	}
 	for _, r := range f.Relays {
 		if _, _, n := m.use(begun, time.Now(), r.Sources[0]); n == 0 {

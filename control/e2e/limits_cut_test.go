@@ -20,7 +20,8 @@ const (
 	sharedTTL     = 10 * time.Second // of the leases, in the policy
 	sharedCutUser = 47_110           // the relay that is cut off runs as
 	sharedCutOff  = 20 * time.Second // it has its floor alone and is looked at for
-	sharedRelink  = time.Minute      // at the end of the cut its next try may be 45 s away
+	sharedKnown   = 30 * time.Second // it says itself how it stands by then, on a busy machine
+	sharedRelink  = 90 * time.Second // at the end of the cut its next try may be 45 s away
 )
 
 // allowCuts makes rules of routing come before the addresses of the machine, so
@@ -96,13 +97,13 @@ func (m *mx) cutOff(f *trio, r *fleet.Relay) {
 	mend := cut(t, sharedCutUser, f.servers)
 	begun := time.Now() // no report is sent later
 	var perMinute, burst float64
-	eventually(t, 5*time.Second, "the floor in use to be the one on the disk", func() bool { // one may have come right before
+	eventually(t, sharedKnown, "the floor in use to be the one on the disk", func() bool { // one may have come right before
 		perMinute, burst = floorOf(t, r)
 		return metricOf(t, r, `relais_relay_limit_floor{counts="messages",limit="rate"}`) == perMinute
 	})
 	rest(t, sharedTTL+sharedOverlap, "the lease to end")
 	from := time.Now()
-	eventually(t, sharedCutOff/2, "the relay to know that it has its floor alone", func() bool {
+	eventually(t, sharedKnown, "the relay to know that it has its floor alone", func() bool {
 		return slices.ContainsFunc(f.lanes(r), func(l laneRow) bool {
 			return l.Provider == "google" && strings.Contains(l.HoldText, "(its floor)") && strings.Contains(l.HoldText, "cut off from control")
 		})

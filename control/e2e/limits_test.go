@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"context"
 	"encoding/json"
 	"net/netip"
 	"os"
@@ -25,7 +26,7 @@ const (
 	sharedBack        = 35 * time.Second // after the end of a fault that much is used again
 	sharedWindow      = 15 * time.Second // over which that is measured
 	sharedLong        = 90 * time.Second // without a fault
-	sharedStart       = time.Minute      // until the limits are lent at first
+	sharedStart       = 2 * time.Minute  // until there is mail, and the limits are lent at first
 	sharedBlocks      = 1500             // of 6 messages, one for each stream of each relay
 	sharedPattern     = 11               // of as many blocks 4 go to the provider with connections, 7 to that with the rate: more than goes in the test
 	sharedAnswer      = 400 * time.Millisecond
@@ -33,8 +34,8 @@ const (
 	sharedLook        = 10 * time.Millisecond
 	sharedOverlap     = 500 * time.Millisecond // an end of a connection takes so long to be seen, at most
 	sharedResume      = 5 * time.Second        // a relay that was stopped has closed what it held, on a busy machine
-	sharedMost        = 12 * time.Minute       // all of it, with leaders that come by themselves
-	sharedTries       = 2
+	sharedMost        = 15 * time.Minute       // all of it, with leaders that come by themselves
+	sharedTries       = 4
 )
 
 const sharedPolicy = `[[limit]]
@@ -192,6 +193,27 @@ func (m *mx) check() {
 	noticed(m.t, at, sharedPerMinute, sharedBurst, m.open, sharedConnections, sharedOverlap)
 }
 
+// supply gives relays mail while the test goes on: a slow machine takes minutes for
+// all of it, and limits are used as soon as there is some. It ends with the test, or
+// by what is returned.
+func supply(t *testing.T, f *fleet.Fleet, s fleet.Stream) (stop func()) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		if _, err := f.Submit(ctx, s); err != nil && ctx.Err() == nil {
+			t.Error(err)
+		}
+	}()
+	stop = func() {
+		cancel()
+		<-done
+	}
+	t.Cleanup(stop)
+	return stop
+}
+
 // rest waits.
 func rest(t *testing.T, d time.Duration, what string) {
 	t.Helper()
@@ -273,9 +295,7 @@ func sharedLimits(t *testing.T) {
 		}
 		to = append(to, address)
 	}
-	if _, err := f.Submit(within(t, 2*time.Minute), fleet.Stream{Recipients: to, Size: 1000, Connections: 4, Tag: "limits"}); err != nil {
-		t.Fatal(err)
-	}
+	supply(t, f.Fleet, fleet.Stream{Recipients: to, Size: 1000, Connections: 4, Tag: "limits"})
 	eventually(t, sharedStart, "both limits to be used", func() bool {
 		now := time.Now()
 		rate, open, _ := m.use(now.Add(-5*time.Second), now, netip.Addr{})
