@@ -43,7 +43,14 @@ func (e *Engine) applyView(now time.Time) {
 	for id := range pools {
 		e.sched.SetPool(id, e.usable(dir, id))
 	}
-	// The same MX set may belong to another provider now, or have other limits.
+	e.sched.Reshape(func(provider string) (schedule.Shape, bool) {
+		profile, ok := dir.Providers().Named(provider)
+		if !ok {
+			return schedule.Shape{}, false
+		}
+		return shape(profile), true
+	}, now)
+	// The same MX set may belong to another provider now.
 	for domain, route := range e.routes {
 		if route.Failure == nil {
 			e.sched.Reroute(domain, toSchedule(route, dir), now)
