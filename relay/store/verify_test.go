@@ -3,6 +3,7 @@ package store
 import (
 	"bytes"
 	"context"
+	"errors"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -166,6 +167,36 @@ func TestATableThatTheManifestDoesNotName(t *testing.T) {
 	s = openTest(t, cfg)
 	if _, err := s.Get(AppendMessageKey(nil, id), nil); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestATableThatIsCutOff: whatever a table ends in, and be it zeros that a crash left of
+// one that was never written, reading it says so.
+func TestATableThatIsCutOff(t *testing.T) {
+	b := table.NewTableBuilder(table.Options{TableSize: 1 << 20, BlockSize: 4 << 10, BloomFalsePositive: 0.01})
+	defer b.Close()
+	for i := range uint64(100) {
+		b.Add(y.KeyWithTs(AppendDeadlineKey(nil, int64(i), newID()), 1), y.ValueStruct{Value: make([]byte, 100)}, 0)
+	}
+	whole := b.Finish()
+	path := filepath.Join(t.TempDir(), table.IDToFilename(1))
+	check := func(data []byte, right bool) {
+		t.Helper()
+		if err := os.WriteFile(path, data, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		read, err := openTable(path)
+		if right != (err == nil) || !right && !errors.Is(err, errNotWhole) {
+			t.Errorf("%d bytes: %v", len(data), err)
+		}
+		if err == nil {
+			read.close()
+		}
+	}
+	check(whole, true)
+	check(make([]byte, len(whole)), false)
+	for n := 0; n < len(whole); n += 13 {
+		check(whole[:n], false)
 	}
 }
 
