@@ -82,7 +82,8 @@ func (c *BrakeSet) Validate() error {
 			return fault.Field(opValidate, "domain", "%q is not a domain in its normal form", b.Scope.Domain)
 		}
 	}
-	return first(checkMeta(c.GetMeta()), checkText("provider", b.Scope.Provider), checkText("cause", b.Cause), checkText("owner", b.Owner))
+	// The reason of a brake is its cause where none is given: the cause is what was written.
+	return first(checkText("cause", b.Cause), checkMeta(c.GetMeta()), checkText("provider", b.Scope.Provider), checkText("owner", b.Owner))
 }
 
 // Validate implements Command.

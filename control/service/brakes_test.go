@@ -33,6 +33,10 @@ func TestBrakesOfPeople(t *testing.T) {
 			t.Errorf("%s: %v", field, err)
 		}
 	}
+	f.refused(t, fault.Invalid, "cause", func() error {
+		_, err := f.SetBrake(ctx, operator, BrakeRequest{Provider: "google", Cause: strings.Repeat("x", 5000)}, Change{})
+		return err
+	})
 	b, err := f.SetBrake(ctx, operator, BrakeRequest{Provider: "mx:example.net", Domain: "Example.ORG", Percent: 10, Cause: " complaints ", TTL: time.Hour}, Change{})
 	if err != nil {
 		t.Fatal(err)

@@ -200,7 +200,8 @@ func (q *Queue) dropDeadline(it item) {
 // oldestOverdue is how long the most overdue message outlived its deadline.
 // Call with the lock held.
 func (q *Queue) oldestOverdue(now time.Time) time.Duration {
-	oldest := now.UnixMilli()
+	present := now.UnixMilli() // as deadlines are kept: what is left of it is nobody's delay
+	oldest := present
 	if q.deadlines.win.len() > 0 {
 		oldest = min(oldest, q.deadlines.win.first().due)
 	}
@@ -212,7 +213,7 @@ func (q *Queue) oldestOverdue(now time.Time) time.Duration {
 			oldest = min(oldest, env.ExpiresAt.UnixMilli())
 		}
 	}
-	return now.Sub(time.UnixMilli(oldest))
+	return time.Duration(present-oldest) * time.Millisecond
 }
 
 // nextID is the smallest id behind id.

@@ -348,6 +348,7 @@ func TestOverdueMailIsSeenInEveryState(t *testing.T) {
 			f.policy.MaxMemoryRecipients = 1
 			f.sizes.minMemory, f.sizes.minPage, f.sizes.maxPage, f.sizes.maxDeadlines = 8, 2, 4, 8
 			f.open()
+			f.clock.Add(300 * time.Microsecond) // deadlines are kept in milliseconds
 			f.accept("a@one.example")
 			w := put(f)
 			if got := f.q.Summary().OldestOverdue; got != 0 {

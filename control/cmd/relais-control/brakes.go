@@ -193,7 +193,7 @@ func brakeEnd(b *api.Brake) string {
 	case b.Pinned:
 		return "pinned"
 	}
-	return whenOr(b.Until, "cancelled")
+	return whenOr(b.Until, "it is cancelled")
 }
 
 func printBrake(w io.Writer, b api.Brake) error {
