@@ -17,7 +17,7 @@ func (u *upgrade) operate(through *fleet.ControlServer) (address string) {
 	tag := fmt.Sprintf("op%d", u.tags)
 	do := func(args ...string) []byte {
 		u.t.Helper()
-		out, err := u.CtlAt(u.t.Context(), through, args...)
+		out, err := u.surely(func() ([]byte, error) { return u.CtlAt(u.t.Context(), through, args...) })
 		if err != nil {
 			u.t.Errorf("through %s: %v\n%s", through.Name, err, out)
 		}
