@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -95,16 +96,23 @@ func arrived(t *testing.T, f *fleet.Fleet, n int) {
 }
 
 // underFault submits mail, has a fault come once so much has arrived in all, and
-// returns what became of the mail until a little later.
+// returns what became of the mail until a little later. A relay notices a fault of its
+// disk when it writes, so there is mail to submit until the fault is there.
 func underFault(t *testing.T, f *fleet.Fleet, n int, fault func()) (under []fleet.Submitted) {
 	t.Helper()
 	ctx, stop := context.WithCancel(t.Context())
+	var faulty atomic.Bool
 	var submitting sync.WaitGroup
 	defer submitting.Wait()
 	defer stop()
-	submitting.Go(func() { under = mailsUntil(ctx, t, f, 600, "under") })
+	submitting.Go(func() {
+		for round := 0; !faulty.Load() && ctx.Err() == nil; round++ {
+			under = append(under, mailsUntil(ctx, t, f, 600, fmt.Sprint("under", round))...)
+		}
+	})
 	arrived(t, f, n)
 	fault()
+	faulty.Store(true)
 	time.AfterFunc(5*time.Second, stop)
 	submitting.Wait()
 	return under

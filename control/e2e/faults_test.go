@@ -69,7 +69,7 @@ func (o *ordeal) failover(what string, at *fleet.ControlServer, fault time.Time)
 	o.t.Helper()
 	took := o.write(at, fault)
 	o.t.Logf("%s: the command line changed something again after %s", what, took.Round(time.Millisecond))
-	if limit := o.failoverLimit(fault); took > limit {
+	if limit := o.failoverLimit(at, fault, took); took > limit {
 		o.t.Errorf("%s: it took %s until something could be changed, want at most %s", what, took, limit)
 	}
 }
