@@ -140,8 +140,9 @@ func greeting(t *testing.T, addr string) string {
 func mustSay(t *testing.T, r *fleet.Relay, want string) {
 	t.Helper()
 	deadline := time.Now().Add(30 * time.Second)
+	asking := http.Client{Timeout: 5 * time.Second} // a relay that waits for its disk says nothing
 	for {
-		resp, err := http.Get(r.Metrics() + "/health")
+		resp, err := asking.Get(r.Metrics() + "/health")
 		said := fmt.Sprint(err)
 		if err == nil {
 			text, err := io.ReadAll(resp.Body)
@@ -299,6 +300,12 @@ func TestSilentDiskAnswers451AndRecovers(t *testing.T) {
 		}
 	}
 	all := mails(t, f, 30, "before")
+	// What is under way would be written to the index, which is mapped: a goroutine that
+	// waits for the disk there keeps the collector of garbage waiting, and all others with
+	// it. Of mail that comes the body is written first, by calls.
+	if err := f.WaitEmpty(within(t, 2*time.Minute), nil); err != nil {
+		t.Fatal(err)
+	}
 	var wg sync.WaitGroup
 	var under []fleet.Submitted
 	freeze("-f")
