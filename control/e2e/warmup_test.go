@@ -4,7 +4,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"math/rand/v2"
-	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -17,7 +16,9 @@ import (
 // What warms up in the test, and what must come of it.
 const (
 	warmQuota = 500 // recipients a day
-	warmMail  = 750 // messages to each provider, half of them on each relay
+	// Messages to each provider, half of them on each relay: more than the quota on
+	// either, so that one has mail that waits although the other was off for long.
+	warmMail  = 2*warmQuota + 8
 	warmKills = 10
 	warmMost  = 60 // recipients between two kills, at most
 	// A killed relay loses at most its step of each reservation, which is what it
@@ -130,25 +131,14 @@ func TestWarmUpOfKilledRelays(t *testing.T) {
 			return err == nil
 		})
 	}
-	submitted, providers := submitHeld(t, f)
+	submitted := submitHeld(t, f)
 	o := watchOffers(t, f.Lab, lab.Google, lab.Yahoo)
 	releaseHeld(t, f)
 	kills := killAtRandom(t, f, o)
-	// A relay may have had the time to send all of its half, while the other was off.
-	sentAll := func(r *fleet.Relay, provider string) bool {
-		return !slices.ContainsFunc(submitted, func(s fleet.Submitted) bool {
-			return s.Relay == r && providers[s.Recipient] == provider && f.Lab.Deliveries(s.MessageID, s.Recipient) == 0
-		})
-	}
 	explained := func() {
-		for _, provider := range []string{lab.Google, lab.Yahoo} {
-			some := false
-			for _, r := range f.Relays {
-				waits := warmExplained(t, f, r, provider, func() bool { return sentAll(r, provider) })
-				some = some || waits
-			}
-			if !some {
-				t.Fatalf("no mail to %s waits, though there is more of it than the quota", provider)
+		for _, r := range f.Relays {
+			for _, provider := range []string{lab.Google, lab.Yahoo} {
+				warmExplained(t, f, r, provider)
 			}
 		}
 	}
@@ -180,9 +170,8 @@ func TestWarmUpOfKilledRelays(t *testing.T) {
 	}
 }
 
-// submitHeld submits all mail while a brake holds it, and tells the provider of each
-// recipient.
-func submitHeld(t *testing.T, f *fleet.Fleet) (submitted []fleet.Submitted, providers map[string]string) {
+// submitHeld submits all mail while a brake holds it.
+func submitHeld(t *testing.T, f *fleet.Fleet) []fleet.Submitted {
 	t.Helper()
 	if out, err := f.Ctl(t.Context(), "brake", "set", "--pool", "default", "--hold", "--cause", "the mail is being submitted"); err != nil {
 		t.Fatalf("%v: %s", err, out)
@@ -191,7 +180,6 @@ func submitHeld(t *testing.T, f *fleet.Fleet) (submitted []fleet.Submitted, prov
 		t.Fatal(err)
 	}
 	to := make([]string, 2*warmMail)
-	providers = make(map[string]string, len(to))
 	for i := range to {
 		provider := lab.Google
 		if i/4%2 == 1 { // of both streams of both relays
@@ -201,13 +189,12 @@ func submitHeld(t *testing.T, f *fleet.Fleet) (submitted []fleet.Submitted, prov
 		if to[i], err = f.Lab.Recipient(provider, i, lab.Accept); err != nil {
 			t.Fatal(err)
 		}
-		providers[to[i]] = provider
 	}
-	submitted, err := f.Submit(within(t, 2*time.Minute), fleet.Stream{Recipients: to, Size: 1000, Connections: 8, Tag: "warm"})
+	submitted, err := f.Submit(within(t, 4*time.Minute), fleet.Stream{Recipients: to, Size: 1000, Connections: 8, Tag: "warm"})
 	if err != nil {
 		t.Fatal(err)
 	}
-	return submitted, providers
+	return submitted
 }
 
 func releaseHeld(t *testing.T, f *fleet.Fleet) {
@@ -248,9 +235,8 @@ func killAtRandom(t *testing.T, f *fleet.Fleet, o *offered) int {
 }
 
 // warmExplained waits until the relay says of mail to a provider that it waits for
-// warm-up, and of what, or until it has sent all that it was given. It reports
-// whether mail waits.
-func warmExplained(t *testing.T, f *fleet.Fleet, r *fleet.Relay, provider string, sentAll func() bool) (waits bool) {
+// warm-up, and of what.
+func warmExplained(t *testing.T, f *fleet.Fleet, r *fleet.Relay, provider string) {
 	t.Helper()
 	var last []byte
 	defer func() {
@@ -260,9 +246,6 @@ func warmExplained(t *testing.T, f *fleet.Fleet, r *fleet.Relay, provider string
 	}()
 	text := fmt.Sprintf("stage 1, %d a day to %s, %d of it reserved by all relays", warmQuota, provider, warmQuota)
 	eventually(t, 2*time.Minute, "mail to "+provider+" to say that it waits for warm-up", func() bool {
-		if waits = !sentAll(); !waits {
-			return true
-		}
 		var list []listed
 		if err := json.Unmarshal(relayCommand(t, r, "queue", "list", "--provider", provider, "--limit", "1", "--json"), &list); err != nil || len(list) == 0 {
 			return false
@@ -284,7 +267,6 @@ func warmExplained(t *testing.T, f *fleet.Fleet, r *fleet.Relay, provider string
 		w := why.Recipients[0].Why
 		return w.Reason == "warmup" && strings.Contains(w.Text, text) && w.Until.Equal(warmDay())
 	})
-	return waits
 }
 
 // warmAccounted waits until control counts what a provider was offered, and no more
