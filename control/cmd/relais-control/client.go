@@ -125,16 +125,22 @@ type call struct {
 // the answer into out. While the cluster is choosing a leader it waits a little.
 // When every server is silent it asks once more, with more patience.
 func (c *client) do(ctx context.Context, req call, out any) error {
+	return whileLeaderless(ctx, func() (bool, error) { return c.tryAll(ctx, req, out) })
+}
+
+// whileLeaderless repeats what is asked of the cluster for as long as an answer says
+// that it is choosing a leader, up to leaderWait.
+func whileLeaderless(ctx context.Context, ask func() (again bool, err error)) error {
 	deadline := time.Now().Add(leaderWait)
 	for {
-		retry, err := c.tryAll(ctx, req, out)
-		if err == nil || !retry || time.Now().After(deadline) {
+		again, err := ask()
+		if err == nil || !again || time.Now().After(deadline) {
 			return err
 		}
 		select {
 		case <-time.After(leaderRetryPause):
 		case <-ctx.Done():
-			return ctx.Err()
+			return err
 		}
 	}
 }

@@ -169,6 +169,8 @@ func (j *joiner) join(ctx context.Context, text string, addresses []string) (out
 	}
 	dialer := link.NewDialer(link.DialerConfig{ResetKey: j.key.Derive("quic stateless reset")})
 	defer dialer.Close()
+	// The request is the same each time, so that one whose outcome nobody knew costs no
+	// second use of the token.
 	err = whileLeaderless(ctx, func() (leaderless bool, err error) {
 		out, leaderless, err = j.tryAll(ctx, dialer, addresses)
 		return leaderless, err
@@ -199,24 +201,6 @@ func (j *joiner) tryAll(ctx context.Context, dialer *link.Dialer, addresses []st
 func saysLeaderless(err error) bool {
 	var said *fault.Error
 	return errors.As(err, &said) && said.Op == wire.PeerOp && said.Kind == fault.Unavailable
-}
-
-// whileLeaderless repeats a join while the cluster is choosing a leader, as every
-// other command does. The request is the same each time, so that one whose outcome
-// nobody knew costs no second use of the token.
-func whileLeaderless(ctx context.Context, join func() (leaderless bool, err error)) error {
-	deadline := time.Now().Add(leaderWait)
-	for {
-		leaderless, err := join()
-		if err == nil || !leaderless || time.Now().After(deadline) {
-			return err
-		}
-		select {
-		case <-time.After(leaderRetryPause):
-		case <-ctx.Done():
-			return err
-		}
-	}
 }
 
 // claim makes the directory, which is empty or left from an earlier try.
